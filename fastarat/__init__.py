@@ -1,0 +1,36 @@
+"""fastarat: fast, faithful adversarial training for image classifiers."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastarat import attacks, losses
+from fastarat.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
+from fastarat.config import Config
+from fastarat.defenses import ARAT, AT, DEFENSES, Defense, Standard, Views
+from fastarat.engine import TrainStep
+from fastarat.errors import UserError
+from fastarat.models import build_model
+
+try:
+    __version__ = version("fastarat")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ARAT",
+    "AT",
+    "DEFENSES",
+    "Config",
+    "Defense",
+    "SplitBatchNorm2d",
+    "Standard",
+    "TrainStep",
+    "UserError",
+    "Views",
+    "attacks",
+    "branch",
+    "build_model",
+    "losses",
+    "split_batchnorm",
+]

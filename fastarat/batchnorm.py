@@ -1,0 +1,333 @@
+"""Batch normalisation with one parameter set per branch (split BatchNorm), fused with what follows it.
+
+AR-AT sends clean and adversarial images through one network whose convolutions are shared while each kind of
+image has its own BatchNorm (Waseda et al., ICLR 2025, section 4). The layers here also let a *shared* BatchNorm
+process a concatenated batch [clean; adv] exactly as two separate forwards would: each part is normalised by its
+own batch statistics, and the running statistics are updated in a stated order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastarat.errors import UserError
+from fastarat.kernels import split_bn
+
+BRANCHES = ("clean", "adv")
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` fused with an optional residual add and ReLU, and aware of concatenated sub-batches.
+
+    Key names, buffers and numerics are those of `nn.BatchNorm2d`. Inside `branch(model, "clean", "adv")` the rows
+    of the batch are two equal parts, each normalised by its own batch statistics with the same affine.
+
+    Args (forward):
+        x: float [B, C, H, W], channels-last for speed.
+        residual: same shape and dtype as x, added after the affine, or None.
+        relu: apply max(., 0) last.
+    Returns: same shape and dtype as x.
+    Raises: ValueError when the rows cannot be split evenly, or a part holds one value per channel in training.
+    """
+
+    _ndims = (4,)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        **factory,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        self._groups: tuple[str, ...] = ("adv",)
+        self._updates: tuple[str, ...] | None = None
+        self._pending: list | None = None
+        self.backend = "auto"
+        # What a wrapped subclass applied after its normalisation (timm's BatchNormAct2d: drop and act).
+        self.drop: nn.Module | None = None
+        self.act: nn.Module | None = None
+
+    def branch_set(self, name: str) -> nn.BatchNorm2d:
+        """Return the module that holds the affine and running statistics of branch `name`."""
+        return self
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in self._ndims:
+            raise ValueError(f"{type(self).__name__} expects {self._ndims}-dimensional input, got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        self._check_input_dim(x)
+        shape = x.shape
+        if x.dim() != 4:
+            x = x.reshape(shape[0], shape[1], -1, 1)
+        sets = [self.branch_set(name) for name in self._groups]
+        weight, bias = _stack(sets, "weight", x), _stack(sets, "bias", x)
+        if self.training or self.running_mean is None:
+            y, mean, var = split_bn(x, weight, bias, residual, relu, eps=self.eps, backend=self.backend)
+            if self.training and self.running_mean is not None:
+                self._note(sets, mean.detach(), var.detach(), x.numel() // (x.shape[1] * len(sets)))
+        else:
+            running = (_stack(sets, "running_mean", x), _stack(sets, "running_var", x))
+            y = split_bn(x, weight, bias, residual, relu, running=running, eps=self.eps, backend=self.backend).y
+        y = y.reshape(shape)
+        if self.drop is not None:
+            y = self.drop(y)
+        return y if self.act is None else self.act(y)
+
+    def _note(self, sets: list[nn.BatchNorm2d], mean: Tensor, var: Tensor, rows: int) -> None:
+        order = self._groups if self._updates is None else self._updates
+        unbias = rows / (rows - 1)
+        updates = []
+        for name in order:
+            part = self._groups.index(name)
+            updates.append((sets[part], mean[part], var[part], unbias))
+        if self._pending is None:
+            _apply_updates(updates)
+        else:
+            self._pending.extend(updates)
+
+
+class SplitBatchNorm2d(BatchNorm2d):
+    """BatchNorm with one affine and one set of running statistics per branch (Waseda et al., ICLR 2025).
+
+    The last of `branches` is the one used outside `branch(...)` and at test time; it keeps the ordinary key names
+    (`weight`, `running_mean`, ...), so dropping the others' keys (`clean.weight`, ...) leaves a checkpoint that an
+    ordinary network loads. The other branches are `nn.BatchNorm2d` children under their own names.
+
+    Args:
+        num_features: C, channels.
+        branches: names, at least two; rows of a concatenated batch come in the order given to `branch(...)`.
+    Forward: as `BatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        branches: Sequence[str] = BRANCHES,
+        **factory,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        if len(branches) < 2 or len(set(branches)) != len(branches):
+            raise UserError(f"branches={tuple(branches)}: expected at least two different names")
+        self.branches = tuple(branches)
+        for name in self.branches[:-1]:
+            self.add_module(name, nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, **factory))
+
+    def branch_set(self, name: str) -> nn.BatchNorm2d:
+        if name not in self.branches:
+            raise UserError(f"unknown BatchNorm branch {name!r}: this model has {', '.join(self.branches)}")
+        return self if name == self.branches[-1] else getattr(self, name)
+
+
+class BatchNorm1d(BatchNorm2d):
+    """`BatchNorm2d` for [B, C] or [B, C, L] input."""
+
+    _ndims = (2, 3)
+
+
+class BatchNorm3d(BatchNorm2d):
+    """`BatchNorm2d` for [B, C, D, H, W] input."""
+
+    _ndims = (5,)
+
+
+class SplitBatchNorm1d(SplitBatchNorm2d):
+    """`SplitBatchNorm2d` for [B, C] or [B, C, L] input."""
+
+    _ndims = (2, 3)
+
+
+class SplitBatchNorm3d(SplitBatchNorm2d):
+    """`SplitBatchNorm2d` for [B, C, D, H, W] input."""
+
+    _ndims = (5,)
+
+
+_PLAIN = {2: BatchNorm2d, 1: BatchNorm1d, 3: BatchNorm3d}
+_SPLIT = {2: SplitBatchNorm2d, 1: SplitBatchNorm1d, 3: SplitBatchNorm3d}
+
+
+def split_batchnorm(model: nn.Module, branches: Sequence[str] = BRANCHES) -> nn.Module:
+    """Give every BatchNorm layer of `model` one parameter set per branch, all starting from the layer's own.
+
+    Works in place on any network (timm's and torchvision's too) and returns it; a network that is itself one
+    BatchNorm layer comes back as a new module. Layers that are split already stay as they are.
+
+    Raises: UserError when there is no BatchNorm layer, or one of a kind whose forward is unknown.
+    Source: Waseda et al., ICLR 2025 (split BatchNorm).
+    """
+    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} has no BatchNorm layer to split: use a network with BatchNorm, or turn "
+            "splitting off (--defense.split_bn false)"
+        )
+    return _convert(model, lambda m: not isinstance(m, SplitBatchNorm2d), lambda m: _rebuilt(m, branches))
+
+
+def grouped_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace plain `nn.BatchNorm*d` by this module's fused, sub-batch-aware form; parameters and keys stay.
+
+    Needed before a concatenated [clean; adv] batch goes through a network with shared BatchNorm, because plain
+    BatchNorm would mix the statistics of the two parts. In place; returns the model.
+    """
+    return _convert(model, lambda m: not isinstance(m, BatchNorm2d), lambda m: _rebuilt(m, None))
+
+
+def single_branch(model: nn.Module, name: str = "adv") -> nn.Module:
+    """Return a deep copy whose split layers are replaced by the fused ordinary form holding branch `name` alone."""
+    model = copy.deepcopy(model)
+    return _convert(model, lambda m: isinstance(m, SplitBatchNorm2d), lambda m: _rebuilt(m, None, name))
+
+
+@contextmanager
+def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    """Choose which BatchNorm set normalises the batch, for every layer of `model`, inside a `with` block.
+
+    `branch(model, "adv")`: the whole batch uses "adv". `branch(model, "clean", "adv")`: the batch is [clean; adv],
+    2B rows, first half "clean". In a network with shared BatchNorm the names only divide the batch. Nothing happens
+    in a network without such layers.
+
+    Args:
+        groups: branch names, one per equal part of the batch.
+        updates: order in which running statistics are updated after a train-mode forward, a subset of `groups`
+            that may repeat; default: `groups`. `()` leaves them untouched (batch statistics, frozen running ones).
+
+    Running-statistic updates take effect, in order, when the block ends.
+    Raises: UserError for an unknown branch name.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
+    before = [(m._groups, m._updates, m._pending) for m in layers]
+    pending: list = []
+    for m in layers:
+        for name in groups:
+            m.branch_set(name)
+        m._groups, m._updates, m._pending = groups, None if updates is None else tuple(updates), pending
+    try:
+        yield model
+    finally:
+        for m, state in zip(layers, before, strict=True):
+            m._groups, m._updates, m._pending = state
+        _apply_updates(pending)
+
+
+def branches_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the branch names of a split model, or () when no layer is split."""
+    for m in model.modules():
+        if isinstance(m, SplitBatchNorm2d):
+            return m.branches
+    return ()
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Choose "auto", "triton" or "plain" for every BatchNorm layer of this module's kind."""
+    for m in model.modules():
+        if isinstance(m, BatchNorm2d):
+            m.backend = backend
+
+
+def _stack(sets: list[nn.BatchNorm2d], name: str, x: Tensor) -> Tensor:
+    first = getattr(sets[0], name)
+    if first is None:  # affine=False
+        fill = torch.ones if name == "weight" else torch.zeros
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        return fill(len(sets), x.shape[1], device=x.device, dtype=dtype)
+    if len(sets) == 1:
+        return first[None]
+    if all(s is sets[0] for s in sets):
+        return first.expand(len(sets), -1)
+    return torch.stack([getattr(s, name) for s in sets])
+
+
+@torch.no_grad()
+def _apply_updates(pending: list) -> None:
+    """Move running statistics towards batch ones, all layers at once; emptied as it goes.
+
+    One buffer may be due several updates (shared BatchNorm: clean, then adversarial): they are applied in waves,
+    because a multi-tensor call gives no order between two entries that name the same buffer.
+    """
+    while pending:
+        wave, later, seen = [], [], set()
+        for entry in pending:
+            (later if id(entry[0]) in seen else wave).append(entry)
+            seen.add(id(entry[0]))
+        pending[:] = later
+        torch._foreach_add_([s.num_batches_tracked for s, *_ in wave], 1)
+        by_momentum: dict[float, list] = {}
+        for s, mean, var, unbias in wave:
+            momentum = s.momentum if s.momentum is not None else 1.0 / float(s.num_batches_tracked)
+            by_momentum.setdefault(momentum, []).append((s, mean, var, unbias))
+        for momentum, entries in by_momentum.items():
+            means = [mean.to(s.running_mean.dtype) for s, mean, _, _ in entries]
+            variances = torch._foreach_mul(
+                [var.to(s.running_var.dtype) for s, _, var, _ in entries], [u for *_, u in entries]
+            )
+            torch._foreach_lerp_([s.running_mean for s, *_ in entries], means, momentum)
+            torch._foreach_lerp_([s.running_var for s, *_ in entries], variances, momentum)
+
+
+def _convert(model: nn.Module, wanted, build) -> nn.Module:
+    if isinstance(model, _BatchNorm):
+        return build(model) if wanted(model) else model
+    for name, child in model.named_children():
+        new = _convert(child, wanted, build)
+        if new is not child:
+            setattr(model, name, new)
+    return model
+
+
+def _rebuilt(old: nn.Module, branches: Sequence[str] | None, source: str | None = None) -> nn.Module:
+    """Build our form of BatchNorm layer `old`; parameters move (the same objects), extra branches are copies."""
+    if isinstance(old, nn.SyncBatchNorm) or not isinstance(old, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        raise UserError(f"cannot convert a {type(old).__name__} layer: use nn.BatchNorm1d, 2d or 3d")
+    ours = isinstance(old, BatchNorm2d)
+    own_forward = type(old).forward not in (nn.BatchNorm2d.forward, _BatchNorm.forward)
+    if not ours and own_forward and not hasattr(old, "act"):
+        raise UserError(
+            f"cannot convert {type(old).__name__}: its forward does more than BatchNorm; use nn.BatchNorm2d there"
+        )
+    dims = (
+        {(2, 3): 1, (5,): 3}.get(old._ndims, 2)
+        if ours
+        else {nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}.get(
+            next(c for c in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(old, c)), 2
+        )
+    )
+    held = old.branch_set(source) if source else old
+    args = (old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    if branches is None:
+        new = _PLAIN[dims](*args)
+    else:
+        new = _SPLIT[dims](*args, branches=branches)
+        reference = held.running_mean if held.running_mean is not None else held.weight
+        if reference is not None:
+            new.to(device=reference.device, dtype=reference.dtype)
+        for name in branches[:-1]:
+            part = getattr(new, name)
+            part.load_state_dict({k: v for k, v in held.state_dict().items() if "." not in k})
+            for p in part.parameters():
+                p.requires_grad_(held.weight.requires_grad)
+    for name in ("weight", "bias"):
+        if getattr(held, name) is not None:
+            setattr(new, name, getattr(held, name))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        if getattr(held, name) is not None:
+            new.register_buffer(name, getattr(held, name))
+    new.drop = getattr(old, "drop", None)
+    new.act = getattr(old, "act", None)
+    if ours:
+        new.backend = old.backend
+    return new.train(old.training)

@@ -1,0 +1,235 @@
+"""The command line: parse, call one function, exit code. 0 done, 1 stopped while running, 2 a mistake to mend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fastarat.errors import UserError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with the nearest known flag."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, rest = super().parse_known_args(args, namespace)
+        for flag in rest:
+            if flag.startswith("-"):
+                known = [s for a in self._actions for s in a.option_strings]
+                raise UserError(f"unknown flag {flag}{nearest(flag.split('=')[0], known)} (see {self.prog} --help)")
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r} (see {self.prog} --help)")
+        return namespace, rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code; prints a person's mistake as one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        from fastarat.train import Diverged
+
+        print(f"fastarat: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Diverged) else 2
+    except KeyboardInterrupt:
+        print("fastarat: interrupted; `fastarat train --resume RUN` continues after the last epoch", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = _Parser(prog="fastarat", description="Fast, faithful adversarial training, built around AR-AT.")
+    from fastarat import __version__
+
+    parser.add_argument("--version", action="version", version=f"fastarat {__version__}")
+    commands = {
+        "train": (_train, "train a network (default: AR-AT on digits)"),
+        "eval": (_eval, "clean, PGD and AutoAttack accuracy of a run or checkpoint"),
+        "report": (_report, "curves, example images and tables of runs, as HTML with PNGs"),
+        "data": (_data, "describe a data set, or write it as .beton"),
+        "doctor": (_doctor, "what this machine will use, and why not the rest"),
+    }
+    known = "\n".join(f"  {name:<8} {text}" for name, (_, text) in commands.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"commands:\n{known}\n\nfastarat COMMAND --help shows a command's flags."
+    if not argv or argv[0] in ("-h", "--help", "--version"):
+        if not argv:
+            parser.print_help()
+            return 0
+        parser.parse_args(argv)
+    name, rest = argv[0], argv[1:]
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)} Known: {', '.join(commands)}.")
+    run, text = commands[name]
+    return run(_Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
+
+
+def _train(parser: _Parser, argv: list[str]) -> int:
+    from fastarat import config as c
+    from fastarat.train import train
+
+    # The defense decides which --defense.* flags exist, so its name is looked up before the flags are made.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--defense")
+    early.add_argument("--config")
+    try:
+        first, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    from_file = c.read_yaml(first.config) if first.config else {}
+    named = from_file.get("defense", {}) if isinstance(from_file, dict) else {}
+    named = named.get("name", "ar-at") if isinstance(named, dict) else str(named)
+    kind = c.resolve_defense(first.defense or named)
+
+    parser.add_argument("--config", metavar="FILE", help="YAML with the same names; flags win over it")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder after its last checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    c.add_flags(parser, c.Config)
+    c.add_flags(parser, kind, "defense.")
+    flags = vars(parser.parse_args(argv))
+    resume, quiet, _ = flags.pop("resume"), flags.pop("quiet"), flags.pop("config")
+    given = c.nest(flags)
+    if resume:
+        if from_file:
+            raise UserError("--resume uses the run's saved config: leave --config out")
+        result = train(resume=resume, overrides=given, progress=not quiet)
+    else:
+        result = train(c.from_dict(c.merge(from_file, given), source=first.config or "flags"), progress=not quiet)
+    if not quiet:
+        print(f"done: {result.run}. Next: fastarat eval {result.run} --attack clean,pgd-20,autoattack")
+    return 0
+
+
+def _eval(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.config import check_epsilon, coerce
+    from fastarat.data import load_dataset
+    from fastarat.evaluate import evaluate, parse_attacks
+    from fastarat.train import load_run, pick_device
+
+    parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
+    parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
+                        "autoattack, apgd-ce, apgd-t, fab-t, square (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--weights", default="last", choices=("last", "best", "swa"), help="of a run folder (default: last)"
+    )
+    parser.add_argument("--epsilon", help="pixel units, such as 8/255 (default: the run's)")
+    parser.add_argument("--step-size", help="of PGD, pixel units (default: epsilon / 4)")
+    parser.add_argument("--norm", choices=("linf", "l2"), help="default: the run's")
+    parser.add_argument("--limit", type=int, help="evaluate this many test images, evenly through the set")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
+    parser.add_argument("--branch", default="adv", help="BatchNorm branch (default: adv, as published numbers)")
+    parser.add_argument("--dataset", help="default: the run's")
+    parser.add_argument("--data-dir", help="default: the run's")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 (recorded with the result)")
+    parser.add_argument("--out", help="JSON to write (default: eval.json in the run folder)")
+    args = parser.parse_args(argv)
+    for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: expected 1 or more")
+    parse_attacks(args.attack)
+    device = pick_device(args.device)
+    model, meta, config = load_run(args.run, args.weights)
+    norm = args.norm or meta["norm"]
+    epsilon = coerce(args.epsilon, float, "--epsilon", "flags") if args.epsilon else meta["epsilon"]
+    check_epsilon("--epsilon", epsilon, norm)
+    step_size = coerce(args.step_size, float, "--step-size", "flags") if args.step_size else None
+    if config is None and not args.dataset:
+        raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
+    dataset = load_dataset(
+        args.dataset or config.dataset,
+        data_dir=args.data_dir or (config.data_dir if config else "data"),
+        val_images=config.eval.val_images if config and not args.dataset else None,
+        image_size=config.image_size if config else None,
+    )
+    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
+        raise UserError(
+            f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
+            f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
+        )
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    result = evaluate(
+        model.to(device), dataset.test, args.attack, epsilon=epsilon, step_size=step_size, norm=norm, limit=args.limit,
+        batch_size=args.batch_size, seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
+    )  # fmt: skip
+    where = (
+        Path(args.out)
+        if args.out
+        else folder / ("eval.json" if args.weights == "last" else f"eval-{args.weights}.json")
+    )
+    result.save(where)
+    print(f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}), {dataset.name} test set")
+    print(result.table())
+    print(f"saved: {where}")
+    return 0
+
+
+def _report(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.report import report
+    from fastarat.train import pick_device
+
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", help="folder to write (default: report/ in the first run)")
+    parser.add_argument("--images", type=int, default=8, help="test images in the grid (default: 8)")
+    parser.add_argument("--data-dir", default="data", help="default: data")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    args = parser.parse_args(argv)
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
+    where = report(
+        [Path(run) for run in args.runs],
+        out,
+        num_images=args.images,
+        device=pick_device(args.device),
+        data_dir=args.data_dir,
+    )
+    print(f"wrote {where}")
+    return 0
+
+
+def _data(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.data import info, prepare
+
+    parser.add_argument("action", choices=("info", "prepare"), help="info: describe; prepare: write .beton with FFCV")
+    parser.add_argument("dataset", help="name, image folder, archive or .beton folder")
+    parser.add_argument("--out", help="folder to write (prepare)")
+    parser.add_argument("--data-dir", default="data", help="downloads and caches (default: data)")
+    parser.add_argument("--write-mode", default="raw", help="raw (lossless) or jpg (default: raw)")
+    parser.add_argument("--image-size", type=int, help="resize image folders to this many pixels")
+    args = parser.parse_args(argv)
+    if args.action == "info":
+        print(json.dumps(info(args.dataset, data_dir=args.data_dir, image_size=args.image_size), indent=2))
+        return 0
+    if not args.out:
+        raise UserError("data prepare needs --out FOLDER, where train.beton and test.beton go")
+    where = prepare(
+        args.dataset, args.out, data_dir=args.data_dir, write_mode=args.write_mode, image_size=args.image_size
+    )
+    print(f"wrote {where}. Next: fastarat train --dataset {where}")
+    return 0
+
+
+def _doctor(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.doctor import diagnose, render
+    from fastarat.train import pick_device
+
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    args = parser.parse_args(argv)
+    print(render(diagnose(pick_device(args.device))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

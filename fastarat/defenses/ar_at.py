@@ -1,0 +1,172 @@
+"""AR-AT: asymmetric representation regularisation with split BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastarat.attacks import Attacked, random_start
+from fastarat.defenses.base import Defense, Run, Views
+from fastarat.losses import Align, Distance, ar_at_invariance
+from fastarat.models import Network, Taps, forward_with_features, tap_names
+
+
+class Predictor(nn.Module):
+    """Linear(d, d/4, no bias), BatchNorm1d, ReLU, Linear(d/4, d); always in train mode, unused at test.
+
+    forward: float [B, d] -> float [B, d]. Source: Waseda et al., ICLR 2025, released code.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = max(1, int(0.25 * width))
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+class Balance(nn.Module):
+    """Holds the loss weights a (adversarial) and b (clean) on the device, where a captured step reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("adv", torch.ones(()))
+        self.register_buffer("clean", torch.ones(()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARAT(Defense):
+    """L = a CE(f_A(x'), y) + b CE(f_N(x), y) + gamma/|S| sum_l D(h_l(z'_l), sg z_l).
+
+    f_A and f_N share convolutions and classifier and differ in their BatchNorm sets. a = acc^q and b = (1 - acc)^q,
+    acc being the clean branch's accuracy on about 1000 augmented training images before each epoch.
+
+    Source: Waseda, Chang and Echizen, ICLR 2025 (arXiv 2402.14648); defaults are the released code's.
+    """
+
+    name: ClassVar[str] = "ar-at"
+    formula: ClassVar[str] = "a CE(f_A(x'), y) + b CE(f_N(x), y) + gamma/|S| sum_l D(h_l(z'_l), sg z_l)"
+    attack_bn: ClassVar[str] = "train"
+    needs_clean: ClassVar[bool] = True
+
+    gamma: float | None = field(
+        default=None, metadata={"help": "total invariance weight (default: the network's, 30; 100 for WRN)"}
+    )
+    layers: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "aligned layers (default: the network's); 'penultimate' for one layer"}
+    )
+    align: Align = field(default="x->y", metadata={"help": "which side moves, and where the gradient stops"})
+    metric: Distance = field(default="cos", metadata={"help": "feature distance"})
+    predictor_adv: bool = field(default=True, metadata={"help": "predictor on adversarial features"})
+    predictor_clean: bool = field(default=False, metadata={"help": "predictor on clean features"})
+    shared_predictor: bool = field(default=False, metadata={"help": "one predictor for both sides"})
+    split_bn: bool = field(default=True, metadata={"help": "one BatchNorm set per branch"})
+    balance: Literal["auto", "fixed"] = field(
+        default="auto", metadata={"help": "a, b from the clean branch's accuracy, or a = b = 1"}
+    )
+    balance_power: float = field(default=1.0, metadata={"help": "q in a = acc^q, b = (1 - acc)^q"})
+    center: Literal["noisy", "clean"] = field(
+        default="noisy",
+        metadata={
+            "help": "centre of the attack and input of the clean branch: the image plus uniform noise (released "
+            "code, up to 2 epsilon from the image) or the image itself (the paper)"
+        },
+    )
+    relu: bool = field(default=True, metadata={"help": "ReLU on tapped features"})
+    pool: bool = field(default=True, metadata={"help": "global average pooling of tapped features"})
+
+    @property
+    def splits(self) -> bool:
+        return self.split_bn
+
+    def _noisy(self, norm: str) -> bool:
+        # The released L2 path goes through a third-party attack that copies its input: no aliasing there.
+        return self.center == "noisy" and norm == "linf"
+
+    def start_kind(self, norm: str) -> str:
+        if norm == "l2":
+            return "l2"
+        return "none" if self._noisy(norm) else "uniform-unclamped"
+
+    def bn_mode(self, norm: str) -> str:
+        return "eval" if norm == "l2" else self.attack_bn
+
+    def describe(self, norm: str) -> dict[str, str]:
+        centre = (
+            "noisy (x + U(-eps, eps), as released: training images lie up to 2 epsilon from the data)"
+            if self._noisy(norm)
+            else "clean (x itself, the threat model as written)"
+        )
+        return {"center": centre, "split BatchNorm": "on (clean, adv)" if self.split_bn else "off (shared)"}
+
+    def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
+        layers = self.layers or tap_names(model)
+        taps = Taps(layers, self.relu, self.pool)
+        mode = model.training
+        with torch.no_grad():
+            forward_with_features(model.eval(), example, taps)
+        model.train(mode)
+        widths = [z.shape[1] for z in taps.ordered()]
+        built = nn.ModuleDict({"balance": Balance()})
+        if self.predictor_adv or self.shared_predictor:
+            built["predictor_adv"] = nn.ModuleList([Predictor(d) for d in widths])
+        if self.predictor_clean and not self.shared_predictor:
+            built["predictor_clean"] = nn.ModuleList([Predictor(d) for d in widths])
+        gamma = self.gamma
+        if gamma is None:
+            gamma = model.invariance_weight if isinstance(model, Network) else 30.0
+        built["balance"].register_buffer("gamma", torch.tensor(float(gamma)))
+        return built
+
+    def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
+        if not self._noisy(norm):
+            return images
+        return random_start(images, epsilon=epsilon, kind="uniform-unclamped", generator=generator)
+
+    def before_epoch(self, companions: nn.ModuleDict, probe: Callable[[str, int], Tensor], epoch: int) -> None:
+        if self.balance == "auto":
+            accuracy = probe("clean", 1000)
+            companions["balance"].adv.copy_(accuracy**self.balance_power)
+            companions["balance"].clean.copy_((1 - accuracy) ** self.balance_power)
+
+    def forward(
+        self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
+    ) -> Views:
+        logits, features = run(
+            torch.cat([images, attacked.images]),
+            "clean",
+            "adv",
+            layers=self.layers or tap_names(run.model),
+            relu=self.relu,
+            pool=self.pool,
+        )
+        clean, adv = logits.chunk(2)
+        halves = [z.float().chunk(2) for z in features]
+        z_clean, z_adv = tuple(h[0] for h in halves), tuple(h[1] for h in halves)
+        h_adv = companions["predictor_adv"] if "predictor_adv" in companions else [None] * len(z_adv)
+        if self.shared_predictor:
+            h_clean = h_adv
+        else:
+            h_clean = companions["predictor_clean"] if "predictor_clean" in companions else [None] * len(z_adv)
+        distances = [
+            ar_at_invariance(a, c, distance=self.metric, align=self.align, predictor=p, predictor_clean=q)
+            for a, c, p, q in zip(z_adv, z_clean, h_adv, h_clean, strict=True)
+        ]
+        weights = companions["balance"]
+        extra = {"distances": torch.stack(distances), "a": weights.adv, "b": weights.clean, "gamma": weights.gamma}
+        return Views(labels, clean, adv, z_clean, z_adv, None, run.num_steps, run.progress, extra)
+
+    def loss(self, views: Views) -> dict[str, Tensor]:
+        return {
+            "ce_adv": views.extra["a"] * F.cross_entropy(views.logits_adv.float(), views.labels),
+            "ce_clean": views.extra["b"] * F.cross_entropy(views.logits_clean.float(), views.labels),
+            "invariance": views.extra["gamma"] * views.extra["distances"].mean(),
+        }

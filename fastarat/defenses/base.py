@@ -1,0 +1,137 @@
+"""What a defense is: hyper-parameters, how it attacks, and a loss. One class, one file, about thirty lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastarat.attacks import Attacked, random_start
+
+
+class Views(NamedTuple):
+    """What a loss sees: tensors only, so that it can be compiled whole and worked out by hand.
+
+    labels: int64 [B]. logits_clean, logits_adv: float [B, K] or None. features_clean, features_adv: tuples of
+    float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float32 in [0, 1], share of the run
+    that is done. extra: further tensors of the defense, by name.
+    """
+
+    labels: Tensor
+    logits_clean: Tensor | None = None
+    logits_adv: Tensor | None = None
+    features_clean: tuple[Tensor, ...] = ()
+    features_adv: tuple[Tensor, ...] = ()
+    kappa: Tensor | None = None
+    num_steps: int = 0
+    progress: Tensor | None = None
+    extra: dict[str, Tensor] = {}
+
+
+class Run(Protocol):
+    """The engine's forward: BN branch, autocast and taps are its business, not the defense's.
+
+    run(images, "adv") -> (logits [B, K], features); run(torch.cat([clean, adv]), "clean", "adv") processes both
+    halves in one forward, each normalised by its own statistics. `layers` names the features wanted.
+    """
+
+    model: nn.Module
+    num_steps: int
+    progress: Tensor
+
+    def __call__(
+        self,
+        images: Tensor,
+        *branches: str,
+        layers: tuple[str, ...] = (),
+        relu: bool = True,
+        pool: bool = True,
+        updates: tuple[str, ...] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense:
+    """Base of every defense; the fields of a subclass are its hyper-parameters, with the paper's defaults.
+
+    A subclass sets the class constants that differ, and writes `loss`. State lives only in the modules returned by
+    `companions` (as parameters or buffers): it is then checkpointed, moved and seen by the compiled loss.
+    """
+
+    name: ClassVar[str] = ""
+    objective: ClassVar[str] = "ce"
+    """What the attack maximises: "ce" or "kl" (against the clean logits)."""
+    attack_bn: ClassVar[str] = "eval"
+    """BN during the attack: "eval"; "train" (running statistics move too); "train-frozen"."""
+    start: ClassVar[str] = "uniform"
+    """Random start of the attack, as in `attacks.random_start`."""
+    attacks: ClassVar[bool] = True
+    """False for standard training: no attack at all."""
+    needs_clean: ClassVar[bool] = False
+    """The training forward takes [clean; adv] rather than adv alone."""
+    counts_kappa: ClassVar[bool] = False
+    formula: ClassVar[str] = ""
+    """The loss in one line, for the run card."""
+    recipe: ClassVar[str] = "arat"
+    """Name of the schedule in `fastarat.schedules` used when none is asked for."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether the network gets one BatchNorm set per branch."""
+        return False
+
+    def start_kind(self, norm: str) -> str:
+        """Return the random start for this norm."""
+        return "l2" if norm == "l2" else self.start
+
+    def bn_mode(self, norm: str) -> str:
+        """Return the BN mode of the attack for this norm."""
+        return self.attack_bn
+
+    def describe(self, norm: str) -> dict[str, str]:
+        """Lines this defense adds to the run card."""
+        return {}
+
+    def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
+        """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1]."""
+        return nn.ModuleDict()
+
+    def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
+        """Return the batch this defense calls clean: centre of the attack and input of the clean branch."""
+        return images
+
+    def before_epoch(self, companions: nn.ModuleDict, probe: Callable[[str, int], Tensor], epoch: int) -> None:
+        """Prepare an epoch (1-based). probe(branch, n): accuracy (0-d float32) in eval mode on n fresh training images."""
+
+    def forward(
+        self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
+    ) -> Views:
+        """Run the training forward(s) and collect what `loss` needs. images: float32 [B, C, H, W] from `inputs`."""
+        if attacked is None:
+            logits, _ = run(images, "adv")
+            return Views(labels, logits_clean=logits, num_steps=run.num_steps, progress=run.progress)
+        if not self.needs_clean:
+            logits, _ = run(attacked.images, "adv")
+            return Views(
+                labels, logits_adv=logits, kappa=attacked.kappa, num_steps=run.num_steps, progress=run.progress
+            )
+        logits, _ = run(torch.cat([images, attacked.images]), "clean", "adv")
+        clean, adv = logits.chunk(2)
+        return Views(labels, clean, adv, kappa=attacked.kappa, num_steps=run.num_steps, progress=run.progress)
+
+    def loss(self, views: Views) -> dict[str, Tensor]:
+        """Return the named terms, already weighted; their sum is minimised, each one is logged."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(self, views) -> dict of scalar terms")
+
+    def backward(self, terms: dict[str, Tensor], model: nn.Module, scale: Callable[[Tensor], Tensor]) -> None:
+        """Accumulate gradients. `scale` multiplies by the fp16 loss scale (identity otherwise)."""
+        scale(sum(terms.values())).backward()
+
+    def after_step(self, companions: nn.ModuleDict, model: nn.Module, step: Tensor) -> None:
+        """Follow an optimiser step. step: 0-d int64, steps done so far."""
+
+
+__all__ = ["Attacked", "Defense", "Run", "Views", "random_start"]

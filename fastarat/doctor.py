@@ -1,0 +1,303 @@
+"""What this machine will use, and for everything it will not: the reason and the mend (`fastarat doctor`)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+Status = Literal["used", "not used", "missing"]
+
+APEX_MEND = (
+    "clone https://github.com/NVIDIA/apex and there run "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
+)
+FFCV_MEND = (
+    "apt-get install libopencv-dev libturbojpeg0-dev pkg-config (Debian, Ubuntu), then pip install 'fastarat[ffcv]'"
+)
+
+
+class Check(NamedTuple):
+    """One part of the machine: "used", "not used" (broken, or not for this device), "missing" (not installed).
+
+    detail: version and what it does here, or the reason it is not used. mend: what to do about it, or "".
+    """
+
+    name: str
+    status: Status
+    detail: str
+    mend: str = ""
+
+
+def diagnose(device: torch.device | str | None = None) -> list[Check]:
+    """Return one check per optional speed-up and tool; a broken package is reported, never raised.
+
+    device: the one training would use; default: the first CUDA GPU, else the CPU.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    parts = {
+        "PyTorch": _pytorch,
+        "GPU": _gpu,
+        "Triton kernels": _triton,
+        "CUDA graphs": _cuda_graphs,
+        "bf16 (--amp)": _bf16,
+        "CPU": _cpu,
+        "FFCV": _ffcv,
+        "NVIDIA Apex": _apex,
+        "AutoAttack": _autoattack,
+        "timm": _timm,
+        "TensorBoard": _tensorboard,
+    }
+    checks = []
+    for name, look in parts.items():
+        try:
+            checks.append(Check(name, *look(device)))
+        except Exception as error:  # a doctor that dies of the patient's illness helps nobody
+            checks.append(Check(name, "not used", f"the check itself failed: {_one_line(error)}"))
+    return checks
+
+
+def render(checks: list[Check]) -> str:
+    """Return the checks as aligned plain text, each mend on its own line, and a closing count."""
+    width = max(len(c.name) for c in checks)
+    lines = []
+    for c in checks:
+        lines.append(f"{c.name:<{width}}  {c.status:<8}  {c.detail}")
+        if c.mend:
+            lines.append(f"{'':<{width}}  {'':<8}  -> {c.mend}")
+    counts = [f"{sum(c.status == s for c in checks)} {s}" for s in Status.__args__]
+    lines.append(f"{', '.join(counts)}. Training works without whatever is not used.")
+    return "\n".join(lines)
+
+
+def bf16_support(device: torch.device | str) -> tuple[bool, str]:
+    """Return whether `device` computes bf16 in hardware, and the reason in words.
+
+    Where it does not, `--amp` must stay in float32: emulated bf16 convolutions are many times slower than float32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return False, "no usable CUDA GPU"
+        major, minor = torch.cuda.get_device_capability(device)
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if supported:
+            return True, f"compute capability {major}.{minor} multiplies bf16 in hardware"
+        return False, f"compute capability {major}.{minor} has no bf16 arithmetic (8.0 and newer have)"
+    if device.type == "cpu":
+        sets = _cpu_bf16_sets()
+        if sets:
+            return True, f"the CPU has {' and '.join(sets)}"
+        return False, "the CPU has neither AVX512_BF16 nor AMX, so bf16 would be emulated"
+    return False, f"bf16 training on {device.type} is untested"
+
+
+def _cpu_bf16_sets() -> list[str]:
+    """Return the x86 instruction sets with which oneDNN multiplies bf16."""
+    known = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}
+    report = getattr(torch.cpu, "get_capabilities", None)  # torch >= 2.12
+    if report is not None:
+        found = {name for name, present in report().items() if present is True}
+    else:
+        info = Path("/proc/cpuinfo")
+        text = info.read_text() if info.exists() else ""
+        found = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+    return [label for flag, label in known.items() if flag in found]
+
+
+def _pytorch(device: torch.device) -> tuple[Status, str, str]:
+    return "used", f"{torch.__version__}, Python {platform.python_version()}, training on {device}", ""
+
+
+def _gpu(device: torch.device) -> tuple[Status, str, str]:
+    if torch.cuda.is_available():
+        shown = torch.cuda.get_device_properties(device if device.type == "cuda" else 0)
+        detail = (
+            f"{shown.name}, compute capability {shown.major}.{shown.minor}, "
+            f"{shown.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, {torch.cuda.device_count()} in all"
+        )
+        if device.type == "cuda":
+            return "used", detail, ""
+        return "not used", f"{detail}; this run is on {device}", "leave --device out, or give --device cuda"
+    if torch.version.cuda is None:
+        return (
+            "not used",
+            "this PyTorch was built without CUDA",
+            "on a machine with an NVIDIA GPU, install PyTorch's CUDA build (pytorch.org/get-started)",
+        )
+    return (
+        "not used",
+        f"PyTorch was built for CUDA {torch.version.cuda} but finds no usable GPU",
+        "check that nvidia-smi lists one, that its driver supports this CUDA, and CUDA_VISIBLE_DEVICES",
+    )
+
+
+def _triton(device: torch.device) -> tuple[Status, str, str]:
+    from fastarat.kernels import why_not_triton
+
+    reason = why_not_triton(device)
+    version = _version("triton")
+    if reason is None:
+        return "used", f"{version}: split BatchNorm and the PGD update are fused", ""
+    if device.type != "cuda":
+        return "not used", reason, "run on an NVIDIA GPU; on a CPU the plain PyTorch twins are the fast way"
+    return ("not used" if version else "missing"), reason, "pip install 'triton>=3.6' (Linux)"
+
+
+def _cuda_graphs(device: torch.device) -> tuple[Status, str, str]:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return (
+            "used",
+            "captured once and replayed: the attack, and the whole step where the defense allows",
+            "",
+        )
+    return "not used", f"{device.type} has no CUDA graphs: steps run eagerly", "run on an NVIDIA GPU"
+
+
+def _bf16(device: torch.device) -> tuple[Status, str, str]:
+    supported, reason = bf16_support(device)
+    if device.type == "cpu":
+        reason += f"; here a bf16 convolution takes {_bf16_slowdown():.1f} times as long as a float32 one"
+    if supported:
+        return "used", reason, ""
+    return "not used", f"{reason}; --amp stays in float32", "a GPU of compute capability 8.0 or newer has it"
+
+
+def _bf16_slowdown() -> float:
+    """Return the time of one small bf16 convolution in units of the float32 one (best of three each)."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.rand(8, 32, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.rand(32, 32, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+        walls = []
+        for _ in range(4):  # the first one chooses and prepares the kernel
+            began = time.perf_counter()
+            F.conv2d(x, weight, padding=1)
+            walls.append(time.perf_counter() - began)
+        best[dtype] = min(walls[1:])
+    return best[torch.bfloat16] / best[torch.float32]
+
+
+def _cpu(device: torch.device) -> tuple[Status, str, str]:
+    threads, cores = torch.get_num_threads(), _cores()
+    detail = (
+        f"{threads} threads on {cores} cores, {torch.backends.cpu.get_cpu_capability()}; "
+        "weights and images are channels-last"
+    )
+    if threads > cores:
+        return "used", detail, f"more threads than cores slow each other down: set OMP_NUM_THREADS={cores}"
+    if device.type == "cpu" and threads < cores // 2:
+        return "used", detail, f"most cores are idle: unset OMP_NUM_THREADS, or set it to {cores}"
+    return "used", detail, ""
+
+
+def _cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ffcv(device: torch.device) -> tuple[Status, str, str]:
+    module, problem = _try_import("ffcv")
+    if module is not None:
+        return (
+            "used",
+            f"{_version('ffcv', module)}: streams .beton files and sets too large for the device",
+            "",
+        )
+    return _absent("ffcv", f"{problem}; the resident loader keeps the data set on the device", FFCV_MEND)
+
+
+def _apex(device: torch.device) -> tuple[Status, str, str]:
+    instead = "PyTorch's fused SGD is used"
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return (
+            "missing",
+            f"not installed; {instead}",
+            (APEX_MEND if device.type == "cuda" else "nothing to do on a CPU: FusedSGD needs CUDA"),
+        )
+    # The name on the public package index belongs to another project, which has no optimizers.
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    if not any((folder / "optimizers").exists() or (folder / "optimizers.py").exists() for folder in folders):
+        return (
+            "not used",
+            f"the installed 'apex' is another project (it has no apex.optimizers.FusedSGD); {instead}",
+            f"pip uninstall apex, then {APEX_MEND}",
+        )
+    module, problem = _try_import("apex.optimizers")
+    if module is None or not hasattr(module, "FusedSGD"):
+        return "not used", f"{problem or 'apex.optimizers has no FusedSGD'}; {instead}", APEX_MEND
+    applier, problem = _try_import("apex.multi_tensor_apply")
+    if applier is None or not applier.multi_tensor_applier.available:
+        return "not used", f"{problem or 'installed without its CUDA extensions'}; {instead}", APEX_MEND
+    if device.type != "cuda":
+        return "not used", f"FusedSGD runs on CUDA only; {instead}", "run on an NVIDIA GPU"
+    return "used", f"{_version('apex')}: FusedSGD", ""
+
+
+def _autoattack(device: torch.device) -> tuple[Status, str, str]:
+    problems = []
+    for name in ("pyautoattack", "autoattack"):
+        module, problem = _try_import(name)
+        if module is not None:
+            return "used", f"{_version(name, module)} ({name}), the authors' code", ""
+        problems.append((name, problem))
+    broken = [f"{name} {problem}" for name, problem in problems if problem != "not installed"]
+    mend = "pip install pyautoattack"
+    if broken:
+        return "not used", "; ".join(broken), f"{mend} --force-reinstall"
+    return "missing", "not installed; clean and PGD accuracy still work", mend
+
+
+def _timm(device: torch.device) -> tuple[Status, str, str]:
+    module, problem = _try_import("timm")
+    if module is not None:
+        return "used", f"{_version('timm', module)}: --model timm:NAME", ""
+    mend = "pip install 'fastarat[timm]'; torch and torchvision must be builds of the same release"
+    return _absent("timm", f"{problem}; the built-in networks need nothing", mend)
+
+
+def _tensorboard(device: torch.device) -> tuple[Status, str, str]:
+    module, problem = _try_import("torch.utils.tensorboard")
+    if module is not None:
+        return "used", f"{_version('tensorboard')}: RUN/tensorboard", ""
+    return _absent("tensorboard", f"{problem}; metrics.jsonl holds the same numbers", "pip install tensorboard")
+
+
+def _absent(package: str, detail: str, mend: str) -> tuple[Status, str, str]:
+    return ("not used" if _version(package) else "missing"), detail, mend
+
+
+def _try_import(name: str) -> tuple[ModuleType | None, str]:
+    """Return the module, or None and one line that says why not."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            return None, "not installed"
+        return None, f"is installed but fails to import: {_one_line(error)}"
+    except Exception as error:
+        return None, f"is installed but fails to import: {_one_line(error)}"
+
+
+def _version(package: str, module: ModuleType | None = None) -> str:
+    """Return the version of an installed package, or "" when there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return str(getattr(module, "__version__", "of unknown version")) if module is not None else ""
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

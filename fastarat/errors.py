@@ -1,0 +1,22 @@
+"""The one exception a person sees: what was wrong, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the person can mend. The command line prints its text alone and exits with code 2."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the choice most like `name`, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
+    """Build the error for a name that is not one of `choices`, naming the nearest one."""
+    choices = sorted(choices)
+    return UserError(f"unknown {kind} {name!r}{nearest(name, choices)} Known: {', '.join(choices)}.")

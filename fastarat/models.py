@@ -1,0 +1,348 @@
+"""Networks for small images: [0, 1] pixels in, logits out, any normalisation inside.
+
+Key names and layouts are those of the released checkpoints (kuangliu-style ResNets, the WRN of TRADES and AR-AT),
+so that weights travel both ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastarat.batchnorm import BatchNorm2d
+from fastarat.errors import UserError, unknown
+
+PENULTIMATE = "penultimate"
+
+
+class Taps:
+    """Collects pooled intermediate features during one forward (AR-AT's alignment layers).
+
+    Args:
+        layers: names as in the model's `tap_names`, or "penultimate" (the pooled input of the classifier).
+        relu, pool: apply ReLU, then global average pooling, to each tapped tensor, in this order.
+    After the forward, `features` maps each name to a tensor [B, d] (or [B, d, H, W] without pooling).
+    Source: Waseda et al., ICLR 2025, released code (`is_relu`, `is_avg_pool`).
+    """
+
+    def __init__(self, layers: Sequence[str], relu: bool = True, pool: bool = True) -> None:
+        self.layers, self.relu, self.pool = tuple(layers), relu, pool
+        self.features: dict[str, Tensor] = {}
+
+    def record(self, name: str, x: Tensor) -> None:
+        if name in self.layers:
+            if self.relu and name != PENULTIMATE:
+                x = F.relu(x)
+            if self.pool and x.dim() == 4:
+                x = x.mean((2, 3))
+            self.features[name] = x.flatten(1)
+
+    def ordered(self) -> tuple[Tensor, ...]:
+        return tuple(self.features[name] for name in self.layers)
+
+
+def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None) -> Tensor:
+    """BN, optional residual add, ReLU: one fused op unless this layer's BN output itself is tapped."""
+    if taps is None or name not in taps.layers:
+        return bn(x, residual, relu=True)
+    y = bn(x)
+    taps.record(name, y)
+    return F.relu(y if residual is None else y + residual)
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN, plus shortcut, ReLU."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn1 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
+
+    def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
+        out = _norm_relu(self.bn1, self.conv1(x), f"{name}.bn1", taps)
+        return _norm_relu(self.bn2, self.conv2(out), f"{name}.bn2", taps, self.shortcut(x))
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-conv; the 1x1 shortcut (no BN) starts from ReLU(bn1(x)), an identity one from raw x."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+
+    def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
+        out = _norm_relu(self.bn1, x, f"{name}.bn1", taps)
+        residual = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = _norm_relu(self.bn2, self.conv1(out), f"{name}.bn2", taps)
+        return self.conv2(out) + residual
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of WRN; when widths differ ReLU(bn1(x)) feeds both conv1 and the 1x1 shortcut."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+
+    def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
+        out = _norm_relu(self.bn1, x, f"{name}.relu1", taps)
+        residual = x if self.convShortcut is None else self.convShortcut(out)
+        out = _norm_relu(self.bn2, self.conv1(out), f"{name}.relu2", taps)
+        return self.conv2(out) + residual
+
+
+class _Stage(nn.Module):
+    """WRN's key names put the blocks of a stage under `layer`."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(*blocks)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, inside the model so that everything outside stays in pixel units."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """Base of the built-in networks.
+
+    forward(images, taps=None): images float32 [B, C, H, W] in [0, 1] -> logits [B, K].
+    `tap_names`: layers AR-AT aligns by default; `invariance_weight`: AR-AT's total gamma for this network.
+    """
+
+    tap_names: tuple[str, ...] = (PENULTIMATE,)
+    invariance_weight: float = 30.0
+    normalize: nn.Module | None = None
+
+    def _input(self, images: Tensor) -> Tensor:
+        return images if self.normalize is None else self.normalize(images)
+
+    def _logits(self, x: Tensor, classifier: nn.Linear, taps: Taps | None) -> Tensor:
+        pooled = x.mean((2, 3))
+        if taps is not None:
+            taps.record(PENULTIMATE, pooled)
+        return classifier(pooled)
+
+
+class ResNet(Network):
+    """CIFAR ResNet of basic blocks: 3x3 stem without max-pool, one stage per entry of `widths`.
+
+    ResNet-18: widths 64, 128, 256, 512, two blocks a stage, strides 1, 2, 2, 2; 11,173,962 parameters for 10 classes.
+    Source: He et al., CVPR 2016, in the CIFAR form the robustness literature uses. Default PyTorch initialisation.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], blocks: int, strides: Sequence[int], num_classes: int, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = BatchNorm2d(widths[0])
+        planes = widths[0]
+        self.num_stages = len(widths)
+        for i, (width, stride) in enumerate(zip(widths, strides, strict=True), 1):
+            stage = [BasicBlock(planes if b == 0 else width, width, stride if b == 0 else 1) for b in range(blocks)]
+            setattr(self, f"layer{i}", nn.Sequential(*stage))
+            planes = width
+        self.linear = nn.Linear(planes, num_classes)
+        self.tap_names = tuple(f"layer{i}.{b}.bn{k}" for b in range(blocks) for k in (1, 2))
+
+    def forward(self, images: Tensor, taps: Taps | None = None) -> Tensor:
+        x = self.bn1(self.conv1(self._input(images)), relu=True)
+        for i in range(1, self.num_stages + 1):
+            for b, block in enumerate(getattr(self, f"layer{i}")):
+                x = block(x, f"layer{i}.{b}", taps)
+        return self._logits(x, self.linear, taps)
+
+
+class PreActResNet18(Network):
+    """Pre-activation ResNet-18 with a final BN, as in the robust-overfitting and AWP codes; 11,172,170 parameters.
+
+    Source: He et al., ECCV 2016. AR-AT's layers for it are our proposal by analogy (not published).
+    """
+
+    tap_names = ("layer4.0.bn1", "layer4.0.bn2", "layer4.1.bn1", "layer4.1.bn2", "bn")
+
+    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+        planes = 64
+        for i, (width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
+            setattr(self, f"layer{i}", nn.Sequential(PreActBlock(planes, width, stride), PreActBlock(width, width, 1)))
+            planes = width
+        self.bn = BatchNorm2d(planes)
+        self.linear = nn.Linear(planes, num_classes)
+
+    def forward(self, images: Tensor, taps: Taps | None = None) -> Tensor:
+        x = self.conv1(self._input(images))
+        for i in range(1, 5):
+            for b, block in enumerate(getattr(self, f"layer{i}")):
+                x = block(x, f"layer{i}.{b}", taps)
+        return self._logits(_norm_relu(self.bn, x, "bn", taps), self.linear, taps)
+
+
+class WideResNet(Network):
+    """WRN-depth-width for CIFAR (Zagoruyko and Komodakis, BMVC 2016), dropout 0; WRN-34-10: 46,160,474 parameters."""
+
+    def __init__(self, depth: int, widen: int, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        if (depth - 4) % 6:
+            raise UserError(f"WRN depth {depth}: expected 6n + 4, such as 28 or 34")
+        blocks = (depth - 4) // 6
+        planes = 16
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, 1, 1, bias=False)
+        for i, (width, stride) in enumerate(((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)), 1):
+            stage = [WideBlock(planes if b == 0 else width, width, stride if b == 0 else 1) for b in range(blocks)]
+            setattr(self, f"block{i}", _Stage(stage))
+            planes = width
+        self.bn1 = BatchNorm2d(planes)
+        self.fc = nn.Linear(planes, num_classes)
+        self.tap_names = (
+            *(f"block3.layer.{b}.relu{k}" for k in (1, 2) for b in range(blocks)),
+            "avgpool",
+        )
+        self.invariance_weight = 100.0
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, math.sqrt(2.0 / (m.kernel_size[0] ** 2 * m.out_channels)))
+            elif isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def forward(self, images: Tensor, taps: Taps | None = None) -> Tensor:
+        x = self.conv1(self._input(images))
+        for i in range(1, 4):
+            for b, block in enumerate(getattr(self, f"block{i}").layer):
+                x = block(x, f"block{i}.layer.{b}", taps)
+        x = self.bn1(x, relu=True)
+        if taps is not None:
+            taps.record("avgpool", x)
+        return self._logits(x, self.fc, taps)
+
+
+MODELS = {
+    "resnet18": lambda k, c: ResNet((64, 128, 256, 512), 2, (1, 2, 2, 2), k, c),
+    "preactresnet18": lambda k, c: PreActResNet18(k, c),
+    "wrn-34-10": lambda k, c: WideResNet(34, 10, k, c),
+    "resnet-small": lambda k, c: ResNet((32, 64, 128), 1, (1, 2, 2), k, c),
+}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int = 32,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Build a network by name: resnet18, preactresnet18, wrn-34-10, resnet-small, or timm:NAME.
+
+    Args:
+        image_size: H = W of the images; the built-in networks need at least 8.
+        mean, std: per-channel normalisation put inside the model; None for none.
+    Returns: a module mapping float32 [B, C, H, W] in [0, 1] to logits [B, num_classes].
+    Raises: UserError for an unknown name, images too small, or timm not importable.
+    """
+    if name.startswith("timm:"):
+        model = _from_timm(name[5:], num_classes, in_channels)
+    elif name not in MODELS:
+        raise unknown("model", name, [*MODELS, "timm:NAME"])
+    elif image_size < 8:
+        raise UserError(f"images of {image_size}x{image_size} are too small for {name}: at least 8x8 is needed")
+    else:
+        model = MODELS[name](num_classes, in_channels)
+    if (mean is None) != (std is None):
+        raise UserError("normalisation needs both mean and std, or neither")
+    if mean is None:
+        return model
+    normalize = Normalize(mean, std)
+    if isinstance(model, Network):
+        model.normalize = normalize
+        return model
+    return nn.Sequential(normalize, model)
+
+
+def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    try:
+        import timm
+    except Exception as error:  # a timm whose torchvision does not fit torch fails with more than ImportError
+        raise UserError(
+            f"model timm:{name} needs timm, which does not import here ({error}): pip install 'fastarat[timm]'"
+        ) from error
+    if name not in timm.list_models():
+        raise unknown("timm model", name, timm.list_models())
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+
+
+def tap_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the layers AR-AT aligns by default in `model`: a built-in network's own, else the penultimate feature."""
+    return model.tap_names if isinstance(model, Network) else (PENULTIMATE,)
+
+
+def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -> Tensor:
+    """Run `model` once and fill `taps`; networks that are not ours are tapped by hooks on the named modules.
+
+    Returns: logits [B, K]. Raises: UserError naming a layer the model does not have.
+    """
+    if taps is None or isinstance(model, Network):
+        logits = model(images) if taps is None else model(images, taps)
+    else:
+        hooks = [_hook(model, name, taps) for name in taps.layers]
+        try:
+            logits = model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if taps is not None and len(taps.features) < len(taps.layers):
+        missing = next(name for name in taps.layers if name not in taps.features)
+        raise unknown("feature layer", missing, tappable(model))
+    return logits
+
+
+def tappable(model: nn.Module) -> list[str]:
+    """Names `Taps` can collect in `model`."""
+    if isinstance(model, WideResNet):
+        inner = [n.replace(".bn", ".relu") for n, _ in model.named_modules() if ".bn" in n and n.count(".") == 3]
+        return [*inner, "avgpool", PENULTIMATE]
+    if isinstance(model, Network):
+        names = [n for n, m in model.named_modules() if isinstance(m, BatchNorm2d) and "shortcut" not in n]
+        return [n for n in names if n != "bn1"] + [PENULTIMATE]
+    return [n for n, _ in model.named_modules() if n] + [PENULTIMATE]
+
+
+def _hook(model: nn.Module, name: str, taps: Taps):
+    if name == PENULTIMATE:
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise UserError(f"{type(model).__name__} has no nn.Linear, so no penultimate feature: name a layer")
+        return linear[-1].register_forward_pre_hook(lambda m, args: taps.record(PENULTIMATE, args[0]))
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise unknown("feature layer", name, tappable(model))
+    return modules[name].register_forward_hook(lambda m, args, out: taps.record(name, out))

@@ -1,0 +1,622 @@
+"""Training from a Config: data, network, step, schedule, validation, checkpoints, and the card that says which."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastarat.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
+from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.data import (
+    Dataset,
+    Loader,
+    Split,
+    default_augment,
+    derive_seed,
+    load_dataset,
+    make_loader,
+    stratified_indices,
+)
+from fastarat.defenses import Defense
+from fastarat.doctor import bf16_support
+from fastarat.engine import TrainStep
+from fastarat.errors import UserError
+from fastarat.evaluate import evaluate
+from fastarat.kernels import why_not_triton
+from fastarat.models import build_model
+from fastarat.record import RunFolder, load_into, load_weights, write_atomic
+from fastarat.schedules import lr_at, recipe_of
+from fastarat.swa import WeightAverage, averaged_model
+
+_MAY_DIFFER = ("device", "data_dir", "loader", "log_every", "tensorboard", "out")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run leaves. run: its folder. metrics: one dict per epoch. model: the final network (eval mode)."""
+
+    run: Path
+    metrics: list[dict[str, Any]]
+    model: nn.Module
+    config: Config
+
+
+class Diverged(UserError):
+    """A loss term stopped being finite."""
+
+
+def train(
+    config: Config | None = None,
+    *,
+    defense: Defense | None = None,
+    resume: str | Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Result:
+    """Train one network as `config` says, or continue the run in folder `resume`.
+
+    Args:
+        config: default `Config()`: AR-AT on digits.
+        defense: replaces `config.defense`.
+        resume: a run folder; its saved config is used, and the run continues after its last checkpoint, bit for bit
+            on a CPU.
+        overrides: with `resume`, values that may differ from the saved run (device, data_dir, loader, log_every,
+            tensorboard).
+        progress: print the run card, a progress bar (on a terminal) and one line per epoch.
+    Returns: Result.
+    Raises: UserError before any training for every mistake in the config; Diverged when a loss term becomes NaN or
+        infinite, naming the step, the term and the last good checkpoint.
+    """
+    if resume is not None:
+        config = _resumed_config(Path(resume), config, overrides or {})
+    config = config or Config()
+    if defense is not None:
+        config = dataclasses.replace(config, defense=defense)
+    return _Training(config, resume is not None, progress).run()
+
+
+def _resumed_config(run: Path, config: Config | None, overrides: dict[str, Any]) -> Config:
+    if config is not None:
+        raise UserError("resume continues a run with its saved config: give the folder alone")
+    saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else None
+    if saved is None:
+        raise UserError(f"nothing to resume in {run}: it holds no config.yaml")
+    kept = from_dict(saved, source=str(run / "config.yaml"))
+    for key in overrides:
+        if key not in _MAY_DIFFER:
+            raise UserError(
+                f"--resume continues {run} as it was started: {key} cannot change (only {', '.join(_MAY_DIFFER[:-1])} "
+                "may); start another run for that"
+            )
+    return from_dict({**to_dict(kept), **overrides, "out": str(run)}, source=str(run / "config.yaml"))
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises: UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use --device cpu"
+        )
+    return device
+
+
+def resolve(config: Config, dataset: Dataset) -> Config:
+    """Fill what the config leaves to the defense, the recipe and the data, so that the saved form says it all."""
+    recipe_name = config.optim.recipe or config.defense.recipe
+    recipe = recipe_of(recipe_name)
+    size = min(dataset.shape[1:])
+    model = config.model or ("resnet18" if size >= 32 else "resnet-small")
+    optim = dataclasses.replace(
+        config.optim,
+        recipe=recipe_name,
+        lr=recipe.lr if config.optim.lr is None else config.optim.lr,
+        weight_decay=recipe.weight_decay if config.optim.weight_decay is None else config.optim.weight_decay,
+    )
+    name = f"{dataset.name}-{model}-{config.defense.name or type(config.defense).__name__.lower()}"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return dataclasses.replace(
+        config,
+        model=model,
+        epochs=config.epochs or recipe.epochs,
+        out=config.out or f"runs/{name}-seed{config.seed}",
+        precision="bf16" if config.amp and config.precision == "fp32" else config.precision,
+        attack=dataclasses.replace(config.attack, step_size=config.step_size),
+        optim=optim,
+        eval=dataclasses.replace(config.eval, val_images=len(dataset.val)),
+    )
+
+
+def usable_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """Return the precision to run in and why. bf16 or fp16 without hardware support stays in float32."""
+    if precision == "fp32":
+        return "fp32", "float32 (asked for; --amp for bf16)"
+    if precision == "tf32":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+            return "tf32", "TF32 convolutions, float32 elsewhere"
+        return "fp32", "float32: TF32 needs a CUDA GPU of compute capability 8 or more"
+    if precision == "fp16":
+        if device.type == "cuda":
+            return "fp16", "fp16 convolutions with loss scaling; statistics and losses float32"
+        return "fp32", "float32: fp16 training needs a CUDA GPU"
+    able, why = bf16_support(device)
+    if able:
+        return "bf16", "bf16 convolutions; statistics and losses float32"
+    return "fp32", f"float32, because bf16 would be slower here: {why}"
+
+
+def sgd(config: Config, device: torch.device):
+    """Return a function from parameters to the optimiser the config asks for. Raises: UserError without Apex."""
+    options = {
+        "lr": config.optim.lr,
+        "momentum": config.optim.momentum,
+        "weight_decay": config.optim.weight_decay,
+        "nesterov": config.optim.nesterov,
+    }
+    if config.optim.optimizer == "apex":
+        try:
+            from apex.optimizers import FusedSGD
+        except Exception as error:  # the package index's "apex" is another project and fails in its own ways
+            raise UserError(
+                f"optim.optimizer=apex: NVIDIA Apex's FusedSGD does not import ({type(error).__name__}: {error}). Build "
+                "Apex from NVIDIA's source (the package index's `apex` is another project), or use --optim.optimizer torch"
+            ) from error
+        return lambda parameters: FusedSGD(parameters, **options)
+    if config.optim.nesterov and not config.optim.momentum:
+        raise UserError("optim.nesterov needs optim.momentum above 0")
+    return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
+
+
+class _Training:
+    """Holds one run's objects between set-up and the last epoch."""
+
+    def __init__(self, config: Config, resume: bool, progress: bool) -> None:
+        self.progress, self.resume = progress, resume
+        self.device = pick_device(config.device)
+        self.dataset = _limited(
+            load_dataset(
+                config.dataset,
+                data_dir=config.data_dir,
+                val_images=config.eval.val_images,
+                image_size=config.image_size,
+            ),
+            config.limit_train,
+        )
+        self.config = config = resolve(config, self.dataset)
+        self.recipe = recipe_of(config.optim.recipe)
+        self.precision, self.precision_note = usable_precision(config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+            torch.backends.cudnn.benchmark = True
+
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        mean, std = _mean_std(self.dataset.train) if config.normalize else (None, None)
+        channels, size = self.dataset.shape[0], self.dataset.shape[1]
+        model = build_model(
+            config.model,
+            num_classes=len(self.dataset.classes),
+            in_channels=channels,
+            image_size=size,
+            mean=mean,
+            std=std,
+        ).to(self.device)
+        self.step = TrainStep(
+            model,
+            config.defense,
+            torch.empty(2, *self.dataset.shape),
+            optimizer=sgd(config, self.device),
+            epsilon=config.attack.epsilon,
+            step_size=config.step_size,
+            num_steps=config.attack.num_steps,
+            num_restarts=config.attack.num_restarts,
+            norm=config.attack.norm,
+            attack_bn=config.attack.bn,
+            start=config.attack.start,
+            objective=config.attack.objective,
+            precision=self.precision,
+            channels_last=config.channels_last,
+            kernels=config.kernels,
+        )
+        self.augment = default_augment(self.dataset) if config.augment else None
+        self.loader = make_loader(
+            self.dataset.train,
+            batch_size=config.batch_size,
+            device=self.device,
+            kind=config.loader,
+            shuffle=True,
+            seed=derive_seed(config.seed, "order"),
+            augment=self.augment,
+        )
+        self.probe_loader = make_loader(
+            self.dataset.train,
+            batch_size=config.batch_size,
+            device=self.device,
+            kind=config.loader,
+            shuffle=True,
+            seed=derive_seed(config.seed, "probe"),
+            augment=self.augment,
+        )
+        # Batch statistics of a single image are no statistics: a last batch of one is left out.
+        self.steps_per_epoch = len(self.loader) - (len(self.dataset.train) % config.batch_size == 1)
+        if self.steps_per_epoch < 1:
+            raise UserError(f"{len(self.dataset.train)} training image(s): at least 2 are needed")
+        self.average = WeightAverage(self.step.model) if config.swa else None
+        self.meta = {
+            "model": config.model,
+            "num_classes": len(self.dataset.classes),
+            "in_channels": channels,
+            "image_size": size,
+            "normalized": config.normalize,
+            "branches": list(branches_of(self.step.model)),
+            "defense": defense_key(config.defense),
+            "dataset": self.dataset.name,
+            "classes": list(self.dataset.classes),
+            "epsilon": config.attack.epsilon,
+            "norm": config.attack.norm,
+        }
+        self.folder = RunFolder(config.out, resume=resume)
+        self.best: dict[str, Any] = {"epoch": 0, "value": -1.0}
+        self.first_epoch = 1
+        if resume:
+            self._load()
+
+    def run(self) -> Result:
+        config, folder = self.config, self.folder
+        card = self.card()
+        if not self.resume:
+            write_yaml(config, folder.path / "config.yaml")
+        write_atomic(folder.path / "card.txt", lambda p: p.write_text(card + "\n"))
+        if self.progress:
+            print(card, flush=True)
+            if self.first_epoch > config.epochs:
+                print(f"{folder.path} is finished: nothing to do")
+            elif self.resume:
+                print(f"continuing after epoch {self.first_epoch - 1}")
+        writer = self._tensorboard()
+        total = (config.epochs - self.first_epoch + 1) * self.steps_per_epoch
+        bar = tqdm(
+            total=max(total, 0), unit="step", disable=not (self.progress and sys.stderr.isatty()), smoothing=0.05
+        )
+        try:
+            for epoch in range(self.first_epoch, config.epochs + 1):
+                row = self._epoch(epoch, bar)
+                folder.append_metrics(row)
+                for key, value in row.items():
+                    if writer is not None and key != "epoch":
+                        writer.add_scalar(key, value, epoch)
+                value = row.get(self._chosen_by())
+                state = self._state(epoch)
+                if value is not None and value > self.best["value"]:
+                    self.best = state["best"] = {"epoch": epoch, "value": value}
+                    folder.save("best", state, self.meta)
+                folder.save("last", state, self.meta)
+                if self.progress:
+                    tqdm.write(_line(row, config.epochs), file=sys.stdout)
+                    sys.stdout.flush()
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+        if self.average is not None and self.average.count:
+            self._finish_swa()
+        return Result(folder.path, folder.metrics(), self.step.model.eval(), config)
+
+    def _epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
+        config, step = self.config, self.step
+        # Every stream restarts from (seed, epoch), so a resumed run draws what an unbroken one draws.
+        torch.manual_seed(derive_seed(config.seed, "torch", epoch))
+        step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
+        config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
+        log_every = config.log_every or (1 if self.device.type == "cpu" else 50)
+        step.meter.reset()
+        images_seen, started = 0, time.perf_counter()
+        for index, batch in enumerate(self.loader.epoch(epoch)):
+            if index >= self.steps_per_epoch:
+                break
+            lr = lr_at(
+                epoch, index, steps=self.steps_per_epoch, epochs=config.epochs, recipe=self.recipe, lr=config.optim.lr
+            )
+            step.set_lr(lr)
+            done = (epoch - 1) * self.steps_per_epoch + index
+            step.progress.fill_(done / (config.epochs * self.steps_per_epoch))
+            step(batch.images, batch.labels)
+            self._average(epoch, index)
+            images_seen += len(batch.labels)
+            if (index + 1) % log_every == 0 or index + 1 == self.steps_per_epoch:
+                self._check_finite(epoch)
+                rate = images_seen / (time.perf_counter() - started)
+                means = step.meter.read()
+                shown = {k: f"{means[k]:.3f}" for k in ("loss", "clean_acc", "robust_acc") if k in means}
+                bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+                bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
+            bar.update()
+        wall = time.perf_counter() - started
+        row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": images_seen / wall}
+        row |= {f"train/{name}": value for name, value in step.meter.read().items()}
+        if epoch % config.eval.every == 0 or epoch == config.epochs:
+            row |= self._validate()
+        return row
+
+    def _chosen_by(self) -> str:
+        return f"val/robust_acc_pgd{self.config.eval.num_steps}"
+
+    def _validate(self) -> dict[str, float]:
+        if not len(self.dataset.val):
+            return {}
+        result = evaluate(
+            self.step.model,
+            self.dataset.val,
+            f"clean,pgd-{self.config.eval.num_steps}",
+            epsilon=self.config.attack.epsilon,
+            norm=self.config.attack.norm,
+            seed=self.config.seed,
+            batch_size=max(256, self.config.batch_size),
+            device=self.device,
+            progress=False,
+        )
+        return {f"val/{name}": value for name, value in result.accuracy.items()}
+
+    @torch.no_grad()
+    def _probe(self, name: str, count: int, epoch: int) -> Tensor:
+        """Accuracy of branch `name`, eval mode, on the first whole batches of a fresh augmented pass."""
+        model, seen = self.step.model.eval(), 0
+        correct = torch.zeros((), device=self.device)
+        for batch in self.probe_loader.epoch(epoch):
+            with branch(model, name):
+                correct += (model(batch.images).argmax(1) == batch.labels).sum()
+            seen += len(batch.labels)
+            if seen >= count:
+                break
+        model.train()
+        return correct / seen
+
+    def _check_finite(self, epoch: int) -> None:
+        bad = self.step.meter.bad()
+        if bad is None:
+            return
+        index, term = bad
+        last = (
+            f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {epoch - 1})"
+            if (self.folder.path / "last.pt").exists()
+            else "no checkpoint was written yet"
+        )
+        raise Diverged(
+            f"training stopped: loss term {term!r} became NaN or infinite at epoch {epoch}, step {index + 1} of "
+            f"{self.steps_per_epoch}; {last}. A smaller --optim.lr is the usual mend"
+        )
+
+    # --- averaging --------------------------------------------------------------------------------------------------
+
+    def _swa_plan(self) -> tuple[int, int]:
+        """First epoch (1-based) and steps between snapshots."""
+        config, swa = self.config, self.config.swa_config
+        first = math.floor(swa.start * config.epochs) + 1
+        if swa.every is not None:
+            return first, swa.every
+        few = (config.epochs - first + 1) * self.steps_per_epoch < 5 * 500
+        return first, self.steps_per_epoch if few else 500
+
+    def _average(self, epoch: int, index: int) -> None:
+        if self.average is None:
+            return
+        first, every = self._swa_plan()
+        if epoch >= first and (epoch * self.steps_per_epoch + index) % every == 0:
+            self.average.update(self.step.model)
+
+    def _finish_swa(self) -> None:
+        step = self.step
+        step.generator.manual_seed(derive_seed(self.config.seed, "swa"))
+        batches = self.loader.epoch(self.config.epochs + 1)
+        if self.progress:
+            print(f"SWA: re-estimating BatchNorm of the mean of {self.average.count} snapshots", flush=True)
+        model = averaged_model(step, self.average, batches, exact=self.config.swa_config.exact)
+        self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.config.epochs, "swa": True})
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "step": self.step.state_dict(),
+            "best": self.best,
+            "config": to_dict(self.config),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def _load(self) -> None:
+        if not (self.folder.path / "last.pt").exists():
+            # Killed before the first checkpoint: the run starts over, in the same folder.
+            self.folder.truncate_metrics(0)
+            return
+        state = self.folder.load(map_location=self.device)
+        load_into(self.step.model, state["step"]["model"], self.folder.path / "last.pt")
+        self.step.load_state_dict(state["step"])
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+        self.best, self.first_epoch = state["best"], state["epoch"] + 1
+        self.folder.truncate_metrics(state["epoch"])
+
+    def _tensorboard(self):
+        if not self.config.tensorboard:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = self.first_epoch if self.resume else None
+        return SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=purge)
+
+    # --- card -------------------------------------------------------------------------------------------------------
+
+    def card(self) -> str:
+        """The run card: everything a number of this run depends on."""
+        config, step, defense = self.config, self.step, self.config.defense
+        attack, optim = config.attack, config.optim
+        parameters = sum(p.numel() for p in step.model.parameters())
+        rows = {
+            "defense": f"{defense.name or type(defense).__name__}{'' if not defense.formula else f': minimise {defense.formula}'}",
+            **defense.describe(attack.norm),
+        }
+        if defense.attacks:
+            rows |= {
+                "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.objective}, epsilon {pixels(attack.epsilon)}, "
+                f"step {pixels(config.step_size)}"
+                + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
+                "attack start": _START[step.start],
+                "attack BN": _BN[step.attack_bn],
+            }
+        train, val, test = (len(s) for s in (self.dataset.train, self.dataset.val, self.dataset.test))
+        rows |= {
+            "model": f"{config.model}, {parameters:,} parameters, input [0, 1]"
+            + (", normalised inside" if config.normalize else ""),
+            "data": f"{self.dataset.name}: {train:,} train, {val:,} validation (chooses best), {test:,} test, "
+            f"{len(self.dataset.classes)} classes, {'x'.join(map(str, self.dataset.shape))}",
+            **{f"data note {i}": note for i, note in enumerate(self.dataset.notes, 1)},
+            "augmentation": "off" if self.augment is None else f"random crop, zero padding {self.augment.padding}"
+            + (", horizontal flip" if self.augment.flip else ""),
+            "loader": f"{self.loader.kind}: {self.loader.reason}",
+            "schedule": f"{optim.recipe}, {config.epochs} epochs x {self.steps_per_epoch} steps of {config.batch_size}, "
+            f"lr {optim.lr:g}, momentum {optim.momentum:g}, weight decay {optim.weight_decay:g} on everything",
+            "optimiser": "NVIDIA Apex FusedSGD" if optim.optimizer == "apex" else "torch SGD, fused",
+            "precision": self.precision_note,
+            "device": _device_name(self.device) + f", torch {torch.__version__}",
+        }
+        if self.average is not None:
+            first, every = self._swa_plan()
+            rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
+        rows |= self._fast_paths()
+        rows |= {"seed": str(config.seed), "run folder": str(self.folder.path)}
+        width = max(map(len, rows))
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+    def _fast_paths(self) -> dict[str, str]:
+        layers = sum(isinstance(m, BatchNorm2d) for m in self.step.model.modules())
+        why = "asked for plain" if self.config.kernels == "plain" else why_not_triton(self.device)
+        on = ["channels-last"] if self.config.channels_last else []
+        on.append("one forward for [clean; adv]") if self.config.defense.needs_clean else None
+        on.append("input gradients only in the attack") if self.config.defense.attacks else None
+        off = [] if self.config.channels_last else ["channels-last (asked for)"]
+        if layers and why is None:
+            on.append(f"fused BN+add+ReLU Triton kernels ({layers} layers)")
+        elif layers:
+            off.append(f"Triton kernels ({why})")
+        return {"fast paths on": ", ".join(on), **({"fast paths off": "; ".join(off)} if off else {})}
+
+
+_START = {
+    "none": "none (the centre itself)",
+    "uniform": "uniform in the ball, clamped to [0, 1]",
+    "uniform-unclamped": "uniform in the ball, not clamped",
+    "gaussian": "0.001 N(0, 1), not clamped",
+    "l2": "a random direction of length U(0, 1) epsilon, clamped",
+}
+_BN = {
+    "eval": "eval (running statistics)",
+    "train": "train (batch statistics; running ones move at each attack forward)",
+    "train-frozen": "train-frozen (batch statistics; running ones do not move)",
+}
+
+
+def pixels(value: float) -> str:
+    """Format a length in pixel units, as a fraction of 255 where it is one: 8/255 (0.03137)."""
+    top = value * 255
+    if math.isclose(top, round(top), abs_tol=1e-6) and round(top) > 0:
+        return f"{round(top)}/255 ({value:.5f})"
+    fraction = Fraction(value).limit_denominator(1000)
+    return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", f"loss {row['train/loss']:.3f}"]
+    train = [
+        f"{short} {row[f'train/{key}']:.1%}"
+        for key, short in (("clean_acc", "clean"), ("robust_acc", "attacked"))
+        if f"train/{key}" in row
+    ]
+    parts.append("train " + ", ".join(train))
+    val = [
+        f"{key.removeprefix('val/').replace('_acc', '').replace('robust_', '')} {value:.1%}"
+        for key, value in row.items()
+        if key.startswith("val/")
+    ]
+    if val:
+        parts.append("val " + ", ".join(val))
+    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", f"{row['wall_s']:.1f} s"])
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _limited(dataset: Dataset, count: int | None) -> Dataset:
+    if count is None or count >= len(dataset.train):
+        return dataset
+    split = dataset.train
+    rows = torch.from_numpy(stratified_indices(split.labels.numpy(), count, seed=0))
+    images = None if split.images is None else split.images[rows]
+    train = dataclasses.replace(split, images=images, labels=split.labels[rows], indices=split.indices[rows])
+    return dataclasses.replace(dataset, train=train)
+
+
+def _mean_std(split: Split) -> tuple[list[float], list[float]]:
+    loader: Loader = make_loader(split, batch_size=1024, device="cpu")
+    total, square, count = 0.0, 0.0, 0
+    for batch in loader.epoch(0):
+        pixels_ = batch.images.double()
+        total = total + pixels_.sum((0, 2, 3))
+        square = square + pixels_.square().sum((0, 2, 3))
+        count += pixels_.numel() // pixels_.shape[1]
+    mean = total / count
+    return mean.tolist(), (square / count - mean.square()).sqrt().tolist()
+
+
+def load_run(path: str | Path, which: str = "last") -> tuple[nn.Module, dict[str, Any], Config | None]:
+    """Rebuild a trained network from a run folder or a checkpoint file.
+
+    Args:
+        path: run folder, .safetensors or .pt. which: "last", "best" or "swa", for a folder.
+    Returns: model on the CPU in eval mode, metadata, and the run's config (None for a file elsewhere).
+    Raises: UserError for anything missing, corrupt, or of another architecture.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no run folder or checkpoint {path}")
+    file = path / f"{which}.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
+        raise UserError(f"{path} has no {which} weights (there: {there})")
+    weights, meta = load_weights(file)
+    mean = [0.0] * meta["in_channels"] if meta["normalized"] else None
+    model = build_model(
+        meta["model"],
+        num_classes=meta["num_classes"],
+        in_channels=meta["in_channels"],
+        image_size=meta["image_size"],
+        mean=mean,
+        std=None if mean is None else [1.0] * len(mean),
+    )
+    if meta["branches"]:
+        split_batchnorm(model, meta["branches"])
+    load_into(model, weights, file)
+    saved = file.parent / "config.yaml"
+    config = from_dict(read_yaml(saved), source=str(saved)) if saved.is_file() else None
+    return model.eval().to(memory_format=torch.channels_last), meta, config
