@@ -89,7 +89,9 @@ def _train(parser: _Parser, argv: list[str]) -> int:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     from_file = c.read_yaml(first.config) if first.config else {}
-    named = from_file.get("defense", {}) if isinstance(from_file, dict) else {}
+    if not isinstance(from_file, dict):
+        raise UserError(f"{first.config}: expected key: value lines, got a {type(from_file).__name__}")
+    named = from_file.get("defense", {})
     named = named.get("name", "ar-at") if isinstance(named, dict) else str(named)
     kind = c.resolve_defense(first.defense or named)
 

@@ -134,8 +134,8 @@ class Config:
                 raise UserError(f"{name}={value}: expected {least} or more")
         if self.batch_size < 2:
             raise UserError(
-                f"batch_size={self.batch_size}: BatchNorm needs at least 2 images to normalise by; write --batch-size 2 "
-                "or more (128 is usual)"
+                f"batch_size={self.batch_size}: BatchNorm needs at least 2 images to normalise by; write --batch-size "
+                "2 or more (128 is usual)"
             )
         for name, value in (("optim.lr", self.optim.lr), ("optim.weight_decay", self.optim.weight_decay)):
             if value is not None and not 0 <= value < float("inf"):
@@ -250,16 +250,13 @@ def _build_defense(value: Any, source: str) -> Defense:
 
 def coerce(value: Any, hint: Any, key: str, source: str = "config") -> Any:
     """Turn a YAML or command-line value into the field's type; fractions such as 8/255 are numbers."""
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    if type(None) in options and (
-        value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto"))
-    ):
-        if not any(typing.get_origin(o) is Literal and value in typing.get_args(o) for o in options):
-            return None
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    options = typing.get_args(hint) if union else (hint,)
+    # A Literal may itself offer "none" (no random start), which is then not the missing value.
+    offered = {choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)}
+    unset = value is None or (str(value).lower() in ("none", "null", "auto") and value not in offered)
+    if type(None) in options and unset:
+        return None
     hint = next(o for o in options if o is not type(None))
     origin = typing.get_origin(hint)
     if origin is Literal:
@@ -267,7 +264,8 @@ def coerce(value: Any, hint: Any, key: str, source: str = "config") -> Any:
         if value in choices:
             return value
         raise UserError(
-            f"{source}: {key}={value!r}{nearest(str(value), map(str, choices))} Expected one of: {', '.join(map(str, choices))}."
+            f"{source}: {key}={value!r}{nearest(str(value), map(str, choices))} "
+            f"Expected one of: {', '.join(map(str, choices))}."
         )
     try:
         if hint is bool:

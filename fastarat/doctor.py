@@ -105,7 +105,7 @@ def bf16_support(device: torch.device | str) -> tuple[bool, str]:
 def _cpu_bf16_sets() -> list[str]:
     """Return the x86 instruction sets with which oneDNN multiplies bf16."""
     known = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}
-    report = getattr(torch.cpu, "get_capabilities", None)  # torch >= 2.12
+    report = getattr(torch.cpu, "get_capabilities", None)  # not in every supported PyTorch
     if report is not None:
         found = {name for name, present in report().items() if present is True}
     else:

@@ -18,6 +18,7 @@ from fastarat import attacks
 from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, set_backend, split_batchnorm
 from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
+from fastarat.kernels import interpreting, why_not_triton
 from fastarat.models import Taps, forward_with_features
 
 Precision = str
@@ -117,6 +118,9 @@ class TrainStep:
     ) -> None:
         self.defense = defense
         self.device = next(model.parameters()).device
+        reason = why_not_triton(self.device)
+        if kernels == "triton" and reason is not None and not interpreting():
+            raise UserError(f"kernels=triton cannot be had here: {reason}; write kernels=auto")
         if defense.splits:
             model = model if branches_of(model) else split_batchnorm(model)
         model = grouped_batchnorm(model)

@@ -29,7 +29,7 @@ def mse_distance(moving: Tensor, target: Tensor) -> Tensor:
 
 
 def kl_distance(moving: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(target / T) || softmax(moving / T)), batch mean. moving, target: float [B, d]. Returns a scalar."""
+    """T^2 KL(softmax(target / T) || softmax(moving / T)), batch mean. moving, target: float [B, d]."""
     log_target = F.log_softmax(_wide(target) / temperature, -1)
     log_moving = F.log_softmax(_wide(moving) / temperature, -1)
     return temperature**2 * (log_target.exp() * (log_target - log_moving)).sum(-1).mean()

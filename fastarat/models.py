@@ -138,7 +138,10 @@ class Network(nn.Module):
 
     tap_names: tuple[str, ...] = (PENULTIMATE,)
     invariance_weight: float = 30.0
-    normalize: nn.Module | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize: nn.Module | None = None
 
     def _input(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)
@@ -248,7 +251,7 @@ MODELS = {
     "resnet18": lambda k, c: ResNet((64, 128, 256, 512), 2, (1, 2, 2, 2), k, c),
     "preactresnet18": lambda k, c: PreActResNet18(k, c),
     "wrn-34-10": lambda k, c: WideResNet(34, 10, k, c),
-    "resnet-small": lambda k, c: ResNet((32, 64, 128), 1, (1, 2, 2), k, c),
+    "resnet-small": lambda k, c: ResNet((16, 32, 64), 1, (1, 2, 2), k, c),
 }
 
 

@@ -45,7 +45,7 @@ _MAY_DIFFER = ("device", "data_dir", "loader", "log_every", "tensorboard", "out"
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run leaves. run: its folder. metrics: one dict per epoch. model: the final network (eval mode)."""
+    """What a run leaves. run: its folder. metrics: one dict per epoch. model: the final network, in eval mode."""
 
     run: Path
     metrics: list[dict[str, Any]]
@@ -177,8 +177,9 @@ def sgd(config: Config, device: torch.device):
             from apex.optimizers import FusedSGD
         except Exception as error:  # the package index's "apex" is another project and fails in its own ways
             raise UserError(
-                f"optim.optimizer=apex: NVIDIA Apex's FusedSGD does not import ({type(error).__name__}: {error}). Build "
-                "Apex from NVIDIA's source (the package index's `apex` is another project), or use --optim.optimizer torch"
+                f"optim.optimizer=apex: NVIDIA Apex's FusedSGD does not import ({type(error).__name__}: {error}). "
+                "Build Apex from NVIDIA's source (the package index's `apex` is another project), "
+                "or use --optim.optimizer torch"
             ) from error
         return lambda parameters: FusedSGD(parameters, **options)
     if config.optim.nesterov and not config.optim.momentum:
@@ -471,12 +472,14 @@ class _Training:
         attack, optim = config.attack, config.optim
         parameters = sum(p.numel() for p in step.model.parameters())
         rows = {
-            "defense": f"{defense.name or type(defense).__name__}{'' if not defense.formula else f': minimise {defense.formula}'}",
+            "defense": (defense.name or type(defense).__name__)
+            + (f": minimise {defense.formula}" if defense.formula else ""),
             **defense.describe(attack.norm),
         }
         if defense.attacks:
             rows |= {
-                "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.objective}, epsilon {pixels(attack.epsilon)}, "
+                "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.objective}, "
+                f"epsilon {pixels(attack.epsilon)}, "
                 f"step {pixels(config.step_size)}"
                 + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
                 "attack start": _START[step.start],
@@ -489,10 +492,13 @@ class _Training:
             "data": f"{self.dataset.name}: {train:,} train, {val:,} validation (chooses best), {test:,} test, "
             f"{len(self.dataset.classes)} classes, {'x'.join(map(str, self.dataset.shape))}",
             **{f"data note {i}": note for i, note in enumerate(self.dataset.notes, 1)},
-            "augmentation": "off" if self.augment is None else f"random crop, zero padding {self.augment.padding}"
+            "augmentation": "off"
+            if self.augment is None
+            else f"random crop, zero padding {self.augment.padding}"
             + (", horizontal flip" if self.augment.flip else ""),
             "loader": f"{self.loader.kind}: {self.loader.reason}",
-            "schedule": f"{optim.recipe}, {config.epochs} epochs x {self.steps_per_epoch} steps of {config.batch_size}, "
+            "schedule": f"{optim.recipe}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
+            f"{config.batch_size}, "
             f"lr {optim.lr:g}, momentum {optim.momentum:g}, weight decay {optim.weight_decay:g} on everything",
             "optimiser": "NVIDIA Apex FusedSGD" if optim.optimizer == "apex" else "torch SGD, fused",
             "precision": self.precision_note,

@@ -50,9 +50,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 def _use_triton(backend: str, device: str) -> bool:
-    """Resolve `backend` for a device; torch.compile takes the answer as a constant of the graph."""
+    """Resolve `backend` for a device."""
     if backend == "plain":
         return False
     if backend not in ("auto", "triton"):
@@ -68,12 +67,19 @@ def _use_triton(backend: str, device: str) -> bool:
     return True
 
 
+# torch.compile takes the answer as a constant. This is all that torch.compiler.assume_constant_result does,
+# without importing the compiler, and Triton with it, whenever this package is imported.
+_use_triton._dynamo_marked_constant = True
+
+
 def use_triton(backend: Backend, tensor: Tensor, what: str) -> bool:
     """Whether the Triton twin serves `tensor`.
 
     Raises: ValueError for an unknown backend, or backend="triton" where no kernel can run; TypeError for
     backend="triton" with a dtype the kernels do not have.
     """
+    if backend == "auto" and not tensor.is_cuda:
+        return False
     supported = tensor.dtype in TRITON_DTYPES
     if backend == "triton" and not supported:
         names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)

@@ -117,7 +117,8 @@ def _pgd_update_op(
 ) -> Tensor:
     from . import pgd_update_triton
 
-    return pgd_update_triton.update(images, grad, center, epsilon, step_size, epsilon_tensor, step_size_tensor)
+    with torch.cuda.device_of(images):
+        return pgd_update_triton.update(images, grad, center, epsilon, step_size, epsilon_tensor, step_size_tensor)
 
 
 @_pgd_update_op.register_fake

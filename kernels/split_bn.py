@@ -118,7 +118,7 @@ def _check(
 
 
 # The ops below see channels-last images and checked arguments. Their bodies import the kernels late, so
-# that a machine without Triton can import this file.
+# that a machine without Triton can import this file; Triton launches on the current device, so they set it.
 
 
 @torch.library.custom_op("fastarat::split_bn_train", mutates_args=())
@@ -127,8 +127,9 @@ def _train_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import split_bn_triton as kernels
 
-    mean, var = kernels.statistics(x, weight.shape[0])
-    return kernels.apply(x, weight, bias, mean, var, residual, relu, eps), mean, var
+    with torch.cuda.device_of(x):
+        mean, var = kernels.statistics(x, weight.shape[0])
+        return kernels.apply(x, weight, bias, mean, var, residual, relu, eps), mean, var
 
 
 @_train_op.register_fake
@@ -150,7 +151,8 @@ def _eval_op(
 ) -> Tensor:
     from . import split_bn_triton as kernels
 
-    return kernels.apply(x, weight, bias, mean, var, residual, relu, eps)
+    with torch.cuda.device_of(x):
+        return kernels.apply(x, weight, bias, mean, var, residual, relu, eps)
 
 
 @_eval_op.register_fake
@@ -181,7 +183,10 @@ def _backward_op(
     """
     from . import split_bn_triton as kernels
 
-    return kernels.backward(dy, x, y, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps)
+    with torch.cuda.device_of(x):
+        return kernels.backward(
+            dy, x, y, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps
+        )
 
 
 @_backward_op.register_fake
@@ -197,7 +202,7 @@ def _(dy, x, y, weight, bias, mean, var, training, relu, need_x, need_affine, ne
 
 def _save(ctx, x, weight, bias, mean, var, residual, relu, y, eps, training) -> None:
     ctx.save_for_backward(x, weight, bias, mean, var, y if relu and residual is not None else None)
-    ctx.relu, ctx.eps, ctx.training, ctx.has_residual = relu, eps, training, residual is not None
+    ctx.relu, ctx.eps, ctx.training = relu, eps, training
 
 
 def _setup_train(ctx, inputs, output) -> None:

@@ -2,6 +2,9 @@
 
 import os
 
+# Two workers of one thread each beat two threads: the tests' tensors are small, and spinning threads starve each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -18,3 +21,38 @@ def _seed() -> None:
 def device() -> torch.device:
     """Where kernels run: compiled on the GPU when there is one, interpreted on the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ffcv():
+    """FFCV's parts; without FFCV the test is skipped, or fails where FASTARAT_REQUIRE_FFCV=1."""
+    from fastarat import beton
+    from fastarat.errors import UserError
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        parts = beton.ffcv_parts()
+        assert torch.get_num_threads() == 3  # importing FFCV alone sets it to 1
+        return parts
+    except UserError as error:
+        if os.environ.get("FASTARAT_REQUIRE_FFCV") == "1":
+            raise
+        pytest.skip(f"needs FFCV: {error}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Under FASTARAT_STRICT a skip is a failure, unless it is for hardware or a package this machine cannot have."""
+    report = (yield).get_result()
+    if os.environ.get("FASTARAT_STRICT") != "1" or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+    allowed = "needs a CUDA GPU" in reason and not torch.cuda.is_available()
+    allowed |= "this machine has a GPU" in reason and torch.cuda.is_available()
+    allowed |= "needs FFCV" in reason and os.environ.get("FASTARAT_REQUIRE_FFCV") != "1"
+    if not allowed:
+        report.outcome = "failed"
+        report.longrepr = f"skipped though it should have run: {reason}"

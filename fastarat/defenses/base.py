@@ -104,7 +104,10 @@ class Defense:
         return images
 
     def before_epoch(self, companions: nn.ModuleDict, probe: Callable[[str, int], Tensor], epoch: int) -> None:
-        """Prepare an epoch (1-based). probe(branch, n): accuracy (0-d float32) in eval mode on n fresh training images."""
+        """Prepare an epoch (1-based).
+
+        probe(branch, n): accuracy (0-d float32) in eval mode on about n freshly augmented training images.
+        """
 
     def forward(
         self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None

@@ -50,13 +50,15 @@ def reference(x, weight, bias, residual, relu, running):
 
 def torch_own(x, weight, bias, residual, relu, running):
     """What a user writes today, in the dtype under test: the yardstick of the error."""
+    training = running is None
+    # With momentum 1 the running mean becomes the mean of the batch.
+    means, variances = (torch.zeros_like(weight), torch.ones_like(weight)) if training else running
     parts = []
     for g, part in enumerate(x.chunk(weight.shape[0])):
-        stats = (None, None) if running is None else (running[0][g], running[1][g])
-        parts.append(F.batch_norm(part, *stats, weight[g], bias[g], running is None, 0.0, EPS))
+        parts.append(F.batch_norm(part, means[g], variances[g], weight[g], bias[g], training, 1.0, EPS))
     y = torch.cat(parts)
     y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
+    return F.relu(y) if relu else y, means
 
 
 def make_case(device, dtype, groups, batch, channels, height, width, *, residual, training, mean=0.5, std=1.5):
@@ -95,7 +97,7 @@ def check_against_reference(backend, x, weight, bias, residual, relu, running, *
     expected = [y, *torch.autograd.grad(y, exact, dy)]
 
     own_leaves, own_residual = fresh(lambda t: t)
-    own = torch_own(*own_leaves[:3], own_residual, relu, running)
+    own, own_mean = torch_own(*own_leaves[:3], own_residual, relu, running)
     own = [own, *torch.autograd.grad(own, own_leaves, dy.to(x.dtype))]
 
     leaves, leaf_residual = fresh(lambda t: t)
@@ -120,7 +122,7 @@ def check_against_reference(backend, x, weight, bias, residual, relu, running, *
     if running is None:
         assert out.mean.dtype == out.var.dtype == torch.float32
         floor = 4 * eps32 * (mean.abs().max() + var.sqrt().max())
-        assert (out.mean - mean).abs().max() <= floor
+        assert (out.mean - mean).abs().max() <= error_factor * (own_mean - mean).abs().max() + floor
         assert ((out.var - var).abs() <= 8 * eps32 * (var + EPS) * spread).all()
         assert not out.mean.requires_grad
         assert not out.var.requires_grad
@@ -161,7 +163,7 @@ def test_float16(backend, device):
 def test_mean_far_from_zero(backend, programs, device, kernels, monkeypatch):
     """E[x^2] - E[x]^2 in float32 is off by a large part of the variance here."""
     monkeypatch.setattr(kernels, "REDUCE_PROGRAMS", programs)
-    case = make_case(device, torch.float32, 2, 5, 33, 9, 11, residual=True, training=True, mean=1000.0, std=1.0)
+    case = make_case(device, torch.float32, 2, 3, 33, 7, 9, residual=True, training=True, mean=1000.0, std=1.0)
     check_against_reference(backend, *case[:4], True, case[4])
 
 
@@ -170,8 +172,8 @@ def test_mean_far_from_zero(backend, programs, device, kernels, monkeypatch):
 def test_programs_that_walk_many_tiles(dtype, residual, device, kernels, monkeypatch):
     """Small inputs give every program one tile; few programs make them loop, as large inputs do."""
     monkeypatch.setattr(kernels, "REDUCE_PROGRAMS", 6)
-    x, *rest = make_case(device, dtype, 2, 5, 33, 9, 11, residual=residual, training=True)
-    assert kernels.launch_shape(5 * 9 * 11, 33, 2, x.element_size(), reduce=True).num_tiles > 2
+    x, *rest = make_case(device, dtype, 2, 3, 33, 7, 9, residual=residual, training=True)
+    assert kernels.launch_shape(3 * 7 * 9, 33, 2, x.element_size(), reduce=True).num_tiles > 2
     check_against_reference("triton", x, *rest[:3], True, rest[3])
 
 
@@ -238,7 +240,8 @@ def test_constant_channel(backend, device):
     x.requires_grad_()
     weight, bias = torch.ones(1, 3, device=device), torch.arange(3.0, device=device)[None]
     out = split_bn(x, weight, bias, backend=backend)
-    torch.testing.assert_close(out.y, bias[0][None, :, None, None].expand_as(out.y))
+    # A mean that is off by its rounding is multiplied by 1 / sqrt(eps), about 316.
+    torch.testing.assert_close(out.y, bias[0][None, :, None, None].expand_as(out.y), rtol=0, atol=3e-4)
     assert (out.var >= 0).all()
     assert (out.var < 1e-9).all()
     out.y.square().sum().backward()
@@ -246,7 +249,7 @@ def test_constant_channel(backend, device):
 
 
 def test_two_runs_give_the_same_bits(device):
-    x, weight, bias, residual, _ = make_case(device, torch.bfloat16, 2, 4, 40, 9, 9, residual=True, training=True)
+    x, weight, bias, residual, _ = make_case(device, torch.bfloat16, 2, 3, 40, 7, 7, residual=True, training=True)
     runs = []
     for _ in range(2):
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
@@ -305,8 +308,7 @@ def test_shared_affine(device):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize(("dtype", "residual"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
 def test_opcheck(dtype, residual, device):
     ops = torch.ops.fastarat
     x, weight, bias, extra, running = make_case(device, dtype, 2, 2, 5, 3, 3, residual=residual, training=False)

@@ -1,0 +1,475 @@
+"""Run pairs (fast, plain) interleaved in one process, and write every sample to JSON.
+
+A pair must pass its equality test before anything is timed. Each round times both sides and, where it bounds the
+case, the machine's own matmul or copy rate; which side goes first alternates, so that neither always finds the caches
+warm. Ratios are taken round by round, which makes them robust against a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES, Case, Pair, Size, Unavailable
+from fastarat.errors import UserError, unknown
+
+FORMAT = 1
+ROOT = Path(__file__).resolve().parent.parent
+_SHORTEST_S = 0.01  # a sample is at least this long: below it, clocks and launches are what is measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0, 1 when a pair is unequal, or 2 for a mistake to mend (one line on stderr)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["table"]:
+            print(table([_read(Path(name)) for name in argv[1:]]))
+            return 0
+        return _run(_parser().parse_args(argv), argv)
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see python -m benchmarks --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m benchmarks",
+        allow_abbrev=False,
+        description="Measure fastarat against a plain loop. `table FILE.json...` prints results as Markdown.",
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all; see --list)")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--repeats", type=int, help="rounds per case (default: 20, 10 for whole training steps)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: 128 on CUDA, 16 on a CPU)")
+    parser.add_argument("--model", default="resnet18", help="network of the step and the attack (default: resnet18)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", help="of the fast side (default: bf16 on CUDA, fp32 on a CPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (default: its own choice)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON files")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes and two rounds, to prove the machinery")
+    # Peak memory of a CPU side is measured in a process of its own, which is started with this.
+    parser.add_argument("--memory-of", choices=("fast", "plain"), help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    if args.list:
+        for case in CASES.values():
+            print(f"{case.name:<16} {case.help}")
+        return 0
+    for name in args.cases:
+        if name not in CASES:
+            raise unknown("case", name, CASES)
+    for flag in ("repeats", "batch_size", "threads"):
+        value, least = getattr(args, flag), 2 if flag == "batch_size" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected {least} or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    size = _size(args)
+    if args.memory_of:
+        pair = CASES[args.cases[0]].prepare(size)
+        print(json.dumps(_host_peak(getattr(pair, args.memory_of))))
+        return 0
+    results, failed = [], False
+    for name in args.cases or CASES:
+        try:
+            result = measure(CASES[name], size, args.repeats)
+        except Unavailable as reason:
+            if args.cases:
+                raise UserError(f"{name} cannot run here: {reason}") from reason
+            result = {"case": name, "skipped": str(reason)}
+        failed |= "unequal" in result
+        print(summary(result), flush=True)
+        results.append(result)
+    record = {
+        "format": FORMAT,
+        "command": shlex.join(["python", "-m", "benchmarks", *argv]),
+        "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "config": dataclasses.asdict(size) | {"repeats": args.repeats},
+        "machine": machine(torch.device(size.device)),
+        "results": results,
+    }
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror}. Choose another --out.") from error
+    print(f"wrote {path}")
+    return int(failed)
+
+
+def _size(args: argparse.Namespace) -> Size:
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(device)
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise unknown("precision", precision, ("fp32", "tf32", "bf16"))
+    model = "resnet-small" if args.dry else args.model
+    batch_size = args.batch_size or (4 if args.dry else 128 if device.type == "cuda" else 16)
+    return Size(model, batch_size, str(device), precision, args.dry)
+
+
+def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any]:
+    """Check a pair, warm it up, time it interleaved. Returns everything the JSON records about the case."""
+    device = torch.device(size.device)
+    load_before = _load()
+    pair = case.prepare(size)
+    result: dict[str, Any] = {"case": case.name, "info": pair.info}
+    result["equality"] = pair.check()
+    broken = {name: value for name, (value, limit) in result["equality"].items() if not value <= limit}
+    if broken:
+        return result | {"unequal": broken}
+    clock = _Clock(device)
+    sides = {"fast": pair.fast, "plain": pair.plain}
+    if pair.phases is not None:
+        return (
+            result | _measure_phases(pair, clock, repeats or (2 if size.dry else 10)) | {"load": [load_before, _load()]}
+        )
+    inner = dict.fromkeys(sides, 1)
+    for name, call in sides.items():
+        for _ in range(2 if case.long else 3):
+            took = clock(call, 1)
+        inner[name] = max(1, math.ceil(_SHORTEST_S / took))
+    ceiling = _ceiling(pair, size)
+    if ceiling:
+        clock(ceiling[1], 1)
+    repeats = repeats or (2 if size.dry else 10 if case.long else 20)
+    samples: dict[str, list[float]] = {"fast": [], "plain": [], "ceiling": []}
+    for number in range(repeats):
+        if ceiling:
+            samples["ceiling"].append(clock(ceiling[1], 1))
+        for name in ("fast", "plain") if number % 2 == 0 else ("plain", "fast"):
+            samples[name].append(clock(sides[name], inner[name]))
+    result |= {
+        "repeats": repeats,
+        "calls_per_sample": inner,
+        "samples_s": samples,
+        "ms": {name: _quartiles(samples[name], 1e3) for name in sides},
+        "ratio": _quartiles([p / f for p, f in zip(samples["plain"], samples["fast"], strict=True)]),
+        "work": dataclasses.asdict(pair.work),
+        "rate": {name: pair.work.amount / statistics.median(samples[name]) for name in sides},
+        "load": [load_before, _load()],
+    }
+    if ceiling:
+        name, _, amount = ceiling
+        rates = [amount / s for s in samples["ceiling"]]
+        result["ceiling"] = {"name": name, "median": statistics.median(rates), "best": max(rates)}
+        result["share_of_ceiling"] = {
+            side: statistics.median(pair.work.amount / s / r for s, r in zip(samples[side], rates, strict=True))
+            for side in sides
+        }
+    result["peak_memory"] = _peak_memory(case, size, sides, device)
+    return result
+
+
+def _measure_phases(pair: Pair, clock: _Clock, repeats: int) -> dict[str, Any]:
+    """Time the named phases of both sides' steps, interleaved."""
+    samples: dict[str, dict[str, list[float]]] = {side: {} for side in pair.phases}
+    for number in range(-1, repeats):
+        for side, run in pair.phases.items():
+            marks = clock.marks()
+            run(marks)
+            for phase, seconds in marks.read():
+                if number >= 0:
+                    samples[side].setdefault(phase, []).append(seconds)
+    medians = {side: {phase: _quartiles(v, 1e3) for phase, v in by.items()} for side, by in samples.items()}
+    return {"repeats": repeats, "phase_samples_s": samples, "phase_ms": medians}
+
+
+class _Clock:
+    """Seconds of `calls` calls: CUDA events on a GPU, the process's monotonic clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, call: Callable[[], object], calls: int) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) / calls
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    def marks(self) -> _Marks:
+        return _Marks(self.device)
+
+
+class _Marks:
+    """Call it with a name when a phase has ended; `read` gives the seconds of each. No wait in between on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.points: list[tuple[str, Any]] = []
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self("")
+
+    def __call__(self, name: str) -> None:
+        if self.device.type == "cuda":
+            point = torch.cuda.Event(enable_timing=True)
+            point.record()
+        else:
+            point = time.perf_counter()
+        self.points.append((name, point))
+
+    def read(self) -> Iterator[tuple[str, float]]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for (_, before), (name, after) in zip(self.points, self.points[1:], strict=False):
+            yield name, before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
+
+
+def _quartiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"q1": low * scale, "median": middle * scale, "q3": high * scale}
+
+
+def _ceiling(pair: Pair, size: Size) -> tuple[str, Callable[[], object], float] | None:
+    """Return the machine rate that bounds this work: its name, something that exercises it, and how much of it."""
+    device = torch.device(size.device)
+    cuda = device.type == "cuda"
+    if pair.work.unit == "FLOP":
+        dtype = torch.bfloat16 if size.precision == "bf16" else torch.float32
+        n = 256 if size.dry else 8192 if cuda else 2048
+        # Random data: on a GPU, zeros draw less power and clock higher than any real network does.
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        name = f"matmul {n}x{n}x{n} {str(dtype).removeprefix('torch.')}"
+        return name, lambda: torch.mm(a, b, out=out), 2.0 * n**3
+    if pair.work.unit == "byte":
+        count = 2**16 if size.dry else 2**28 if cuda else 2**25
+        source = torch.randn(count, device=device)
+        target = torch.empty_like(source)
+        return f"copy of {4 * count / 1e6:.0f} MB, read and write counted", lambda: target.copy_(source), 8.0 * count
+    return None
+
+
+def _peak_memory(case: Case, size: Size, sides: dict[str, Callable], device: torch.device) -> dict[str, Any]:
+    """Measure how far one call of each side raises memory above what rests before it."""
+    if device.type == "cuda":
+        found = {}
+        for side, call in sides.items():
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call()
+            torch.cuda.synchronize(device)
+            found[side] = {"rise_bytes": torch.cuda.max_memory_allocated(device) - before}
+        return {"method": "CUDA caching allocator: peak allocated bytes above those before the call", **found}
+    if not Path("/proc/self/clear_refs").exists():
+        return {"method": "not measured: needs Linux's /proc"}
+    found = {}
+    flags = ["--model", size.model, "--batch-size", size.batch_size, "--device", size.device]
+    flags += ["--precision", size.precision, "--threads", torch.get_num_threads(), *(["--dry"] if size.dry else [])]
+    for side in sides:
+        # glibc keeps what is freed; told to give large blocks back at once, the second call shows one side's need.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        command = [sys.executable, "-m", "benchmarks", case.name, *map(str, flags), "--memory-of", side]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        if done.returncode:
+            return {"method": f"not measured: {done.stderr.strip().splitlines()[-1:]}"}
+        found[side] = json.loads(done.stdout.splitlines()[-1])
+    return {"method": "fresh process per side: peak resident bytes of its second call above those before it", **found}
+
+
+def _host_peak(call: Callable[[], object]) -> dict[str, int]:
+    def resident(field: str) -> int:
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    call()
+    return {"rise_bytes": max(0, resident("VmHWM") - before), "total_bytes": resident("VmHWM")}
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe what the numbers depend on: device, versions, threads, commit."""
+    found: dict[str, Any] = {
+        "device": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "ffcv": _version("ffcv"),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        found["host"] = found["device"]
+        found["device"] = torch.cuda.get_device_name(device)
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **_nvidia(device)}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia(device: torch.device) -> dict[str, str]:
+    fields = ("driver_version", "power.limit", "clocks.max.sm")
+    if not shutil.which("nvidia-smi"):
+        return {}
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    chosen = ["-i", f"GPU-{uuid}"] if uuid else []
+    query = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        return {}
+    values = done.stdout.strip().splitlines()[0].split(", ")
+    return {f.replace(".", "_"): v for f, v in zip(fields, values, strict=False)}
+
+
+def _commit() -> str | None:
+    def git(*args: str) -> str | None:
+        if not shutil.which("git"):
+            return None
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD")
+    return head and head + ("+changes" if git("status", "--porcelain") else "")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say the outcome of one case in a line (one per phase for phases)."""
+    name = result["case"]
+    if "skipped" in result:
+        return f"{name:<16} skipped: {result['skipped']}"
+    if "unequal" in result:
+        return f"{name:<16} NOT EQUAL, not timed: " + ", ".join(f"{k} {v:.3g}" for k, v in result["unequal"].items())
+    if "phase_ms" in result:
+        return "\n".join(
+            f"{name:<16} {side}: " + ", ".join(f"{phase} {q['median']:.1f} ms" for phase, q in by.items())
+            for side, by in result["phase_ms"].items()
+        )
+    ratio, fast, plain = result["ratio"], result["ms"]["fast"], result["ms"]["plain"]
+    share = result.get("share_of_ceiling", {}).get("fast")
+    return (
+        f"{name:<16} fast {fast['median']:.3f} ms, plain {plain['median']:.3f} ms, "
+        f"plain/fast {ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}), "
+        f"{_rate(result['rate']['fast'], result['work']['unit'])}"
+        + (f", {share:.0%} of {result['ceiling']['name']}" if share else "")
+    )
+
+
+def _rate(value: float, unit: str) -> str:
+    if unit == "FLOP":
+        return f"{value / 1e12:.3g} TFLOP/s"
+    return f"{value / 1e9:.3g} GB/s" if unit == "byte" else f"{value:,.0f} images/s"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        found = record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a result of this harness ({type(error).__name__})") from error
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, this harness reads {FORMAT}")
+    return record
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return results as Markdown; median and, in brackets, quartiles."""
+    if not records:
+        raise UserError("table: no file given; write `python -m benchmarks table FILE.json...`")
+    lines = [
+        "| case | device | what | plain, ms | fast, ms | plain/fast | rate of fast | share of the machine's rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    phases = []
+    for record in records:
+        machine_ = record["machine"]
+        where = machine_["device"] + (f", {machine_['threads']} threads" if "driver_version" not in machine_ else "")
+        for r in record["results"]:
+            if "phase_ms" in r:
+                for side, by in r["phase_ms"].items():
+                    phases += [f"| {side} | {where} | {r['info']['what']} | {p} | {_cell(q)} |" for p, q in by.items()]
+            if "ms" not in r:
+                continue
+            share = r.get("share_of_ceiling")
+            share = f"{share['fast']:.0%} of {r['ceiling']['name']} (plain: {share['plain']:.0%})" if share else "-"
+            rate = _rate(r["rate"]["fast"], r["work"]["unit"])
+            cells = [r["case"], where, r["info"]["what"], _cell(r["ms"]["plain"]), _cell(r["ms"]["fast"])]
+            lines.append("| " + " | ".join([*cells, _cell(r["ratio"]), rate, share]) + " |")
+    if phases:
+        lines += ["", "| side | device | what | phase | ms |", "| --- | --- | --- | --- | --- |", *phases]
+    return "\n".join(lines)
+
+
+def _cell(q: dict[str, float]) -> str:
+    return (
+        f"{q['median']:.3g} ({q['q1']:.3g} to {q['q3']:.3g})"
+        if q["median"] < 100
+        else (f"{q['median']:,.0f} ({q['q1']:,.0f} to {q['q3']:,.0f})")
+    )
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="fastarat-bench-") as scratch:
+        tempfile.tempdir = scratch  # what the loader cases write goes away with the run
+        code = main()
+    sys.exit(code)

@@ -1,0 +1,483 @@
+"""The pairs: what each case builds, how it proves both sides equal, and how much work one call is."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from fastarat.kernels import split_bn, why_not_triton
+from torch import Tensor, nn
+
+from benchmarks import plain
+from fastarat import beton
+from fastarat.attacks import Attacked, random_start
+from fastarat.data import Augment, Batch, Split, make_loader
+from fastarat.defenses import ARAT
+from fastarat.engine import TrainStep
+from fastarat.errors import UserError
+from fastarat.models import build_model
+
+EPSILON, STEP_SIZE, NUM_STEPS = 8 / 255, 2 / 255, 10
+IMAGE_SIZE, NUM_CLASSES = 32, 10
+PLAIN_MODELS = ("resnet18", "resnet-small")
+STEP_FORWARDS = 2 * NUM_STEPS + 6
+"""Forward-equivalents of an AR-AT step: each attack step a forward and an input gradient, then both halves' 3."""
+
+
+class Unavailable(Exception):
+    """This case cannot run on this machine; the text says why."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a run asks for. dry: as small as possible, only to prove that everything works."""
+
+    model: str
+    batch_size: int
+    device: str
+    precision: str
+    dry: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much one call does: `amount` of `unit`; no credit for work that only one side does."""
+
+    amount: float
+    unit: Literal["FLOP", "byte", "image"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ways to do the same thing.
+
+    check: returns {quantity: (difference found, largest accepted)}. info: shapes, dtypes and settings for the JSON.
+    phases: instead of timing fast and plain whole, times the phases that each reports to the function it is given.
+    """
+
+    fast: Callable[[], object]
+    plain: Callable[[], object]
+    check: Callable[[], dict[str, tuple[float, float]]]
+    work: Work
+    info: dict[str, Any]
+    phases: dict[str, Callable[[Callable[[str], None]], object]] | None = None
+
+
+class Case(NamedTuple):
+    """A named pair. long: whole steps, for which fewer rounds are enough."""
+
+    name: str
+    help: str
+    prepare: Callable[[Size], Pair]
+    long: bool = False
+
+
+def forward_flops(model: nn.Module, images: Tensor) -> int:
+    """Count multiplications and additions of `model`'s convolutions and linear layers on `images`, by hooks."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * module.weight[0].numel()
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [m.register_forward_hook(count) for m in layers]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+class _Twins(NamedTuple):
+    """The engine's step and the plain loop, from the same weights, with a batch for each."""
+
+    step: TrainStep
+    loop: plain.ARATLoop
+    images: Tensor  # channels-last
+    images_nchw: Tensor
+    labels: Tensor
+
+
+class _Double(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.double()
+
+
+def _twins(size: Size, *, double: bool = False, num_steps: int = NUM_STEPS) -> _Twins:
+    if size.model not in PLAIN_MODELS:
+        raise Unavailable(f"the plain loop has no {size.model}; choose --model {' or '.join(PLAIN_MODELS)}")
+    device = torch.device(size.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = build_model(size.model, num_classes=NUM_CLASSES, image_size=IMAGE_SIZE).to(device)
+        images = torch.rand(size.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+        labels = torch.randint(NUM_CLASSES, (size.batch_size,), device=device)
+        if double:
+            model.double()
+            model.normalize = _Double()  # the engine's images stay float32
+        step = TrainStep(
+            model,
+            ARAT(),
+            images,
+            optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True),
+            epsilon=EPSILON,
+            step_size=STEP_SIZE,
+            num_steps=num_steps,
+            precision="fp32" if double else size.precision,
+        )
+    stages = [getattr(step.model, f"layer{i}") for i in range(1, step.model.num_stages + 1)]
+    first = [stage[0].conv1 for stage in stages]
+    network = plain.ResNet([c.out_channels for c in first], len(stages[0]), [c.stride[0] for c in first], NUM_CLASSES)
+    network.to(device)
+    predictors = nn.ModuleList()
+    for ours in step.companions["predictor_adv"]:
+        theirs = plain.predictor(ours.layers[-1].out_features)
+        theirs.load_state_dict(ours.layers.state_dict())
+        predictors.append(theirs.to(device))
+    if double:
+        network.double()
+        predictors.double()
+    network.load(step.model.state_dict())
+    gamma = float(step.companions["balance"].gamma)
+    loop = plain.ARATLoop(network, predictors, epsilon=EPSILON, step_size=STEP_SIZE, num_steps=num_steps, gamma=gamma)
+    return _Twins(step, loop, images.contiguous(memory_format=torch.channels_last), images, labels)
+
+
+@contextlib.contextmanager
+def _ieee() -> Iterator[None]:
+    """Keep TF32 out of a comparison; the timed loops run with PyTorch's defaults."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _noise(step: TrainStep, images: Tensor) -> Tensor:
+    """Reproduce the noise that the next step will add to `images`, leaving its generator where it is."""
+    generator = torch.Generator(images.device)
+    generator.set_state(step.generator.get_state())
+    return random_start(images, epsilon=EPSILON, kind="uniform-unclamped", generator=generator) - images
+
+
+def _matched(twins: _Twins, fresh: _Twins) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield name, the engine's value, the loop's and the one both began with, of each weight and statistic."""
+    ours, before = twins.step.model.state_dict(), fresh.step.model.state_dict()
+    for key, value in twins.loop.model.state_dict().items():
+        shared = plain.shared_key(key)
+        yield key, ours[shared].double(), value.double(), before[shared].double()
+    predictors = zip(
+        twins.step.companions["predictor_adv"],
+        twins.loop.predictors,
+        fresh.step.companions["predictor_adv"],
+        strict=True,
+    )
+    for i, (own, theirs, start) in enumerate(predictors):
+        own_state, start_state = own.layers.state_dict(), start.layers.state_dict()
+        for key, value in theirs.state_dict().items():
+            yield f"predictor {i}.{key}", own_state[key].double(), value.double(), start_state[key].double()
+
+
+def _step_differences(size: Size, *, double: bool, num_steps: int) -> dict[str, float]:
+    """Take one step on both sides and return the largest differences of everything it produces."""
+    twins = _twins(size, double=double, num_steps=num_steps)
+    step, loop = twins.step, twins.loop
+    noise = _noise(step, twins.images).contiguous()
+    crafted: list[Tensor] = []
+    attack = step.attack
+
+    def remember(images: Tensor, labels: Tensor, mode: str | None = None) -> Attacked:
+        attacked = attack(images, labels, mode)
+        crafted.append(attacked.images)
+        return attacked
+
+    step.attack = remember
+    terms = step(twins.images, twins.labels)
+    dtype = torch.float64 if double else torch.float32
+    loss = loop(twins.images_nchw.to(dtype), twins.labels, noise.to(dtype))
+    weights, statistics = 0.0, 0.0
+    for key, ours, theirs, before in _matched(twins, _twins(size, double=double)):
+        found = (ours - theirs).norm().item()
+        if "running" in key:
+            statistics = max(statistics, found / theirs.norm().item())
+        elif "num_batches" in key:
+            statistics = max(statistics, found)
+        else:
+            # Against the size of the step itself, so that a wrong gradient cannot hide behind the weight.
+            weights = max(weights, found / max((theirs - before).norm().item(), 1e-12))
+    pixels = (crafted[0].double() - loop.adversarial.double()).abs()
+    total = sum(t.item() for t in terms.values())
+    return {
+        "adversarial pixels that differ by more than 1e-5, share": (pixels > 1e-5).double().mean().item(),
+        "loss, relative": abs(total - loss) / abs(loss),
+        "weight update, worst tensor, relative": weights,
+        "running statistics, worst tensor, relative": statistics,
+    }
+
+
+def _check_step(size: Size) -> dict[str, tuple[float, float]]:
+    """Compare a whole step in float64 on a few images, and one with a single attack step as it is timed.
+
+    In float32 rounding flips the sign of a few gradients that are nearly zero; ten steps of a network in train mode
+    carry one such pixel into a quarter of all others (measured), so only float64 can compare the whole attack.
+    """
+    few = replace(size, batch_size=4)
+    found = _step_differences(few, double=True, num_steps=NUM_STEPS)
+    # The engine's cross-entropies, predictors and images are float32 even around a float64 network.
+    limits = (0.0, 1e-5, 1e-3, 1e-5)
+    checked = {f"float64: {name}": (value, limit) for (name, value), limit in zip(found.items(), limits, strict=True)}
+    with _ieee():
+        found = _step_differences(size, double=False, num_steps=1)
+    rounding = _ROUNDING[size.precision]
+    for (name, value), limit in zip(found.items(), rounding, strict=True):
+        checked[f"{size.precision}, 1 attack step: {name}"] = (value, limit)
+    return checked
+
+
+_ROUNDING = {"fp32": (1e-3, 1e-4, 0.02, 1e-3), "tf32": (0.1, 0.01, 0.3, 0.02), "bf16": (0.4, 0.05, 0.7, 0.05)}
+"""Accepted differences as timed: share of pixels, loss, weight update, running statistics."""
+
+
+def _network_info(size: Size, twins: _Twins, flops: int) -> dict[str, Any]:
+    reason = why_not_triton(size.device)
+    return {
+        "what": f"{size.model}, {size.batch_size} images {IMAGE_SIZE}x{IMAGE_SIZE}, PGD-{NUM_STEPS}, {size.precision}",
+        "images": list(twins.images.shape),
+        "fast": f"{size.precision}, channels-last, {reason or 'Triton kernels'}",
+        "plain": "float32 NCHW, PyTorch's defaults",
+        "epsilon": EPSILON,
+        "step_size": STEP_SIZE,
+        "num_steps": NUM_STEPS,
+        "forward_flop_per_image": flops,
+    }
+
+
+def _arat_step(size: Size) -> Pair:
+    twins = _twins(size)
+    flops = forward_flops(twins.step.model, twins.images[:1])
+    return Pair(
+        fast=lambda: twins.step(twins.images, twins.labels),
+        plain=lambda: twins.loop(twins.images_nchw, twins.labels),
+        check=lambda: _check_step(size),
+        work=Work(STEP_FORWARDS * flops * size.batch_size, "FLOP"),
+        info=_network_info(size, twins, flops) | {"forwards_per_image": STEP_FORWARDS},
+    )
+
+
+def _phases(size: Size) -> Pair:
+    pair, twins = _arat_step(size), _twins(size)
+    step, loop = twins.step, twins.loop
+
+    def fast(mark: Callable[[str], None]) -> None:
+        # TrainStep.__call__, taken apart; the check compares the two.
+        step.model.train()
+        images = step.defense.inputs(twins.images, epsilon=EPSILON, norm=step.norm, generator=step.generator)
+        attacked = step.attack(images, twins.labels)
+        mark("attack")
+        views = step.defense.forward(step.forward, step.companions, images, twins.labels, attacked)
+        terms = step.defense.loss(views)
+        mark("forward")
+        step.optimizer.zero_grad(set_to_none=True)
+        step.defense.backward(terms, step.model, step.scaler.scale)
+        mark("backward")
+        step.scaler.step(step.optimizer)
+        step.scaler.update()
+        mark("optimiser")
+        step.steps += 1
+        step.defense.after_step(step.companions, step.model, step.steps)
+        step.meter.add({name: term.detach() for name, term in terms.items()}, views)
+        mark("metrics")
+
+    def check() -> dict[str, tuple[float, float]]:
+        other = _twins(size).step
+        other(twins.images, twins.labels)
+        fast(lambda name: None)
+        worst = max(
+            (a.double() - b.double()).abs().max().item()
+            for a, b in zip(step.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+        )
+        exact = size.device == "cpu"
+        return {"whole step against its phases, worst weight": (worst, 1e-6 if exact else 1e-2)}
+
+    both = {"fast": fast, "plain": lambda mark: loop(twins.images_nchw, twins.labels, mark=mark)}
+    return replace(pair, check=check, phases=both)
+
+
+def _pgd10(size: Size) -> Pair:
+    twins = _twins(size)
+    step, loop = twins.step, twins.loop
+    flops = forward_flops(step.model, twins.images[:1])
+    options = {"epsilon": EPSILON, "step_size": STEP_SIZE, "num_steps": NUM_STEPS}
+
+    def check() -> dict[str, tuple[float, float]]:
+        checked = {}
+        for double, num_steps, limit in ((True, NUM_STEPS, 0.0), (False, 1, _ROUNDING[size.precision][0])):
+            fresh = _twins(replace(size, batch_size=4) if double else size, double=double, num_steps=num_steps)
+            ours = fresh.step.attack(fresh.images, fresh.labels).images
+            images = fresh.images_nchw.double() if double else fresh.images_nchw
+            with _ieee():
+                theirs = plain.pgd(
+                    fresh.loop.model.train(), images, fresh.labels, **{**options, "num_steps": num_steps}
+                )
+            share = ((ours.double() - theirs.double()).abs() > 1e-5).double().mean().item()
+            name = "float64" if double else f"{size.precision}, 1 attack step"
+            checked[f"{name}: adversarial pixels that differ by more than 1e-5, share"] = (share, limit)
+        return checked
+
+    return Pair(
+        fast=lambda: step.attack(twins.images, twins.labels),
+        plain=lambda: plain.pgd(loop.model.train(), twins.images_nchw, twins.labels, **options),
+        check=check,
+        work=Work(2 * NUM_STEPS * flops * size.batch_size, "FLOP"),
+        info=_network_info(size, twins, flops) | {"forwards_per_image": 2 * NUM_STEPS, "mode": "train"},
+    )
+
+
+def _split_bn(size: Size) -> Pair:
+    device = torch.device(size.device)
+    dtype = torch.bfloat16 if size.precision == "bf16" else torch.float32
+    shape = (size.batch_size, 8 if size.dry else 64, IMAGE_SIZE, IMAGE_SIZE)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    # Per half: input, residual, gradient of the output. The plain loop holds the halves apart, as it makes them.
+    halves = [[draw(*shape) for _ in range(3)] for _ in range(2)]
+    norms = [nn.BatchNorm2d(shape[1]).to(device).train() for _ in range(2)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    weight, bias = (torch.stack([getattr(n, p).detach().clone() for n in norms]) for p in ("weight", "bias"))
+    weight.requires_grad_()
+    bias.requires_grad_()
+
+    def laid_out(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return torch.cat(tensors).to(dtype, memory_format=torch.channels_last)
+
+    x, residual, dy = (laid_out(pair, dtype) for pair in zip(*halves, strict=True))
+
+    def fast(x: Tensor = x, residual: Tensor = residual, dy: Tensor = dy) -> tuple[Tensor, ...]:
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y, mean, _ = split_bn(x, weight, bias, residual, relu=True)
+        return y.detach(), *torch.autograd.grad(y, (x, residual, weight, bias), dy), mean
+
+    def theirs() -> list[tuple[Tensor, ...]]:
+        outputs = []
+        for norm, (x, residual, dy) in zip(norms, halves, strict=True):
+            x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+            y = torch.relu(norm(x) + residual)
+            outputs.append((y.detach(), *torch.autograd.grad(y, (x, residual, norm.weight, norm.bias), dy)))
+        return outputs
+
+    def check() -> dict[str, tuple[float, float]]:
+        ours = fast(*(laid_out(pair, torch.float32) for pair in zip(*halves, strict=True)))
+        found = {}
+        for i, name in enumerate(("output", "input gradient", "residual gradient", "weight gradient", "bias gradient")):
+            parts = [o[i] for o in theirs()]
+            expected = torch.cat(parts) if i < 3 else torch.stack(parts)
+            found[f"float32: {name}, relative"] = ((ours[i] - expected).norm() / expected.norm()).item(), 1e-4
+        return found
+
+    moved = 8 * x.numel() * x.element_size()
+    return Pair(
+        fast=fast,
+        plain=theirs,
+        check=check,
+        work=Work(moved, "byte"),
+        info={
+            "what": f"2 x {list(shape)}, BN + add + ReLU, forward and backward, {str(dtype).removeprefix('torch.')}",
+            "bytes": "x, residual, y, dy, x, y, dx, dresidual once each, in the fast side's dtype",
+            "fast": f"channels-last, {why_not_triton(device) or 'Triton kernels'}",
+            "plain": "two nn.BatchNorm2d, float32 NCHW",
+        },
+    )
+
+
+def _loader(size: Size, kind: Literal["resident", "ffcv"]) -> Pair:
+    device = torch.device(size.device)
+    count, batch_size = (64, 16) if size.dry else (10_240, 128)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    labels = random.integers(0, NUM_CLASSES, count)
+    pixels, path = torch.from_numpy(images), None
+    if kind == "ffcv":
+        path, pixels = Path(tempfile.mkdtemp()) / "train.beton", None
+        try:
+            beton.write(path, images, labels)
+        except UserError as error:
+            raise Unavailable(str(error)) from error
+    split = Split(pixels, torch.from_numpy(labels), torch.arange(count), (3, IMAGE_SIZE, IMAGE_SIZE), path)
+    ours = partial(make_loader, split, batch_size=batch_size, device=device, kind=kind)
+    workers = 0 if size.dry else 2 if device.type == "cpu" else 8
+
+    def theirs(shuffle: bool, padding: int, flip: bool) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(
+            plain.Images(images, labels, padding, flip),
+            batch_size,
+            shuffle=shuffle,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    fast_loader = ours(shuffle=True, augment=Augment(padding=4, flip=True))
+    plain_loader = theirs(True, 4, True)
+    epoch = iter(range(10**9))
+
+    def fast() -> None:
+        for _ in fast_loader.epoch(next(epoch)):
+            pass
+
+    def slow() -> None:
+        for _ in plain.batches(plain_loader, device):
+            pass
+
+    def check() -> dict[str, tuple[float, float]]:
+        worst, seen = 0.0, 0
+        pairs: Iterator[tuple[Batch, tuple[Tensor, Tensor]]] = zip(
+            ours().epoch(0), plain.batches(theirs(False, 0, False), device), strict=True
+        )
+        for batch, (expected, expected_labels) in pairs:
+            worst = max(worst, (batch.images - expected).abs().max().item())
+            worst = max(worst, (batch.labels - expected_labels).abs().max().item())
+            seen += len(expected)
+        return {"unshuffled, not augmented: pixels and labels": (worst, 1e-7), "images missing": (count - seen, 0)}
+
+    return Pair(
+        fast=fast,
+        plain=slow,
+        check=check,
+        work=Work(count, "image"),
+        info={
+            "what": f"an epoch of {count} images {IMAGE_SIZE}x{IMAGE_SIZE}, batches of {batch_size}, crop and flip",
+            "fast": f"{kind} loader",
+            "plain": f"torch DataLoader over PIL images, {workers} persistent workers",
+        },
+    )
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("arat-step", "one AR-AT training step against the plain loop", _arat_step, long=True),
+        Case("arat-phases", "where both steps spend their time: attack, forward, backward, optimiser", _phases, True),
+        Case("pgd10", "one PGD-10 attack in train mode against the plain loop's", _pgd10, long=True),
+        Case("split-bn", "split_bn + add + ReLU, both halves, against two nn.BatchNorm2d", _split_bn),
+        Case("loader-resident", "the resident loader against a plain DataLoader", partial(_loader, kind="resident")),
+        Case("loader-ffcv", "the ffcv loader against a plain DataLoader", partial(_loader, kind="ffcv")),
+    )
+}

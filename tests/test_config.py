@@ -1,0 +1,138 @@
+"""Config: one tree for flags, YAML and Python; every mistake one clear line."""
+
+import argparse
+from typing import Literal
+
+import pytest
+import yaml
+
+import fastarat
+from fastarat.config import AttackConfig, Config, OptimConfig, add_flags, coerce, from_dict, merge, nest, to_dict
+from fastarat.schedules import RECIPES, lr_at, recipe_of
+
+
+def test_round_trip_through_yaml():
+    config = Config(
+        defense=fastarat.ARAT(gamma=3.0, layers=("a", "b"), split_bn=False),
+        epochs=7,
+        attack=AttackConfig(epsilon=4 / 255),
+        optim=OptimConfig(recipe="trades", lr=0.05),
+    )  # fmt: skip
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    for name, kind in fastarat.DEFENSES.items():
+        assert from_dict({"defense": name}) == Config(defense=kind())
+
+
+def test_flags_win_over_yaml_and_fractions_are_numbers():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Config)
+    add_flags(parser, fastarat.ARAT, "defense.")
+    argv = ["--attack.epsilon", "8/255", "--amp", "--no-augment", "--defense.layers", "a, b", "--defense.gamma", "2"]
+    flags = nest(vars(parser.parse_args(argv)))
+    merged = merge({"attack": {"epsilon": 0.5, "num_steps": 3}, "defense": "ar-at", "batch-size": 16}, flags)
+    config = from_dict(merged)
+    assert config.attack.epsilon == 8 / 255
+    assert config.attack.num_steps == 3
+    assert config.amp
+    assert not config.augment
+    assert config.batch_size == 16
+    assert config.defense == fastarat.ARAT(layers=("a", "b"), gamma=2.0)
+
+
+def test_another_defense_drops_the_files_hyper_parameters():
+    merged = merge({"defense": {"name": "ar-at", "gamma": 3}}, {"defense": {"name": "at"}})
+    assert from_dict(merged).defense == fastarat.AT()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epochz": 3}, "unknown key 'epochz'; did you mean 'epochs'"),
+        ({"attack": {"epsilom": 0.1}}, "unknown key 'attack.epsilom'; did you mean 'epsilon'"),
+        ({"attack": {"epsilon": 8}}, "attack.epsilon=8 .*write 8/255"),
+        ({"attack": {"step_size": 2}}, "attack.step_size=2 .*write 2/255"),
+        ({"attack": {"epsilon": "eight"}}, "attack.epsilon='eight': expected a number"),
+        ({"attack": {"epsilon": "1/0"}}, "expected a number"),
+        ({"attack": {"epsilon": float("nan")}}, "expected a number"),
+        ({"attack": {"bn": "evl"}}, "did you mean 'eval'"),
+        ({"attack": 3}, "attack must hold"),
+        ({"attack": {"num_steps": 0}}, "expected 1 or more"),
+        ({"batch_size": 1}, "at least 2 images"),
+        ({"batch_size": 1.5}, "a whole number"),
+        ({"epochs": 0}, "expected 1 or more"),
+        ({"amp": "perhaps"}, "true or false"),
+        ({"defense": "ar_at"}, "did you mean 'ar-at'"),
+        ({"defense": {"name": "ar-at", "gama": 2}}, "unknown key 'defense.gama'; did you mean 'gamma'"),
+        ({"defense": "missing.py:Mine"}, "no such file: missing.py"),
+        ({"defense": 3}, "expected a name"),
+        ({"optim": {"recipe": "tradez"}}, "did you mean 'trades'"),
+        ({"optim": {"lr": -1}}, "optim.lr=-1"),
+        ({"optim": {"momentum": 1.0}}, r"outside \[0, 1\)"),
+        ({"seed": -1}, "seed=-1"),
+        ({"swa_config": {"start": 2}}, "share of the epochs"),
+        ([1, 2], "key: value"),
+    ],
+)
+def test_mistakes(values, words):
+    with pytest.raises(fastarat.UserError, match=words):
+        from_dict(values)
+
+
+def test_optional_values():
+    assert coerce("none", str | None, "k") is None
+    assert coerce("none", Literal["none", "x"] | None, "k") == "none"
+    assert coerce(None, int | None, "k") is None
+
+
+def test_a_defense_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nimport fastarat\n\n@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(fastarat.Defense):\n    beta: float = 2.0\n    def loss(self, views):\n        return {}\n"
+    )
+    config = from_dict({"defense": {"name": f"{file}:Mine", "beta": 3}})
+    assert type(config.defense).__name__ == "Mine"
+    assert config.defense.beta == 3.0
+    assert from_dict(to_dict(config)).defense.beta == 3.0
+    with pytest.raises(fastarat.UserError, match="did you mean 'Mine'"):
+        from_dict({"defense": f"{file}:Mime"})
+    file.write_text("import nothing_like_this\n")
+    with pytest.raises(fastarat.UserError, match=r"mine.py does not import: ModuleNotFoundError"):
+        from_dict({"defense": f"{file}:Mine"})
+
+
+def epochs_at(recipe: str, total: int, steps: int = 10) -> dict[float, tuple[int, int]]:
+    """Learning rate -> (first, last) epoch at whose first step it holds."""
+    spans: dict[float, tuple[int, int]] = {}
+    for epoch in range(1, total + 1):
+        lr = round(lr_at(epoch, 0, steps=steps, epochs=total, recipe=recipe_of(recipe)), 8)
+        spans[lr] = (spans.get(lr, (epoch, 0))[0], epoch)
+    return spans
+
+
+@pytest.mark.parametrize(
+    ("recipe", "total", "expected"),
+    [
+        ("arat", 100, {0.02: (1, 1), 0.1: (2, 76), 0.01: (77, 91), 0.001: (92, 100)}),
+        ("arat-intended", 100, {0.02: (1, 1), 0.1: (2, 75), 0.01: (76, 90), 0.001: (91, 100)}),
+        ("trades", 76, {0.1: (1, 74), 0.01: (75, 76)}),
+        ("trades", 100, {0.1: (1, 74), 0.01: (75, 89), 0.001: (90, 99), 0.0001: (100, 100)}),
+        ("mart", 120, {0.01: (1, 74), 0.001: (75, 89), 0.0001: (90, 99), 0.00001: (100, 120)}),
+        ("rice", 200, {0.1: (1, 100), 0.01: (101, 150), 0.001: (151, 200)}),
+        ("gairat", 100, {0.1: (1, 29), 0.01: (30, 59), 0.001: (60, 100)}),
+        ("gairat-wrn", 120, {0.1: (1, 59), 0.01: (60, 89), 0.001: (90, 109), 0.0005: (110, 120)}),
+        ("arat", 20, {0.02: (1, 1), 0.1: (2, 16), 0.01: (17, 19), 0.001: (20, 20)}),
+    ],
+)
+def test_schedules(recipe, total, expected):
+    assert epochs_at(recipe, total) == expected
+
+
+def test_rice_drops_at_the_last_step_before_the_milestone():
+    rice = recipe_of("rice")
+    assert lr_at(100, 8, steps=10, epochs=200, recipe=rice) == pytest.approx(0.1)
+    assert lr_at(100, 9, steps=10, epochs=200, recipe=rice) == pytest.approx(0.01)
+
+
+def test_every_recipe_says_where_it_comes_from():
+    assert all(recipe.source for recipe in RECIPES.values())

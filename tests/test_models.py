@@ -1,0 +1,130 @@
+"""Networks: published sizes, key names, taps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastarat
+from fastarat.models import PENULTIMATE, Taps, build_model, forward_with_features, tap_names, tappable
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("resnet18", 10, 11_173_962),
+        ("resnet18", 100, 11_220_132),
+        ("preactresnet18", 10, 11_172_170),
+        ("preactresnet18", 100, 11_218_340),
+        ("wrn-34-10", 10, 46_160_474),
+        ("wrn-34-10", 100, 46_218_164),
+    ],
+)
+def test_published_parameter_counts(name, classes, parameters):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_split_parameter_counts():
+    for name, parameters in (("resnet18", 11_183_562), ("wrn-34-10", 46_182_906)):
+        model = fastarat.split_batchnorm(build_model(name, num_classes=10))
+        assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_official_key_names():
+    keys = set(build_model("resnet18", num_classes=10).state_dict())
+    for key in ("conv1.weight", "bn1.running_mean", "layer4.1.bn2.weight", "layer2.0.shortcut.0.weight",
+                "layer2.0.shortcut.1.num_batches_tracked", "linear.bias"):  # fmt: skip
+        assert key in keys
+    assert not any(k.startswith("layer1.0.shortcut") for k in keys)
+    assert len(keys) == 122
+    wide = set(build_model("wrn-34-10", num_classes=10).state_dict())
+    for key in ("block3.layer.4.conv2.weight", "block1.layer.0.convShortcut.weight", "bn1.bias", "fc.weight"):
+        assert key in wide
+    preact = set(build_model("preactresnet18", num_classes=10).state_dict())
+    for key in ("layer2.0.shortcut.0.weight", "bn.weight", "linear.weight"):
+        assert key in preact
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "resnet-small"])
+def test_taps_change_nothing_and_are_what_they_say(name):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=5).eval()
+    x = torch.rand(2, 3, 16, 16)
+    seen = {}
+    layers = [n for n in tappable(model) if n != PENULTIMATE]
+    modules = dict(model.named_modules())
+    hooks = [modules[n].register_forward_hook(lambda m, a, out, n=n: seen.__setitem__(n, out)) for n in layers]
+    taps = Taps([*layers, PENULTIMATE])
+    logits = model(x, taps)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(logits, model(x))
+    for layer in layers:
+        torch.testing.assert_close(taps.features[layer], F.relu(seen[layer]).mean((2, 3)))
+    torch.testing.assert_close(model.linear(taps.features[PENULTIMATE]), logits)
+    raw = Taps(tap_names(model)[:1], relu=False, pool=False)
+    model(x, raw)
+    assert raw.ordered()[0].min() < 0
+
+
+def test_arat_layers_of_resnet18_are_before_the_residual_add():
+    """layer4.*.bn2 is tapped before the addition: zeroing its affine empties the tap but not the block."""
+    model = build_model("resnet18", num_classes=5).eval()
+    assert tap_names(model) == ("layer4.0.bn1", "layer4.0.bn2", "layer4.1.bn1", "layer4.1.bn2")
+    with torch.no_grad():
+        model.layer4[1].bn2.weight.zero_()
+        model.layer4[1].bn2.bias.fill_(-1)
+    taps = Taps(["layer4.1.bn2", PENULTIMATE])
+    model(torch.rand(2, 3, 16, 16), taps)
+    assert taps.features["layer4.1.bn2"].abs().max() == 0
+
+
+def test_wrn_taps():
+    from fastarat.models import WideResNet
+
+    model = WideResNet(10, 1, 4).eval()
+    assert len(build_wrn_names()) == 11
+    taps = Taps(model.tap_names)
+    logits = model(torch.rand(2, 3, 8, 8), taps)
+    torch.testing.assert_close(logits, model.fc(taps.features["avgpool"]))
+    assert [f.shape[1] for f in taps.ordered()] == [32, 64, 64]
+
+
+def build_wrn_names():
+    with torch.device("meta"):
+        return build_model("wrn-34-10", num_classes=10).tap_names
+
+
+def test_foreign_networks_are_tapped_by_hooks():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = torch.rand(2, 3, 6, 6)
+    taps = Taps(["0", PENULTIMATE])
+    logits = forward_with_features(net, x, taps)
+    torch.testing.assert_close(logits, net(x))
+    torch.testing.assert_close(taps.features[PENULTIMATE], net[:4](x))
+    torch.testing.assert_close(taps.features["0"], F.relu(net[0](x)).mean((2, 3)))
+    assert not net[0]._forward_hooks
+    with pytest.raises(fastarat.UserError, match="unknown feature layer '9'"):
+        forward_with_features(net, x, Taps(["9"]))
+
+
+def test_normalisation_is_inside():
+    torch.manual_seed(0)
+    model = build_model("resnet-small", num_classes=3, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]).eval()
+    x = torch.rand(2, 3, 8, 8)
+    expected = (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    inside = model(x)
+    model.normalize = None
+    torch.testing.assert_close(inside, model(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [("resnet19", 32, "did you mean 'resnet18'"), ("resnet-small", 4, "at least 8x8"), ("timm:resnet18", 32, "timm")],
+)
+def test_errors(name, size, words, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(fastarat.UserError, match=words):
+        build_model(name, num_classes=3, image_size=size)

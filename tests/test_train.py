@@ -1,0 +1,356 @@
+"""Training end to end on real digits, at a size of seconds; kills and resumes included."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastarat
+from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, read_yaml
+from fastarat.engine import TrainStep, frozen
+from fastarat.record import load_checkpoint
+from fastarat.train import Diverged, load_run, train, usable_precision
+
+
+def small(out: Path, **options) -> Config:
+    """Three epochs of five steps."""
+    options = {
+        "limit_train": 160, "batch_size": 32, "epochs": 3, "tensorboard": False,
+        "attack": AttackConfig(epsilon=0.1, num_steps=2), "eval": EvalConfig(val_images=40, num_steps=2),
+    } | options  # fmt: skip
+    return Config(out=str(out), **options)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    train(small(out), progress=False)
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last.safetensors")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    for (name, p), q in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(p, q), name
+    drop = ("wall_s", "images_per_s")
+    logged = [[{k: v for k, v in row.items() if k not in drop} for row in metrics(run)] for run in (a, b)]
+    assert logged[0] == logged[1]
+
+
+def test_run_folder(unbroken):
+    assert {p.name for p in unbroken.iterdir()} == {
+        "config.yaml",
+        "card.txt",
+        "metrics.jsonl",
+        "last.pt",
+        "last.safetensors",
+        "best.pt",
+        "best.safetensors",
+    }
+    rows = metrics(unbroken)
+    assert [r["epoch"] for r in rows] == [1, 2, 3]
+    for key in ("lr", "wall_s", "images_per_s", "train/loss", "train/ce_adv", "train/ce_clean", "train/invariance",
+                "train/clean_acc", "train/robust_acc", "val/clean_acc", "val/robust_acc_pgd2"):  # fmt: skip
+        assert key in rows[0]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    terms = sum(rows[0][f"train/{t}"] for t in ("ce_adv", "ce_clean", "invariance"))
+    assert rows[0]["train/loss"] == pytest.approx(terms)
+    saved = from_dict(read_yaml(unbroken / "config.yaml"))
+    assert (saved.model, saved.epochs, saved.optim.lr, saved.optim.recipe) == ("resnet-small", 3, 0.1, "arat")
+    assert saved.attack.step_size == pytest.approx(0.025)
+    best = load_checkpoint(unbroken / "best.pt")
+    values = [r["val/robust_acc_pgd2"] for r in rows]
+    assert best["best"] == {"epoch": 1 + values.index(max(values)), "value": max(values)}
+
+
+def test_run_card_says_what_a_number_depends_on(unbroken):
+    card = (unbroken / "card.txt").read_text()
+    for words in ("ar-at: minimise", "center", "noisy (x + U", "0.1", "step 0.025", "attack BN", "train (batch statistics",
+                  "split BatchNorm", "float32", "resident", "Triton kernels", "chooses best", "weight decay 0.0005"):  # fmt: skip
+        assert words in card
+
+
+def test_same_seed_same_weights_other_seed_other_weights(unbroken, tmp_path):
+    train(small(tmp_path / "again"), progress=False)
+    assert_same(tmp_path / "again", unbroken)
+    train(small(tmp_path / "other", seed=1, epochs=1), progress=False)
+    assert not torch.equal(weights(tmp_path / "other")["conv1.weight"], weights(unbroken)["conv1.weight"])
+
+
+KILL = """
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_train import small
+from fastarat import engine, record
+from fastarat.train import train
+calls = 0
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+{patch}
+train(small(Path({out!r})), progress=False)
+"""
+IN_EPOCH = """
+add = engine.Meter.add
+def patched(self, *args):
+    global calls
+    calls += 1
+    if calls == 8:
+        die()
+    return add(self, *args)
+engine.Meter.add = patched
+"""
+IN_CHECKPOINT = """
+save = torch.save
+def patched(state, path):
+    global calls
+    calls += 1
+    save(state, path)
+    if state["epoch"] == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+torch.save = patched
+"""
+BEFORE_ANY = "engine.Meter.add = lambda self, *args: die()"
+
+
+@pytest.mark.parametrize(
+    ("patch", "epoch"),
+    [(IN_EPOCH, 1), (IN_CHECKPOINT, 1), (BEFORE_ANY, None)],
+    ids=["mid-epoch", "mid-checkpoint", "before-any-checkpoint"],
+)
+def test_killed_runs_resume_to_the_same_weights(patch, epoch, unbroken, tmp_path):
+    out = tmp_path / "killed"
+    code = KILL.format(tests=str(Path(__file__).parent), patch=patch, out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if epoch is None:
+        assert not (out / "last.pt").exists()
+    else:
+        assert load_checkpoint(out / "last.pt")["epoch"] == epoch
+    train(resume=out, progress=False)
+    assert_same(out, unbroken)
+
+
+def test_resume_of_a_finished_run_changes_nothing(unbroken, capsys):
+    before = {p.name: p.read_bytes() for p in unbroken.iterdir() if p.suffix in (".pt", ".safetensors")}
+    train(resume=unbroken)
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in unbroken.iterdir() if p.name in before} == before
+
+
+def test_resume_refuses_another_setting(unbroken, tmp_path):
+    with pytest.raises(fastarat.UserError, match="epochs cannot change"):
+        train(resume=unbroken, overrides={"epochs": 9})
+    with pytest.raises(fastarat.UserError, match="nothing to resume"):
+        train(resume=tmp_path / "nowhere")
+
+
+def test_nothing_is_overwritten(unbroken):
+    before = (unbroken / "last.pt").read_bytes()
+    with pytest.raises(fastarat.UserError, match=f"exists already.*--resume {unbroken}"):
+        train(small(unbroken), progress=False)
+    assert (unbroken / "last.pt").read_bytes() == before
+
+
+def test_nan_stops_with_step_term_and_checkpoint(tmp_path):
+    class Breaks(fastarat.AT):
+        def loss(self, views):
+            good = super().loss(views)["ce_adv"]
+            return {"fine": good, "bad": good * torch.where(views.progress >= 0.6, float("nan"), 1.0)}
+
+    out = tmp_path / "run"
+    with pytest.raises(
+        Diverged,
+        match=r"term 'bad' became NaN or infinite at epoch 2, step 5 of 5; the last good checkpoint is .*last.pt \(epoch 1\)",
+    ):
+        train(small(out, defense=Breaks()), progress=False)
+    assert load_checkpoint(out / "last.pt")["epoch"] == 1
+    for value in load_checkpoint(out / "last.pt")["step"]["model"].values():
+        assert torch.isfinite(value.float()).all()
+
+
+def test_loading_runs(unbroken, tmp_path):
+    model, meta, config = load_run(unbroken)
+    assert (meta["defense"], meta["epoch"], meta["branches"]) == ("ar-at", 3, ["clean", "adv"])
+    assert config.epochs == 3
+    assert not model.training
+    from_pt, _, _ = load_run(unbroken / "last.pt")
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(model(x), from_pt(x))
+    with pytest.raises(fastarat.UserError, match="no swa weights"):
+        load_run(unbroken, "swa")
+    with pytest.raises(fastarat.UserError, match="no run folder or checkpoint"):
+        load_run(tmp_path / "nowhere")
+    for name in ("last.pt", "last.safetensors"):
+        broken = tmp_path / name
+        broken.write_bytes((unbroken / name).read_bytes()[:1000])
+        with pytest.raises(fastarat.UserError, match="cannot be read"):
+            load_run(broken)
+    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
+    with pytest.raises(fastarat.UserError, match="not a fastarat checkpoint"):
+        load_run(tmp_path / "foreign.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "step": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(fastarat.UserError, match="cannot be read"):
+        load_run(tmp_path / "evil.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_another_architecture_is_refused(unbroken, tmp_path):
+    from fastarat.record import load_into, load_weights
+
+    state, _ = load_weights(unbroken / "last.safetensors")
+    with pytest.raises(fastarat.UserError, match="another architecture"):
+        load_into(fastarat.build_model("resnet-small", num_classes=7, in_channels=1), state, Path("x"))
+    with pytest.raises(fastarat.UserError, match="another architecture"):
+        load_into(fastarat.build_model("preactresnet18", num_classes=10), state, Path("x"))
+
+
+@pytest.mark.parametrize("defense", ["standard", "at", "ar-at"])
+def test_every_defense_trains_and_resumes(defense, tmp_path):
+    config = small(tmp_path / "a", defense=fastarat.DEFENSES[defense](), epochs=2, swa=True,
+                   swa_config=SwaConfig(start=0.4, every=2))  # fmt: skip
+    result = train(config, progress=False)
+    assert len(result.metrics) == 2
+    averaged, meta, _ = load_run(tmp_path / "a", "swa")
+    assert meta["swa"]
+    assert torch.isfinite(averaged(torch.rand(4, 1, 8, 8))).all()
+
+
+def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(tmp_path):
+    from fastarat.data import Batch
+    from fastarat.swa import WeightAverage, averaged_model
+
+    step = TrainStep(fastarat.build_model("resnet-small", num_classes=4), fastarat.ARAT(), torch.empty(2, 3, 8, 8),
+                     epsilon=0.1, num_steps=1)  # fmt: skip
+    average, snapshots = WeightAverage(step.model), []
+    for _ in range(3):
+        step(torch.rand(8, 3, 8, 8), torch.randint(4, (8,)))
+        average.update(step.model)
+        snapshots.append(step.model.conv1.weight.detach().clone())
+    batches = [Batch(torch.rand(n, 3, 8, 8), torch.randint(4, (n,)), torch.arange(n)) for n in (8, 4)]
+    own = {k: v.clone() for k, v in step.model.state_dict().items()}
+    crafted = []
+    attack = step.attack
+    step.attack = lambda *a: crafted.append(attack(*a)) or crafted[-1]
+    model = averaged_model(step, average, batches)
+    torch.testing.assert_close(model.conv1.weight, torch.stack(snapshots).mean(0))
+    images = [c.images for c in crafted]
+    expected = sum(len(x) * model.conv1(x).mean((0, 2, 3)) for x in images) / 12
+    torch.testing.assert_close(model.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.bn1.clean.running_mean, torch.zeros(16))
+    for key, value in step.model.state_dict().items():
+        assert torch.equal(value, own[key]), key
+    exact = averaged_model(step, average, batches, exact=True)
+    assert not torch.allclose(exact.bn1.running_mean, model.bn1.running_mean)
+
+
+def test_precision_stays_in_float32_where_bf16_is_slow(monkeypatch):
+    import fastarat.train as module
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(module, "bf16_support", lambda device: (False, "no AVX512_BF16"))
+    assert usable_precision("bf16", cpu) == ("fp32", "float32, because bf16 would be slower here: no AVX512_BF16")
+    monkeypatch.setattr(module, "bf16_support", lambda device: (True, ""))
+    assert usable_precision("bf16", cpu)[0] == "bf16"
+    assert usable_precision("fp16", cpu)[0] == "fp32"
+
+
+def test_a_bf16_step_keeps_statistics_losses_and_images_in_float32():
+    step = TrainStep(fastarat.build_model("resnet-small", num_classes=4), fastarat.ARAT(), torch.empty(2, 3, 8, 8),
+                     epsilon=0.1, num_steps=2, precision="bf16")  # fmt: skip
+    terms = step(torch.rand(8, 3, 8, 8), torch.randint(4, (8,)))
+    assert all(t.dtype == torch.float32 and torch.isfinite(t) for t in terms.values())
+    assert step.attack(torch.rand(4, 3, 8, 8), torch.randint(4, (4,))).images.dtype == torch.float32
+    assert step.model.bn1.running_mean.dtype == torch.float32
+    assert next(step.model.parameters()).grad.dtype == torch.float32
+
+
+def test_attack_modes_and_frozen_parameters():
+    model = fastarat.build_model("resnet-small", num_classes=4)
+    with frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    x, y = torch.rand(8, 3, 8, 8), torch.randint(4, (8,))
+    updates = {}
+    for mode in ("eval", "train", "train-frozen"):
+        step = TrainStep(fastarat.build_model("resnet-small", num_classes=4), fastarat.AT(), x, epsilon=0.1, num_steps=3,
+                         attack_bn=mode)  # fmt: skip
+        step(x, y)
+        updates[mode] = step.model.bn1.num_batches_tracked.item()
+        assert step.model.training
+    assert updates == {"eval": 1, "train": 4, "train-frozen": 1}
+    with pytest.raises(fastarat.UserError, match="train-frozen"):
+        TrainStep(model, fastarat.AT(), x, attack_bn="off")
+
+
+def test_the_step_reads_nothing_back_from_the_device(monkeypatch):
+    step = TrainStep(fastarat.build_model("resnet-small", num_classes=4), fastarat.ARAT(), torch.empty(2, 3, 8, 8),
+                     epsilon=0.1, num_steps=1)  # fmt: skip
+    step(torch.rand(4, 3, 8, 8), torch.randint(4, (4,)))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the step read a tensor on the host")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    step(torch.rand(4, 3, 8, 8), torch.randint(4, (4,)))
+
+
+def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp_path):
+    from fastarat.train import _Training
+
+    training = _Training(small(tmp_path / "run"), False, False)
+    before = {k: v.clone() for k, v in training.step.model.state_dict().items()}
+    calls = []
+    training.step.model.bn1.clean.register_buffer("running_mean", training.step.model.bn1.clean.running_mean + 3)
+    forward = training.step.model.forward
+    training.step.model.forward = lambda x: (
+        calls.append((training.step.model.training, training.step.model.bn1._groups, len(x))) or forward(x)
+    )
+    accuracy = training._probe("clean", 70, 1)
+    assert calls == [(False, ("clean",), 32)] * 3
+    assert 0 <= accuracy <= 1
+    assert training.step.model.training
+    after = training.step.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k != "bn1.clean.running_mean")
+
+
+def test_a_last_batch_of_one_is_left_out(tmp_path):
+    result = train(small(tmp_path / "run", limit_train=129, batch_size=64, epochs=1), progress=False)
+    assert "1 epochs x 2 steps" in (result.run / "card.txt").read_text()
+
+
+def test_apex_asked_for_and_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(fastarat.UserError, match="Apex"):
+        train(small(tmp_path / "run", optim=OptimConfig(optimizer="apex")), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(fastarat.UserError, match="cannot write"):
+        train(small(tmp_path / "file" / "run"), progress=False)
