@@ -38,6 +38,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put `model` into train or eval mode inside the block."""
+    before = model.training
+    if before != training:
+        model.train(training)
+    try:
+        yield
+    finally:
+        if before != training:
+            model.train(before)
+
+
 class Forward:
     """The engine's forward, handed to defenses: chooses BN branch and precision and collects features.
 
@@ -45,9 +58,29 @@ class Forward:
     -> (logits [2B, K], one feature tensor [2B, d] per layer).
     """
 
-    def __init__(self, model: nn.Module, precision: Precision, num_steps: int, progress: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Precision,
+        *,
+        num_steps: int,
+        epsilon: float,
+        generator: torch.Generator,
+        memory_format: torch.memory_format,
+    ) -> None:
         self.model, self.precision = model, precision
-        self.num_steps, self.progress = num_steps, progress
+        self.num_steps, self.epsilon, self.generator = num_steps, epsilon, generator
+        self.memory_format = memory_format
+        device = generator.device
+        # Device tensors, so that a captured step sees them move.
+        self.progress, self.epoch = torch.zeros((), device=device), torch.ones((), device=device)
+
+    def views(self, labels: Tensor, **tensors) -> Views:
+        return Views(labels, num_steps=self.num_steps, progress=self.progress, epoch=self.epoch, **tensors)
+
+    def companion(self, module: nn.Module, images: Tensor) -> Tensor:
+        with self.autocast(images):
+            return module(images)
 
     def autocast(self, images: Tensor) -> contextlib.AbstractContextManager:
         if self.precision not in _DTYPES:
@@ -63,9 +96,10 @@ class Forward:
         relu: bool = True,
         pool: bool = True,
         updates: tuple[str, ...] | None = None,
+        training: bool = True,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         taps = Taps(tuple(layers), relu, pool) if layers else None
-        with branch(self.model, *branches, updates=updates), self.autocast(images):
+        with mode_of(self.model, training), branch(self.model, *branches, updates=updates), self.autocast(images):
             logits = forward_with_features(self.model, images, taps)
         return logits, () if taps is None else taps.ordered()
 
@@ -128,7 +162,7 @@ class TrainStep:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
         self.companions = defense.companions(model, torch.rand_like(example[:2], device=self.device)).to(self.device)
-        self.companions.train()
+        self.companions = self.companions.to(memory_format=self.memory_format).train()
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4))(
             self.parameters
@@ -154,9 +188,15 @@ class TrainStep:
             backend=kernels,
         )
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.progress = torch.zeros((), device=self.device)
         self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.forward = Forward(self.model, precision, num_steps, self.progress)
+        self.forward = Forward(
+            self.model,
+            precision,
+            num_steps=num_steps,
+            epsilon=epsilon,
+            generator=self.generator,
+            memory_format=self.memory_format,
+        )
         # bf16 has float32's range; only fp16 needs its loss scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter(self.device)
@@ -184,31 +224,26 @@ class TrainStep:
         mode: BN during the attack, default this step's. The model is left in the mode it was in.
         """
         mode = mode or self.attack_bn
-        was_training = self.model.training
         updates = () if mode == "train-frozen" else None
 
         def logits(points: Tensor) -> Tensor:
-            return self.forward(points, "adv", updates=updates)[0]
+            return self.forward(points, "adv", updates=updates, training=mode != "eval")[0]
 
-        self.model.train(mode != "eval")
-        try:
-            with frozen(self.model):
-                target = labels
-                if self.objective == "kl":
-                    with torch.no_grad():
-                        target = logits(images)
-                runs = [partial(self._one_attack, logits, images, labels, target) for _ in range(self.num_restarts)]
-                if len(runs) == 1:
-                    return runs[0]()
-                return attacks.strongest(logits, runs, target, self.objective)
-        finally:
-            self.model.train(was_training)
+        with mode_of(self.model, mode != "eval"), frozen(self.model):
+            target = labels
+            if self.objective == "kl":
+                with torch.no_grad():
+                    target = logits(images)
+            runs = [partial(self._one_attack, logits, images, labels, target) for _ in range(self.num_restarts)]
+            if len(runs) == 1:
+                return runs[0]()
+            return attacks.strongest(logits, runs, target, self.objective)
 
     def _one_attack(self, logits, images: Tensor, labels: Tensor, target: Tensor) -> attacks.Attacked:
         start = attacks.random_start(
             images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
         )
-        return self._pgd(logits, images, labels, target, start)
+        return self.defense.attack(self._pgd, logits, images, labels, target, start)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -246,7 +281,6 @@ class Meter:
     def reset(self) -> None:
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
-        self.steps = 0
 
     def add(self, terms: dict[str, Tensor], views: Views) -> None:
         values = {**terms}
@@ -259,6 +293,7 @@ class Meter:
             self.names, self.num_terms = list(values), len(terms)
             self.sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
             self.first_bad = torch.full((len(values),), 2**62, dtype=torch.int64, device=self.device)
+            self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
         bad = torch.where(torch.isfinite(row), 2**62, self.steps)
         self.first_bad = torch.minimum(self.first_bad, bad)
         self.sums[:-1] += torch.nan_to_num(row).double() * size

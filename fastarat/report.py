@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor, nn
 
 from fastarat.batchnorm import branch
@@ -188,7 +188,7 @@ def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
             result = json.loads(file.read_text(encoding="utf-8"))
             for key in result["settings"]["attacks"].values():
                 wilson(float(result["accuracy"][key]), int(result["num_images"]))
-            pixels(result["settings"]["epsilon"])
+            _budget(result["settings"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(
                 f"{file} is not an evaluation that can be read ({type(error).__name__}: {error}): delete it, then "
@@ -227,8 +227,8 @@ def _dataset(run: _Run, data_dir: str | Path | None) -> Dataset:
     )
     if len(dataset.classes) != run.meta["num_classes"] or dataset.shape[0] != run.meta["in_channels"]:
         raise UserError(
-            f"{run.path} was trained for {run.meta['num_classes']} classes and {run.meta['in_channels']} channel(s), but "
-            f"{config.dataset} now has {len(dataset.classes)} and {dataset.shape[0]}: the data set changed since"
+            f"{run.path} was trained for {run.meta['num_classes']} classes and {run.meta['in_channels']} channel(s), "
+            f"but {config.dataset} now has {len(dataset.classes)} and {dataset.shape[0]}: the data set changed since"
         )
     return dataset
 
@@ -285,7 +285,7 @@ def predicted(
 def examples_figure(runs: Sequence[_Run], examples: Sequence[Examples], classes: Sequence[str]) -> Figure:
     """Draw, for each run, a row of clean images, one of adversarial images and one of their differences."""
     count = len(examples[0].labels)
-    left, gap, text_row, head = 1.15, 0.07, 0.23, 0.42
+    left, gap, text_row, head = 1.15, 0.07, 0.23, 0.52
     # Few images are not blown up, and many make the figure wider rather than too small to see.
     cell = min(1.3, max(0.62, (_WIDTH_IN - left - gap) / count - gap))
     width = max(left + count * (cell + gap) + gap, 5.0)
@@ -308,9 +308,9 @@ def examples_figure(runs: Sequence[_Run], examples: Sequence[Examples], classes:
     for number, (run, found) in enumerate(zip(runs, examples, strict=True)):
         top = 0.3 + number * block
         clean, robust = found.correct()
-        write(0.1, top + head / 2, _short(run.label, 44), weight="bold", fontsize=10)
-        text = f"PGD-{NUM_STEPS}, {_budget(run.meta)}; of these {count}: {clean} correct clean, {robust} adversarial"
-        write(width - gap, top + head / 2, text, ha="right", fontsize=7.5, color="#555555")
+        write(0.1, top + 0.14, _short(run.label, int(width * 10)), weight="bold", fontsize=10)
+        text = f"PGD-{NUM_STEPS}, {_budget(run.meta)}. Of these {count}: {clean} correct clean, {robust} adversarial."
+        write(0.1, top + 0.35, text, fontsize=8, color="#555555")
         difference = found.adversarial - found.clean
         factor, scale = _visible(difference)
         rows = (
@@ -378,54 +378,67 @@ def _short(text: str, letters: int) -> str:
 def curves_figure(runs: Sequence[_Run]) -> Figure:
     """Draw loss, its terms, clean and robust accuracy per epoch, all runs on the same axes."""
     styles = [
-        {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i // len(_COLOURS) % len(_MARKERS) or i % 7]}
+        {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
         for i in range(len(runs))
     ]
     terms = list(dict.fromkeys(term for run in runs for term in _terms(run)))
-    figure = Figure(figsize=(_WIDTH_IN, 6.6), facecolor="white", layout="constrained")
+    attacks = list(dict.fromkeys(key for run in runs if (key := _robust_key(run))))
+    solid = [_DASHES[0], *_DASHES[3:]]
+    figure = Figure(figsize=(_WIDTH_IN, 6.8), facecolor="white", layout="constrained")
     grid = figure.add_gridspec(2, 2)
     loss = figure.add_subplot(grid[0, 0] if terms else grid[0, :])
+    parts = figure.add_subplot(grid[0, 1]) if terms else None
     clean, robust = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    panels = {"Training loss": loss, "Clean accuracy": clean, "Robust accuracy": robust}
 
     for run, style in zip(runs, styles, strict=True):
         _line(loss, run, "train/loss", style)
+        for term in _terms(run):
+            _line(parts, run, f"train/{term}", style, dashes=_DASHES[terms.index(term) % len(_DASHES)])
         _line(clean, run, "val/clean_acc", style, percent=True)
-        _line(clean, run, "train/clean_acc", style, dashes=_DASHES[2], percent=True)
-        _line(robust, run, "train/robust_acc", style, dashes=_DASHES[2], percent=True)
-    if terms:
-        panels["Terms of the loss"] = axes = figure.add_subplot(grid[0, 1])
-        for run, style in zip(runs, styles, strict=True):
-            for term in _terms(run):
-                _line(axes, run, f"train/{term}", style, dashes=_DASHES[terms.index(term) % len(_DASHES)])
-        _key(axes, [(_DASHES[i % len(_DASHES)], term) for i, term in enumerate(terms)])
-    keys = list(dict.fromkeys(_robust_key(run) for run in runs if _robust_key(run)))
-    solid = [_DASHES[0], *_DASHES[3:]]
-    for run, style in zip(runs, styles, strict=True):
+        for axes, key in ((clean, "train/clean_acc"), (robust, "train/robust_acc")):
+            # Hollow, so that a run of one epoch, which has no line, can be read as well.
+            _line(axes, run, key, {**style, "markerfacecolor": "white"}, dashes=_DASHES[2], percent=True)
         if key := _robust_key(run):
-            _line(robust, run, key, style, dashes=solid[keys.index(key) % len(solid)], percent=True)
+            _line(robust, run, key, style, dashes=solid[attacks.index(key) % len(solid)], percent=True)
             best = _best(run)
             robust.plot(best["epoch"], 100 * best[key], "o", ms=9, mfc="none", mec=style["color"], mew=1.2, zorder=4)
-    _key(clean, [(_DASHES[0], "validation"), (_DASHES[2], "training batches")])
-    robust_key = [(solid[i % len(solid)], f"validation, {_attack_of(key)}") for i, key in enumerate(keys)]
-    if any("train/robust_acc" in row for run in runs for row in run.metrics):
-        robust_key.append((_DASHES[2], "training batches, training attack"))
-    _key(robust, robust_key, best=bool(keys))
 
-    for title, axes in panels.items():
-        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=_INK)
-        _mark_drops(axes, runs, styles, labelled=axes is loss)
+    logarithmic = [_spread(axes) for axes in (loss, parts) if axes is not None]
+    drops = [_mark_drops(axes, runs, styles) for axes in (loss, parts, clean, robust) if axes is not None]
+    _label_drops(loss, drops[0])
+    dash = {"linestyle": (0, (2, 2)), "linewidth": 1}
+    _title(loss, "Training loss", logarithmic[0], [(dash, "drop of the learning rate")] if drops[0] else [])
+    if terms:
+        key = [({"linestyle": _DASHES[i % len(_DASHES)]}, term) for i, term in enumerate(terms)]
+        _title(parts, "Terms of the loss", logarithmic[1], key)
+    held_out = {"linestyle": "-", "marker": "o"}
+    batches = {"linestyle": _DASHES[2], "marker": "o", "markerfacecolor": "white"}
+    ring = {"linestyle": "", "marker": "o", "markersize": 8, "markerfacecolor": "none"}
+    trained = {key for run in runs for row in run.metrics for key in row}
+    key = [(batches, "training batches")] if "train/clean_acc" in trained else []
+    _title(clean, "Clean accuracy", False, [(held_out, "validation"), *key])
+    key = [
+        ({**held_out, "linestyle": solid[i % len(solid)]}, f"validation, {_attack_of(name)}")
+        for i, name in enumerate(attacks)
+    ]
+    key += [(batches, "training attack")] if "train/robust_acc" in trained else []
+    _title(robust, "Robust accuracy", False, [*key, *([(ring, "best epoch")] if attacks else [])])
+
+    for axes in figure.axes:
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_FAINT)
-        axes.tick_params(labelsize=8, color=_FAINT, labelcolor="#444444")
+        axes.tick_params(which="both", labelsize=8, color=_FAINT, labelcolor="#444444")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch", fontsize=8, color="#444444")
-        if axes in (clean, robust):
-            axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=None))
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -2), min(high, 102))
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=8, color=_FAINT)
+    for axes in (clean, robust):
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=None))
+        low, high = axes.get_ylim()
+        wider = max(0.0, (10 - (high - low)) / 2)
+        axes.set_ylim(max(low - wider, -2), min(high + wider, 102))
 
     names = [f"{_short(run.label, 56)}  ({_budget(run.meta)})" for run in runs]
     handles = [Line2D([], [], linewidth=2, markersize=5, **style) for style in styles]
@@ -459,41 +472,76 @@ def _line(axes: Axes, run: _Run, key: str, style: dict[str, Any], *, dashes: Any
     )
 
 
-def _key(axes: Axes, entries: list[tuple[Any, str]], best: bool = False) -> None:
-    """Explain a panel's line styles in grey; colours are explained once, above all panels."""
-    handles = [Line2D([], [], color="#555555", linestyle=dashes, linewidth=1.4) for dashes, _ in entries]
-    if best:
-        handles.append(Line2D([], [], linestyle="", marker="o", ms=8, mfc="none", mec="#555555", mew=1.2))
-        entries = [*entries, ("", "best epoch (best.pt)")]
-    legend = axes.legend(
-        handles, ["style"] * len(handles), fontsize=7.5, framealpha=0.85, edgecolor="none", handlelength=2.6
+def _spread(axes: Axes) -> bool:
+    """Use a logarithmic axis where a linear one would flatten all but the largest losses."""
+    values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.ones(1)])
+    values = values[np.isfinite(values)]
+    if not len(values) or values.min() <= 0 or values.max() < 20 * values.min():
+        return False
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return True
+
+
+def _title(axes: Axes, title: str, logarithmic: bool, key: list[tuple[dict[str, Any], str]]) -> None:
+    """Write a panel's title, and between it and the axes the line styles; colours are explained above all panels."""
+    columns = max(1, min(len(key), 4 * len(key) // max(1, sum(len(name) + 6 for _, name in key) // 16)))
+    lines = max(1, -(-len(key) // columns))
+    axes.set_title(
+        title + (" (logarithmic)" if logarithmic else ""),
+        loc="left",
+        pad=8 + 12 * lines,
+        fontsize=9.5,
+        fontweight="bold",
+        color=_INK,
     )
-    for text, (_, name) in zip(legend.get_texts(), entries, strict=True):
+    if not key:
+        return
+    handles = [Line2D([], [], **{"color": "#555555", "linewidth": 1.4, "markersize": 4, **style}) for style, _ in key]
+    legend = axes.legend(
+        handles,
+        ["style"] * len(handles),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.1,
+        borderpad=0.1,
+        ncols=columns,
+        columnspacing=1.4,
+        handlelength=2.2,
+        frameon=False,
+        fontsize=8,
+    )
+    for text, (_, name) in zip(legend.get_texts(), key, strict=True):
         text.set(text=name, parse_math=False, color="#444444")
 
 
-def _mark_drops(axes: Axes, runs: Sequence[_Run], styles: list[dict[str, Any]], labelled: bool) -> None:
-    """Draw a light line where the learning rate drops, in a run's colour when it is that run's alone."""
-    drops: dict[tuple[int, str], list[int]] = {}
+def _mark_drops(axes: Axes, runs: Sequence[_Run], styles: list[dict[str, Any]]) -> list[tuple[float, str, str]]:
+    """Draw a light line where the learning rate drops, in a run's colour when it is that run's alone.
+
+    Returns: position, text and colour of each line.
+    """
+    owners: dict[tuple[int, str], list[int]] = {}
     for number, run in enumerate(runs):
         for before, after in pairwise(run.metrics):
             if after["lr"] <= _DROP * before["lr"]:
-                drops.setdefault((after["epoch"], f"lr {after['lr']:.3g}"), []).append(number)
-    for (epoch, name), owners in drops.items():
-        own = len(owners) == 1 and len(runs) > 1
-        colour = styles[owners[0]]["color"] if own else "#666666"
+                owners.setdefault((after["epoch"], f"lr {after['lr']:.3g}"), []).append(number)
+    drops = []
+    for (epoch, text), numbers in owners.items():
+        colour = styles[numbers[0]]["color"] if len(numbers) == 1 < len(runs) else "#666666"
         axes.axvline(epoch - 0.5, color=colour, alpha=0.35, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-        if labelled:
-            axes.text(
-                epoch - 0.5,
-                0.98,
-                f" {name}",
-                transform=axes.get_xaxis_transform(),
-                fontsize=7,
-                color=colour,
-                alpha=0.8,
-                va="top",
-            )
+        drops.append((epoch - 0.5, text, colour))
+    return drops
+
+
+def _label_drops(axes: Axes, drops: list[tuple[float, str, str]]) -> None:
+    where = axes.get_xaxis_transform()
+    for x, text, colour in drops:
+        axes.annotate(
+            text, (x, 0.98), (-2, 0), xycoords=where, textcoords="offset points", rotation=90, ha="right", va="top",
+            fontsize=7, color=colour, alpha=0.8,
+        )  # fmt: skip
 
 
 def _terms(run: _Run) -> list[str]:
@@ -565,8 +613,15 @@ def _contents(runs: list[_Run], examples: list[Examples], dataset: Dataset) -> l
     if any(run.evaluations for run in runs):
         blocks.append(
             _Paragraph(
-                f"Accuracy on test images of {dataset.name}, never seen in training. The interval is Wilson's, and covers "
-                "the choice of test images, not the choice of seed."
+                f"Accuracy on test images of {dataset.name}, never seen in training. The interval is Wilson's: it "
+                "covers the choice of test images, not the choice of seed."
+            )
+        )
+    if len({_budget(run.meta) for run in runs}) > 1:
+        blocks.append(
+            _Paragraph(
+                "The runs were trained and validated at different budgets: their robust accuracies on validation, and "
+                "the images of the grid, do not compare."
             )
         )
     blocks += [_Paragraph(f"Note on {dataset.name}: {note}") for note in dataset.notes]
@@ -576,15 +631,16 @@ def _contents(runs: list[_Run], examples: list[Examples], dataset: Dataset) -> l
         _Heading("Curves"),
         _Picture("curves.png", f"Training loss and its terms, clean accuracy{robust}, per epoch, of each run"),
         _Paragraph(
-            "Validation is in eval mode on images held out of the training set. Training batches are augmented and in train "
-            "mode, and their mean is taken while the weights move. Vertical lines mark drops of the learning rate."
+            "Validation is in eval mode on images held out of the training set, at each run's budget. Training batches "
+            "are augmented and in train mode, and their mean is taken while the weights move. Vertical lines mark "
+            "drops of the learning rate."
         ),
         _Heading("Examples"),
         _Picture("examples.png", "Test images, clean and adversarial, with predictions. " + _told(runs, examples)),
         _Paragraph(
             f"The first test images of each class of {dataset.name}, attacked with PGD-{NUM_STEPS} on each run's last "
-            "weights at that run's epsilon, in eval mode on the adv branch of split BatchNorm. They illustrate; the table "
-            "above measures."
+            "weights at that run's epsilon, in eval mode on the adv branch of split BatchNorm. They illustrate; the "
+            "evaluation measures."
         ),
         _Heading("Last metrics"),
         _metrics_table(runs),
@@ -646,7 +702,8 @@ def _value(key: str, value: float | None) -> str:
 def _markdown(title: str, blocks: list[_Block]) -> str:
     def safe(text: str) -> str:
         text = html.escape(" ".join(text.split()), quote=False)
-        return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
+        # An underscore inside a word is plain text already.
+        return re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
@@ -702,9 +759,8 @@ def _html(title: str, blocks: list[_Block], read: Callable[[str], bytes]) -> str
                 parts.append(f"<p>{safe(text)}</p>")
             case _Table(head, rows):
                 body = "\n".join(row(cells, "td") for cells in rows)
-                parts.append(
-                    f'<div class="wide"><table>\n<thead>{row(head, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-                )
+                table = f"<table>\n<thead>{row(head, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+                parts.append(f'<div class="wide">{table}</div>')
             case _Code(text):
                 parts.append(f"<pre>{safe(text)}</pre>")
             case _Picture(name, alt):

@@ -328,6 +328,7 @@ class _Training:
         step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
         config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
         log_every = config.log_every or (1 if self.device.type == "cpu" else 50)
+        step.forward.epoch.fill_(epoch)
         step.meter.reset()
         images_seen, started = 0, time.perf_counter()
         for index, batch in enumerate(self.loader.epoch(epoch)):
@@ -338,7 +339,7 @@ class _Training:
             )
             step.set_lr(lr)
             done = (epoch - 1) * self.steps_per_epoch + index
-            step.progress.fill_(done / (config.epochs * self.steps_per_epoch))
+            step.forward.progress.fill_(done / (config.epochs * self.steps_per_epoch))
             step(batch.images, batch.labels)
             self._average(epoch, index)
             images_seen += len(batch.labels)

@@ -162,7 +162,9 @@ class ARAT(Defense):
         ]
         weights = companions["balance"]
         extra = {"distances": torch.stack(distances), "a": weights.adv, "b": weights.clean, "gamma": weights.gamma}
-        return Views(labels, clean, adv, z_clean, z_adv, None, run.num_steps, run.progress, extra)
+        return run.views(
+            labels, logits_clean=clean, logits_adv=adv, features_clean=z_clean, features_adv=z_adv, extra=extra
+        )
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {

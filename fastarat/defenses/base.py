@@ -17,7 +17,7 @@ class Views(NamedTuple):
 
     labels: int64 [B]. logits_clean, logits_adv: float [B, K] or None. features_clean, features_adv: tuples of
     float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float32 in [0, 1], share of the run
-    that is done. extra: further tensors of the defense, by name.
+    that is done. epoch: 0-d float32, the current epoch from 1. extra: further tensors of the defense, by name.
     """
 
     labels: Tensor
@@ -28,6 +28,7 @@ class Views(NamedTuple):
     kappa: Tensor | None = None
     num_steps: int = 0
     progress: Tensor | None = None
+    epoch: Tensor | None = None
     extra: dict[str, Tensor] = {}
 
 
@@ -41,6 +42,9 @@ class Run(Protocol):
     model: nn.Module
     num_steps: int
     progress: Tensor
+    epoch: Tensor
+    generator: torch.Generator
+    epsilon: float | Tensor
 
     def __call__(
         self,
@@ -50,7 +54,16 @@ class Run(Protocol):
         relu: bool = True,
         pool: bool = True,
         updates: tuple[str, ...] | None = None,
+        training: bool = True,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def companion(self, module: nn.Module, images: Tensor) -> Tensor:
+        """Run another network (a teacher) in the engine's precision. images: float32 [B, C, H, W]."""
+        ...
+
+    def views(self, labels: Tensor, **tensors) -> Views:
+        """Build `Views` with labels, num_steps, progress and epoch filled in."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,10 @@ class Defense:
     counts_kappa: ClassVar[bool] = False
     formula: ClassVar[str] = ""
     """The loss in one line, for the run card."""
+    updates: ClassVar[tuple[str, ...] | None] = None
+    """Order in which the training forward's running statistics are updated; None: clean, then adv."""
+    why_eager: ClassVar[str] = ""
+    """Why this defense's step cannot be captured as one graph; empty when it can."""
     recipe: ClassVar[str] = "arat"
     """Name of the schedule in `fastarat.schedules` used when none is asked for."""
 
@@ -109,21 +126,36 @@ class Defense:
         probe(branch, n): accuracy (0-d float32) in eval mode on about n freshly augmented training images.
         """
 
+    def attack(
+        self,
+        pgd: Callable[..., Attacked],
+        forward: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        target: Tensor,
+        start: Tensor,
+    ) -> Attacked:
+        """Craft adversarial images from one start; the default is plain PGD.
+
+        pgd(forward, images, labels, target, start) has epsilon, step size, steps and objective bound
+        (`pgd.keywords`). forward: points -> logits in the attack's BN mode, parameters frozen. target: labels, or
+        clean logits for "kl".
+        """
+        return pgd(forward, images, labels, target, start)
+
     def forward(
         self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
     ) -> Views:
         """Run the training forward(s) and collect what `loss` needs. images: float32 [B, C, H, W] from `inputs`."""
         if attacked is None:
             logits, _ = run(images, "adv")
-            return Views(labels, logits_clean=logits, num_steps=run.num_steps, progress=run.progress)
+            return run.views(labels, logits_clean=logits)
         if not self.needs_clean:
             logits, _ = run(attacked.images, "adv")
-            return Views(
-                labels, logits_adv=logits, kappa=attacked.kappa, num_steps=run.num_steps, progress=run.progress
-            )
-        logits, _ = run(torch.cat([images, attacked.images]), "clean", "adv")
+            return run.views(labels, logits_adv=logits, kappa=attacked.kappa)
+        logits, _ = run(torch.cat([images, attacked.images]), "clean", "adv", updates=self.updates)
         clean, adv = logits.chunk(2)
-        return Views(labels, clean, adv, kappa=attacked.kappa, num_steps=run.num_steps, progress=run.progress)
+        return run.views(labels, logits_clean=clean, logits_adv=adv, kappa=attacked.kappa)
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         """Return the named terms, already weighted; their sum is minimised, each one is logged."""

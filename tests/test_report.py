@@ -1,0 +1,331 @@
+"""The report of runs that were really trained: what its pictures show, what its text says, what it refuses."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastarat import report as module
+from fastarat.batchnorm import SplitBatchNorm2d, branch
+from fastarat.config import AttackConfig, Config
+from fastarat.data import load_dataset
+from fastarat.defenses import ARAT, AT
+from fastarat.errors import UserError
+from fastarat.evaluate import adversarial_examples, collect, evaluate
+from fastarat.record import RunFolder, load_weights
+from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, predicted, report
+from fastarat.train import load_run, train
+
+EPSILON = 0.2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of AR-AT, evaluated, whose name needs escaping, and a run of AT, not evaluated."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    paths = []
+    for name, defense in (("_ar|at <b>&$x$", ARAT()), ("at", AT())):
+        config = Config(
+            dataset="digits", defense=defense, limit_train=64, batch_size=32, model="resnet-small", epochs=1,
+            tensorboard=False, device="cpu", out=str(root / name), attack=AttackConfig(num_steps=1, epsilon=EPSILON),
+        )  # fmt: skip
+        paths.append(train(config, progress=False).run)
+    model, *_ = load_run(paths[0])
+    test = load_dataset("digits").test
+    evaluate(model, test, "clean,pgd-2-2", epsilon=8 / 255, limit=20, progress=False).save(paths[0] / "eval.json")
+    yield paths
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the AT run, to be damaged."""
+    return shutil.copytree(trained[1], tmp_path / "run")
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def pixels_of(png):
+    image = Image.open(io.BytesIO(png) if isinstance(png, bytes) else png)
+    image.load()
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB")).astype(float)
+
+
+def test_writes_four_files_and_the_page_stands_alone(trained, tmp_path):
+    out = tmp_path / "new" / "folder"
+    where = report(trained, out, num_images=5, device="cpu")
+    assert where == out / "report.html"
+    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "examples.png", "report.html", "report.md"]
+    for name in ("curves.png", "examples.png"):
+        shown = pixels_of(out / name)
+        height, width, _ = shown.shape
+        assert 1000 <= width <= 2000, "two screen pixels for each of README's 900"
+        assert 800 <= height <= 4000
+        assert shown.std() > 10
+        assert np.ptp(shown, axis=2).max() > 50, "no colour"
+    page = where.read_text()
+    assert re.findall(r'src="data:image/png;base64,([^"]+)"', page) == [
+        base64.b64encode((out / name).read_bytes()).decode() for name in ("curves.png", "examples.png")
+    ]
+    assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', page)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_text_escapes_names_and_names_attack_images_and_budget(trained, tmp_path):
+    out = report(trained, tmp_path, num_images=2, device="cpu").parent
+    page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
+    name = trained[0].name
+    assert html.escape(name) in page
+    assert "<b>" not in page
+    assert "<b>" not in re.sub(r"^    .*$", "", markdown, flags=re.M), "outside the indented run cards"
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.M)
+    for table in tables:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(columns) == 1, table
+    saved = json.loads((trained[0] / "eval.json").read_text())
+    value, (low, high) = saved["accuracy"]["robust_acc_pgd2_r2"], saved["interval_95"]["robust_acc_pgd2_r2"]
+    row = ["PGD-2 with 2 restarts", "L∞ ε = 8/255", "20", f"{value:.2%}", f"{low:.2%} to {high:.2%}"]
+    assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    assert " | ".join(row) in markdown
+    assert f"not evaluated yet: fastarat eval {trained[1]}" in page
+    for run in trained:
+        assert html.escape((run / "card.txt").read_text().strip()) in page
+    last = json.loads((trained[1] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['val/robust_acc_pgd10']:.2%} under PGD-10" in page
+    assert f"<td>{last['train/loss']:.4g}</td>" in page
+
+
+def test_default_folder_and_a_run_named_twice(run):
+    assert report([run, str(run)], num_images=1, device="cpu") == run / "report" / "report.html"
+    assert (run / "report" / "report.md").read_text().startswith("# fastarat report: run\n")
+
+
+def test_grid_shows_the_predictions_of_the_saved_model(trained, tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(*args):
+        drawn.append(examples_figure(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(module, "examples_figure", keep)
+    report(trained, tmp_path, num_images=10, device="cpu")
+    told = [t for t in drawn[0].texts if t.get_text()[:2] in ("✓ ", "✗ ")]
+
+    images, labels = collect(load_dataset("digits").test)
+    rows = [int((labels == digit).nonzero()[0]) for digit in range(10)]
+    images, labels = images[rows], labels[rows]
+    expected = []
+    for path in trained:
+        model, *_ = load_run(path)
+        attacked = adversarial_examples(model, images, labels, epsilon=EPSILON, num_steps=20)
+        for x in (images, attacked):
+            with torch.no_grad(), branch(model, "adv"):
+                for prediction, label in zip(model(x).argmax(1).tolist(), labels.tolist(), strict=True):
+                    expected.append(f"{'✓' if prediction == label else '✗'} {prediction}")
+    assert [t.get_text() for t in told] == expected
+    assert {text[0] for text in expected} == {"✓", "✗"}, "both kinds are needed for the test to say anything"
+    assert {t.get_text()[0]: t.get_color() for t in told} == {"✓": module._RIGHT, "✗": module._WRONG}
+    assert f"{trained[0].name}" in texts(drawn[0])
+    shown = [axes.images[0].get_array() for axes in drawn[0].axes]
+    assert len(shown) == 2 * 3 * 10
+    assert np.array_equal(shown[0], images[0, 0])
+
+
+def test_predictions_are_of_the_adv_branch_in_eval_mode():
+    bn = SplitBatchNorm2d(2)
+    for name, biases in (("clean", (9.0, 0.0)), ("adv", (0.0, 9.0))):
+        with torch.no_grad():
+            bn.branch_set(name).bias.copy_(torch.tensor(biases))
+    model = nn.Sequential(bn, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    images = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 0])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = predicted(model, images, labels, epsilon=0.1, norm="linf", device=torch.device("cpu"))
+    assert found.clean_pred.tolist() == found.adv_pred.tolist() == [1, 1, 1]
+    assert found.correct() == (1, 1)
+    assert 0 < (found.adversarial - images).abs().max() <= 0.1 + 1e-6
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_first_image_of_each_class_then_the_second():
+    split = load_dataset("digits").test
+    labels = split.labels.tolist()
+    first = [labels.index(digit) for digit in range(10)]
+    second = [labels.index(digit, first[digit] + 1) for digit in range(2)]
+    chosen = first_per_class(split, 12)
+    assert chosen.indices.tolist() == split.indices[[*first, *second]].tolist()
+    assert torch.equal(chosen.images, split.images[[*first, *second]])
+    assert len(first_per_class(split, 10_000)) == len(split)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 32, 32), (1, 32, 48), (3, 224, 224)])
+def test_grid_of_any_shape_shows_the_images(shape):
+    g = torch.Generator().manual_seed(0)
+    clean = torch.rand(3, *shape, generator=g) * 0.5 + 0.25
+    adversarial = clean + 0.1 * torch.randn(clean.shape, generator=g).sign()
+    found = Examples(clean, adversarial, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), torch.tensor([2, 2, 2]))
+    run = SimpleNamespace(label="a $run$", meta={"epsilon": 0.1, "norm": "linf"})
+    figure = examples_figure([run], [found], ["$a$ & _{", "a name that is far too long for the column", "_c"])
+    assert len(figure.axes) == 9
+    for axes, picture in zip(figure.axes, [*clean, *adversarial], strict=False):
+        image = axes.images[0]
+        assert np.allclose(image.get_array(), picture[0] if shape[0] == 1 else picture.permute(1, 2, 0))
+        assert (image.get_clim(), image.get_interpolation()) == ((0, 1), "nearest")
+    # 5 times +-0.1, around the grey of 0.5, reaches black and white.
+    assert any("× 5," in text for text in texts(figure))
+    assert set(np.unique(figure.axes[6].images[0].get_array().round(4))) == {0, 1}
+    told = [text for text in texts(figure) if text[:2] in ("✓ ", "✗ ")]
+    assert [text[0] for text in told] == ["✓", "✓", "✗", "✗", "✗", "✓"]
+    assert told[1].endswith("…")
+    assert max(map(len, told)) < 25
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    height, width, _ = pixels_of(buffer.getvalue()).shape
+    assert 400 <= width <= 1000
+    assert 300 <= height <= 800
+
+
+@pytest.mark.parametrize(
+    ("largest", "factor", "scale"),
+    [(8 / 255, 15, "15"), (0.1, 5, "5"), (0.5, 1, "1"), (1.0, 0.5, "0.5"), (0, 1, "1")],
+)
+def test_perturbation_scale(largest, factor, scale):
+    difference = torch.tensor([[largest, -largest / 2]])
+    assert module._visible(difference) == (factor, scale)
+
+
+def curve_run(label, rows, epsilon=0.1):
+    return SimpleNamespace(label=label, metrics=rows, meta={"epsilon": epsilon, "norm": "linf"})
+
+
+def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
+    rates = [0.02, 0.1, 0.1, 0.01]
+    rows = [
+        {"epoch": i + 1, "lr": lr, "train/loss": 3.0 - i, "train/ce": 2.0 - i / 2, "train/kl": 1.0 - i / 2,
+         "train/clean_acc": 0.5, "train/robust_acc": 0.25, "val/clean_acc": 0.1 * i}
+        for i, lr in enumerate(rates)
+    ]  # fmt: skip
+    for row, value in zip(rows, (None, 0.25, 0.5, 0.5), strict=True):  # eval.every: some epochs have no validation
+        if value is not None:
+            row["val/robust_acc_pgd10"] = value
+    other = [{"epoch": i + 1, "lr": 0.1, "train/loss": 1.0, "val/robust_acc_pgd20": 0.3} for i in range(2)]
+    figure = curves_figure([curve_run("_one $x$", rows), curve_run("two", other, epsilon=8 / 255)])
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert list(panels) == ["Training loss", "Terms of the loss", "Clean accuracy", "Robust accuracy"]
+
+    def curves(title):
+        return [(list(line.get_xdata()), list(line.get_ydata())) for line in panels[title].lines]
+
+    assert ([1, 2, 3, 4], [3.0, 2.0, 1.0, 0.0]) in curves("Training loss")
+    assert ([1, 2], [1.0, 1.0]) in curves("Training loss")
+    assert ([1, 2, 3, 4], [1.0, 0.5, 0.0, -0.5]) in curves("Terms of the loss")
+    assert ([1, 2, 3, 4], pytest.approx([0, 10, 20, 30])) in curves("Clean accuracy")
+    assert ([2, 3, 4], [25, 50, 50]) in curves("Robust accuracy")
+    assert ([1, 2], [30, 30]) in curves("Robust accuracy")
+    assert ([3], [50]) in curves("Robust accuracy"), "best.pt is the first of equals"
+    for title in panels:
+        assert [x for x, _ in curves(title) if len(set(x)) == 1 and len(x) == 2] == [[3.5, 3.5]], "the drop, no warm-up"
+    keys = [text.get_text() for text in panels["Robust accuracy"].get_legend().get_texts()]
+    assert keys[:2] == ["validation, PGD-10", "validation, PGD-20"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "_one $x$  (L∞ ε = 0.1)",
+        "two  (L∞ ε = 8/255)",
+    ]
+    colours = [handle.get_color() for handle in figure.legends[0].legend_handles]
+    assert len(set(colours)) == 2
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    assert pixels_of(buffer.getvalue()).shape[1] == 900
+
+
+def test_loss_is_logarithmic_only_when_its_range_is_wide():
+    flat = [{"epoch": 1, "lr": 0.1, "train/loss": 2.3}, {"epoch": 2, "lr": 0.1, "train/loss": 1.0}]
+    wide = [{"epoch": 1, "lr": 0.1, "train/loss": 23.0}, {"epoch": 2, "lr": 0.1, "train/loss": 1.0}]
+    scales = [curves_figure([curve_run("a", rows)]).axes[0].get_yscale() for rows in (flat, wide)]
+    assert scales == ["linear", "log"]
+
+
+def test_many_runs_differ_in_colour_or_marker():
+    runs = [curve_run(str(i), [{"epoch": 1, "lr": 0.1, "train/loss": 1.0}]) for i in range(20)]
+    handles = curves_figure(runs).legends[0].legend_handles
+    assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("val/robust_acc_pgd10", "PGD-10"),
+        ("val/robust_acc_pgd20_r5", "PGD-20 with 5 restarts"),
+    ],
+)
+def test_attack_names(name, shown):
+    assert module._attack_of(name) == shown
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]
+    assert module._labels(paths) == ["a/run", "b/run", "other"]
+
+
+def test_different_data_sets_are_refused(trained, run, tmp_path):
+    weights, meta = load_weights(run / "last.safetensors")
+    folder = RunFolder(run, resume=True)
+    for change, words in (
+        ({"dataset": "pics", "image_size": 16}, r"digits \(10 classes, 1x8x8\).*pics \(10 classes, 1x16x16\)"),
+        ({"classes": list("abcdefghij")}, "other class names"),
+    ):
+        folder.save_weights("last", weights, {**meta, **change})
+        with pytest.raises(UserError, match=words):
+            report([trained[1], run], tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def remove(*names):
+    return lambda run: [(run / name).unlink() for name in names]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, "not a run folder"),
+        (remove("metrics.jsonl"), "no metrics yet"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1, "lr'), "no metrics yet"),
+        (remove("last.safetensors"), "no last weights"),
+        (remove("config.yaml"), r"no config\.yaml"),
+        (lambda run: (run / "eval.json").write_text("{}"), r"eval\.json is not an evaluation.*fastarat eval"),
+        (lambda run: (run / "eval.json").write_text("{"), r"eval\.json is not an evaluation"),
+        (lambda run: (run / "report").write_text("a file"), "cannot write to .*Choose another --out"),
+    ],
+)
+def test_damaged_run(run, damage, words):
+    damage(run)
+    with pytest.raises(UserError, match=words):
+        report([run], device="cpu")
+
+
+def test_refused_arguments(run):
+    with pytest.raises(UserError, match="num_images=0"):
+        report([run], num_images=0)
+    with pytest.raises(UserError, match="no run given"):
+        report([])
+
+
+def test_a_run_in_progress_is_reported(run):
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"epoch": 2, "lr')
+    (run / "card.txt").unlink()
+    assert "no card.txt" in report([run], num_images=1, device="cpu").read_text()
