@@ -21,9 +21,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/install_ffcv.sh
 demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/fastarat train --defense standard --epochs 20 --batch-size 64 --attack.epsilon $(EPSILON) --out $(DEMO)/standard
-	$(BIN)/fastarat train --defense ar-at --epochs 30 --batch-size 64 --attack.epsilon $(EPSILON) --out $(DEMO)/ar-at
-	$(BIN)/fastarat eval $(DEMO)/standard --attack clean,pgd-20,autoattack
-	$(BIN)/fastarat eval $(DEMO)/ar-at --attack clean,pgd-20,autoattack
+	$(BIN)/fastarat train --defense ar-at --epochs 25 --batch-size 64 --attack.epsilon $(EPSILON) --out $(DEMO)/ar-at
+	$(BIN)/fastarat eval $(DEMO)/standard --attack clean,pgd-20,autoattack --limit 200
+	$(BIN)/fastarat eval $(DEMO)/ar-at --attack clean,pgd-20,autoattack --limit 200
 	$(BIN)/fastarat report $(DEMO)/standard $(DEMO)/ar-at --out $(DEMO)/report
 
 # Two single-threaded workers: the tests' tensors are small. FASTARAT_STRICT turns a skip that should not be into a failure.

@@ -10,6 +10,7 @@ from fastarat.config import Config
 from fastarat.defenses import ARAT, AT, DEFENSES, Defense, Standard, Views
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
+from fastarat.graphs import capture
 from fastarat.models import build_model
 
 try:
@@ -31,6 +32,7 @@ __all__ = [
     "attacks",
     "branch",
     "build_model",
+    "capture",
     "losses",
     "split_batchnorm",
 ]

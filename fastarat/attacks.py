@@ -5,7 +5,8 @@ Source: Madry et al., ICLR 2018 (L-infinity PGD); the starts are those of each m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -174,6 +175,91 @@ def strongest(
         kept, best = torch.where(better, images, kept), torch.maximum(best, loss)
         fewest = None if kappa is None else torch.minimum(kappa, fewest)
     return Attacked(kept, fewest)
+
+
+class PGD:
+    """PGD on a network as one function (images, labels) -> Attacked, ready to be captured.
+
+    Parameters are frozen during the attack (input gradients only); the model's BatchNorm mode is `mode`.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] -> logits [B, K].
+        epsilon, step_size: pixel units; step_size defaults to epsilon / 4.
+        num_steps, objective, norm, backend: as in `pgd`. start: as in `random_start`.
+        mode: "eval" or "train" for the attack, None leaves the model's own.
+        generator: source of the random start, on the model's device; default a new one with seed 0.
+    Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        epsilon: float | Tensor,
+        step_size: float | Tensor | None = None,
+        num_steps: int = 10,
+        objective: str | Callable[[Tensor, Tensor], Tensor] = "ce",
+        norm: Norm = "linf",
+        start: Start = "uniform",
+        mode: Literal["eval", "train"] | None = "eval",
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.model, self.epsilon, self.norm, self.start, self.mode = model, epsilon, norm, start, mode
+        self.objective = objective
+        device = next(model.parameters()).device
+        self.generator = generator if generator is not None else torch.Generator(device).manual_seed(0)
+        self.generators = (self.generator,)
+        step_size = epsilon / 4 if step_size is None else step_size
+        self._pgd = partial(
+            pgd,
+            epsilon=epsilon,
+            step_size=step_size,
+            num_steps=num_steps,
+            objective=objective,
+            norm=norm,
+            backend=backend,
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Attacked:
+        with (
+            frozen(self.model),
+            mode_of(self.model, self.model.training if self.mode is None else self.mode == "train"),
+        ):
+            target = labels
+            if self.objective == "kl":
+                with torch.no_grad():
+                    target = self.model(images)
+            start = random_start(
+                images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
+            )
+            return self._pgd(self.model, images, labels, target, start)
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Take gradients away from the parameters inside the block: an attack needs input gradients only."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    for p in moving:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in moving:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def mode_of(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """Put `model` into train or eval mode inside the block."""
+    before = model.training
+    if before != training:
+        model.train(training)
+    try:
+        yield
+    finally:
+        if before != training:
+            model.train(before)
 
 
 def _l2_update(points: Tensor, grad: Tensor, centre: Tensor, epsilon, step_size) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ def _dispatch(argv: list[str]) -> int:
         "train": (_train, "train a network (default: AR-AT on digits)"),
         "eval": (_eval, "clean, PGD and AutoAttack accuracy of a run or checkpoint"),
         "report": (_report, "curves, example images and tables of runs, as HTML with PNGs"),
+        "import": (_import, "turn a released checkpoint (AR-AT, TRADES, MART, ...) into a run folder"),
+        "export": (_export, "write one BatchNorm branch of a run as an ordinary network, checked against the run"),
         "data": (_data, "describe a data set, or write it as .beton"),
         "doctor": (_doctor, "what this machine will use, and why not the rest"),
     }
@@ -167,6 +170,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
         model.to(device), dataset.test, args.attack, epsilon=epsilon, step_size=step_size, norm=norm, limit=args.limit,
         batch_size=args.batch_size, seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
     )  # fmt: skip
+    result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     where = (
         Path(args.out)
         if args.out
@@ -186,7 +190,7 @@ def _report(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", help="folder to write (default: report/ in the first run)")
     parser.add_argument("--images", type=int, default=8, help="test images in the grid (default: 8)")
-    parser.add_argument("--data-dir", default="data", help="default: data")
+    parser.add_argument("--data-dir", help="default: the run's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     args = parser.parse_args(argv)
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
@@ -198,6 +202,59 @@ def _report(parser: _Parser, argv: list[str]) -> int:
         data_dir=args.data_dir,
     )
     print(f"wrote {where}")
+    return 0
+
+
+def _import(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.config import coerce
+    from fastarat.interchange import import_checkpoint
+
+    parser.add_argument("file", help="checkpoint (.pt, .pth, .safetensors); no code in it is run")
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to make")
+    parser.add_argument("--model", help="default: read from the file")
+    parser.add_argument("--num-classes", type=int, help="default: read from the file")
+    parser.add_argument("--dataset", help="what it was trained on; without it eval needs --dataset")
+    parser.add_argument("--epsilon", default="8/255", help="budget it was trained for (default: %(default)s)")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="default: linf")
+    parser.add_argument("--mean", help="normalisation before the network, such as 0.4914,0.4822,0.4465")
+    parser.add_argument("--std", help="likewise; default: none, or what the file holds")
+    parser.add_argument("--prefer", default="auto", metavar="NAME", help="state dict to take, if there are several")
+    args = parser.parse_args(argv)
+    numbers = tuple[float, ...]
+    where = import_checkpoint(
+        args.file, args.out, model=args.model, num_classes=args.num_classes, dataset=args.dataset,
+        epsilon=coerce(args.epsilon, float, "--epsilon", "flags"), norm=args.norm,
+        mean=coerce(args.mean, numbers, "--mean", "flags") if args.mean else None,
+        std=coerce(args.std, numbers, "--std", "flags") if args.std else None, prefer=args.prefer,
+    )  # fmt: skip
+    print((where / "card.txt").read_text(), end="")
+    data = "" if args.dataset else " --dataset NAME"
+    print(f"done: {where}. Next: fastarat eval {where}{data} --attack clean,pgd-20")
+    return 0
+
+
+def _export(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.interchange import FORMATS, TOLERANCE, export
+
+    parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
+    parser.add_argument("--format", default="safetensors", help=f"{', '.join(FORMATS)} (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="default: WEIGHTS-BRANCH.* in export/ beside the weights")
+    parser.add_argument("--branch", default="adv", help="BatchNorm branch (default: adv, as published numbers)")
+    parser.add_argument("--weights", default="last", choices=("last", "best", "swa"), help="default: last")
+    parser.add_argument("--images", type=int, default=1000, help="robustbench: test images to check (default: 1000)")
+    parser.add_argument("--data-dir", help="robustbench: default: the run's")
+    args = parser.parse_args(argv)
+    run = Path(args.run)
+    name = f"{args.weights if run.is_dir() else run.stem}-{args.branch}"
+    name += "-robustbench" if args.format == "robustbench" else ""
+    folder = (run if run.is_dir() else run.parent) / "export"
+    where = export(
+        run, args.out or folder / f"{name}{FORMATS.get(args.format, '')}", format=args.format, branch=args.branch,
+        which=args.weights, num_images=args.images, data_dir=args.data_dir,
+    )  # fmt: skip
+    print(f"wrote {where}: read back, its logits are the run's within {TOLERANCE:g} of the largest")
+    if args.format == "robustbench":
+        print(f"wrote {where.with_suffix('.md')}: the entry; fill in what it says")
     return 0
 
 

@@ -102,6 +102,13 @@ class Config:
     device: str = _f("auto", "auto, cpu, cuda, cuda:N")
     channels_last: bool = _f(True, "memory format of images and weights")
     kernels: Literal["auto", "triton", "plain"] = _f("auto", "fused Triton kernels or their plain twins")
+    capture: Literal["auto", "on", "off", "fake"] = _f(
+        "auto", "replay the whole step as one CUDA graph; fake: its buffers and checks, without a graph"
+    )
+    compile_loss: bool = _f(False, "torch.compile the loss")
+    fold_bn: bool = _f(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
+    awp: float | None = _f(None, "gamma_w of adversarial weight perturbation (0.01 for AT, 0.005 for TRADES)")
+    awp_warmup: int = _f(0, "epochs without weight perturbation")
     log_every: int | None = _f(None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)")
     tensorboard: bool = _f(True, "write TensorBoard events")
     attack: AttackConfig = field(default_factory=AttackConfig)
@@ -146,6 +153,8 @@ class Config:
             raise UserError(f"swa-config.start={self.swa_config.start} is outside [0, 1): it is a share of the epochs")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: expected a whole number from 0 to 2^63 - 1")
+        if self.awp is not None and not 0 < self.awp < 1:
+            raise UserError(f"awp={self.awp:g} is outside (0, 1): it is a share of each weight's norm, such as 0.005")
         recipe_of(self.optim.recipe or self.defense.recipe)
 
 

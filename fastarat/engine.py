@@ -9,46 +9,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastarat import attacks
+from fastarat.attacks import frozen, mode_of
 from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, set_backend, split_batchnorm
 from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
+from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_triton
-from fastarat.models import Taps, forward_with_features
+from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features
 
 Precision = str
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Take gradients away from the parameters inside the block: an attack needs input gradients only."""
-    moving = [p for p in model.parameters() if p.requires_grad]
-    for p in moving:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put `model` into train or eval mode inside the block."""
-    before = model.training
-    if before != training:
-        model.train(training)
-    try:
-        yield
-    finally:
-        if before != training:
-            model.train(before)
+_NEVER = 2**62
+# Inductor must not wrap its own CUDA graphs inside ours.
+_INDUCTOR = {"triton.cudagraphs": False}
+default_sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 class Forward:
@@ -71,6 +52,9 @@ class Forward:
         self.model, self.precision = model, precision
         self.num_steps, self.epsilon, self.generator = num_steps, epsilon, generator
         self.memory_format = memory_format
+        # Low-precision copies of the weights, set while an attack runs; running statistics stay when `still`.
+        self.weights: dict[str, Tensor] | None = None
+        self.still = False
         device = generator.device
         # Device tensors, so that a captured step sees them move.
         self.progress, self.epoch = torch.zeros((), device=device), torch.ones((), device=device)
@@ -99,8 +83,12 @@ class Forward:
         training: bool = True,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         taps = Taps(tuple(layers), relu, pool) if layers else None
+        updates = () if self.still else updates
         with mode_of(self.model, training), branch(self.model, *branches, updates=updates), self.autocast(images):
-            logits = forward_with_features(self.model, images, taps)
+            if self.weights is None:
+                logits = forward_with_features(self.model, images, taps)
+            else:
+                logits = functional_call(self.model, self.weights, (images,))
         return logits, () if taps is None else taps.ordered()
 
 
@@ -126,8 +114,16 @@ class TrainStep:
         precision: "fp32", "tf32", "bf16", "fp16" (with loss scaling).
         channels_last: memory format of weights and images.
         kernels: "auto", "triton", "plain".
-    Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device.
-    Raises: UserError for a network without BatchNorm asked to split, or an unknown option.
+        capture: replay the whole step as one CUDA graph: "auto" (on CUDA, when the defense allows it), True, False, or
+            "fake" (the same buffers and checks on any device, with a call in place of the replay). Two batch shapes
+            are captured, a full and a last one; others run eagerly. `why_eager` says why a step is not captured.
+        compile_loss: torch.compile the loss (fullgraph), inside the capture.
+        fold: in an eval-mode attack, fold BatchNorm into the convolutions once per step (built-in networks).
+        awp: gamma_w of adversarial weight perturbation (Wu et al., NeurIPS 2020), or None; awp_warmup: epochs without.
+    Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
+        captured step overwrites at its next call.
+    Raises: UserError for a network without BatchNorm asked to split, an unknown option, or a step that cannot be
+        captured though capture=True.
     """
 
     def __init__(
@@ -148,6 +144,11 @@ class TrainStep:
         precision: Precision = "fp32",
         channels_last: bool = True,
         kernels: str = "auto",
+        capture: bool | Literal["auto", "fake"] = "auto",
+        compile_loss: bool = False,
+        fold: bool = True,
+        awp: float | None = None,
+        awp_warmup: int = 0,
         seed: int = 0,
     ) -> None:
         self.defense = defense
@@ -164,9 +165,7 @@ class TrainStep:
         self.companions = defense.companions(model, torch.rand_like(example[:2], device=self.device)).to(self.device)
         self.companions = self.companions.to(memory_format=self.memory_format).train()
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
-        self.optimizer = (optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4))(
-            self.parameters
-        )
+        self.optimizer = (optimizer or default_sgd)(self.parameters)
 
         self.epsilon = epsilon
         self.norm = norm
@@ -200,23 +199,139 @@ class TrainStep:
         # bf16 has float32's range; only fp16 needs its loss scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter(self.device)
+        self.awp, self.awp_warmup = awp, awp_warmup
+        self.fold = fold and self.attack_bn == "eval" and isinstance(self.model, Network)
+        self._low: dict[str, Tensor] = {}
+        if precision in _DTYPES:
+            # Cast once per step instead of once per forward: the attack runs eleven of them on the same weights.
+            self._low = {
+                name: torch.empty_like(p, dtype=_DTYPES[precision], requires_grad=False)
+                for name, p in self.model.named_parameters()
+                if p.dim() >= 2
+            }
+        self._terms = self._heads_and_loss
+        if compile_loss:
+            self._terms = torch.compile(self._heads_and_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
+        self._graphs: dict[tuple[int, ...], Captured] = {}
+        self._capture, self.why_eager = self._capture_mode(capture, precision)
+
+    def _capture_mode(self, wanted: bool | str, precision: Precision) -> tuple[str | None, str]:
+        reason = self.defense.why_eager
+        if not reason and precision == "fp16":
+            reason = "the fp16 loss scale is read on the host"
+        if not reason and wanted != "fake" and self.device.type != "cuda":
+            reason = f"{self.device.type} has no CUDA graphs"
+        if wanted is False:
+            return None, "asked for"
+        if reason:
+            if wanted is True:
+                raise UserError(f"this step cannot be captured: {reason}; write capture='auto' or False")
+            return None, reason
+        for group in self.optimizer.param_groups:
+            if group.get("dampening"):
+                return None, "momentum dampening needs a first step of its own"
+            # A Python number would freeze into the graph.
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device).clone()
+        return "fake" if wanted == "fake" else "cuda", ""
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        self.model.train()
         images = images.to(memory_format=self.memory_format)
+        if self._capture is None:
+            return self._step(images, labels)
+        shape = tuple(images.shape)
+        if shape not in self._graphs:
+            if len(self._graphs) == 2:
+                return self._step(images, labels)
+            self._graphs[shape] = self._captured(images, labels)
+        return self._graphs[shape](images, labels)
+
+    def _captured(self, images: Tensor, labels: Tensor) -> Captured:
+        """Capture the step for this shape; the warm-up steps that capturing needs leave no trace."""
+        pool = next((g.pool for g in self._graphs.values()), None)
+        generators = (self.generator,) if self._capture == "cuda" else ()
+        with self._preserved():
+            try:
+                return capture(self._step, (images, labels), mode=self._capture, generators=generators, pool=pool)
+            except UserError:
+                raise
+            except RuntimeError as error:
+                first = str(error).strip().split("\n")[0]
+                raise UserError(
+                    f"this step cannot be captured as a CUDA graph ({first}): pass capture=False"
+                ) from error
+
+    @contextlib.contextmanager
+    def _preserved(self) -> Iterator[None]:
+        """Put every tensor the step changes, and every generator, back in place after the block."""
+
+        def held() -> list[Tensor]:
+            modules = [t for m in (self.model, self.companions) for t in (*m.parameters(), *m.buffers())]
+            optimizer = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+            return [*modules, *optimizer, *self.meter.tensors(), self.steps]
+
+        before = {id(t): t.detach().clone() for t in held()}
+        generators = self.generator.get_state(), torch.get_rng_state()
+        measured = self.meter.sums is not None
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t in held():
+                    # Born during the warm-up: momentum and counters, whose first value is zero.
+                    t.copy_(before[id(t)]) if id(t) in before else t.zero_()
+                if not measured:
+                    self.meter.reset()
+            self.generator.set_state(generators[0])
+            torch.set_rng_state(generators[1])
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.model.train()
         images = self.defense.inputs(images, epsilon=self.epsilon, norm=self.norm, generator=self.generator)
         attacked = self.attack(images, labels) if self.defense.attacks else None
+        pushed = [] if self.awp is None or attacked is None else self._push_weights(images, labels, attacked)
         views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
-        terms = self.defense.loss(views)
+        terms = self._terms(views)
         self.optimizer.zero_grad(set_to_none=True)
         self.defense.backward(terms, self.model, self.scaler.scale)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if pushed:
+            with torch.no_grad():
+                torch._foreach_sub_(*pushed)
         self.steps += 1
         self.defense.after_step(self.companions, self.model, self.steps)
         terms = {name: term.detach() for name, term in terms.items()}
         self.meter.add(terms, views)
         return terms
+
+    def _heads_and_loss(self, views: Views) -> dict[str, Tensor]:
+        return self.defense.loss(self.defense.heads(self.companions, views))
+
+    def _push_weights(self, images: Tensor, labels: Tensor, attacked: attacks.Attacked) -> list[list[Tensor]]:
+        """Move convolution and classifier weights up the loss by gamma_w of their norm (AWP); return weights, moves.
+
+        No running statistic moves: the released code discards the buffers of its proxy network.
+        """
+        weights = [p for p in self.model.parameters() if p.dim() >= 2 and p.requires_grad]
+        buffers = list(self.companions.buffers())
+        kept = [b.clone() for b in buffers]
+        self.forward.still = True
+        try:
+            views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
+            grads = torch.autograd.grad(sum(self._terms(views).values()), weights)
+        finally:
+            self.forward.still = False
+        with torch.no_grad():
+            if buffers:
+                torch._foreach_copy_(buffers, kept)
+            on = (self.forward.epoch > self.awp_warmup).float() * self.awp
+            moves = [on * p.norm() / (g.norm() + 1e-20) * g for p, g in zip(weights, grads, strict=True)]
+            torch._foreach_add_(weights, moves)
+        return [weights, moves]
 
     def attack(self, images: Tensor, labels: Tensor, mode: str | None = None) -> attacks.Attacked:
         """Craft adversarial images for `images` (the defense's clean batch, float32 [B, C, H, W]).
@@ -229,7 +344,7 @@ class TrainStep:
         def logits(points: Tensor) -> Tensor:
             return self.forward(points, "adv", updates=updates, training=mode != "eval")[0]
 
-        with mode_of(self.model, mode != "eval"), frozen(self.model):
+        with mode_of(self.model, mode != "eval"), frozen(self.model), self._attack_weights(mode):
             target = labels
             if self.objective == "kl":
                 with torch.no_grad():
@@ -238,6 +353,24 @@ class TrainStep:
             if len(runs) == 1:
                 return runs[0]()
             return attacks.strongest(logits, runs, target, self.objective)
+
+    @contextlib.contextmanager
+    def _attack_weights(self, mode: str) -> Iterator[None]:
+        """Weights as the attack reads them: cast once, and in eval mode with BatchNorm folded in."""
+        dtype = _DTYPES.get(self.forward.precision)
+        if mode == "eval" and self.fold:
+            with folded_batchnorm(self.model, dtype):
+                yield
+            return
+        if self._low:
+            own = dict(self.model.named_parameters())
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._low.values()), [own[name] for name in self._low])
+            self.forward.weights = self._low
+        try:
+            yield
+        finally:
+            self.forward.weights = None
 
     def _one_attack(self, logits, images: Tensor, labels: Tensor, target: Tensor) -> attacks.Attacked:
         start = attacks.random_start(
@@ -268,6 +401,11 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps.copy_(state["steps"])
+        for group in self.optimizer.param_groups:
+            if self._capture is not None:
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device).clone()
+        # Loading replaced the optimiser's tensors, which the graphs hold by address.
+        self._graphs.clear()
 
 
 class Meter:
@@ -276,11 +414,19 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.names: list[str] = []
-        self.reset()
-
-    def reset(self) -> None:
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
+        self.steps: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.sums is None else [self.sums, self.first_bad, self.steps]
+
+    def reset(self) -> None:
+        """Forget everything, in place: a captured step goes on writing to the same tensors."""
+        if self.sums is not None:
+            self.sums.zero_()
+            self.steps.zero_()
+            self.first_bad.fill_(_NEVER)
 
     def add(self, terms: dict[str, Tensor], views: Views) -> None:
         values = {**terms}
@@ -292,19 +438,19 @@ class Meter:
         if self.sums is None:
             self.names, self.num_terms = list(values), len(terms)
             self.sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
-            self.first_bad = torch.full((len(values),), 2**62, dtype=torch.int64, device=self.device)
+            self.first_bad = torch.full((len(values),), _NEVER, dtype=torch.int64, device=self.device)
             self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        bad = torch.where(torch.isfinite(row), 2**62, self.steps)
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        bad = torch.where(torch.isfinite(row), _NEVER, self.steps)
+        torch.minimum(self.first_bad, bad, out=self.first_bad)
         self.sums[:-1] += torch.nan_to_num(row).double() * size
         self.sums[-1] += size
         self.steps += 1
 
     def read(self) -> dict[str, float]:
         """Means per image since the last reset, with `loss` the sum of the terms; one host read."""
-        if self.sums is None:
+        values = [0.0] if self.sums is None else self.sums.tolist()
+        if not values[-1]:
             return {}
-        values = self.sums.tolist()
         means = {name: value / values[-1] for name, value in zip(self.names, values[:-1], strict=True)}
         return {"loss": sum(list(means.values())[: self.num_terms]), **means}
 
@@ -314,4 +460,4 @@ class Meter:
             return None
         steps = self.first_bad.tolist()[: self.num_terms]
         first = min(steps)
-        return None if first == 2**62 else (first, self.names[steps.index(first)])
+        return None if first == _NEVER else (first, self.names[steps.index(first)])

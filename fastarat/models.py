@@ -7,7 +7,10 @@ so that weights travel both ways.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +48,48 @@ class Taps:
         return tuple(self.features[name] for name in self.layers)
 
 
+class Folded(NamedTuple):
+    """A convolution that has absorbed the BatchNorm after it. weight: [O, I, k, k]; bias: [O]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@contextmanager
+def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Fold the "adv" branch's running statistics and affine into the convolutions before them, inside the block.
+
+    Only for eval-mode forwards through the adversarial branch without taps. Input gradients flow; parameters get
+    none. dtype: of the folded weights, default the convolution's own; the folding itself is float32 or wider.
+    """
+    pairs = list(model.foldable())
+    with torch.no_grad():
+        for conv, bn in pairs:
+            held = bn.branch_set("adv")
+            scale = held.weight * torch.rsqrt(held.running_var + bn.eps)
+            weight = (conv.weight * scale[:, None, None, None]).to(dtype or conv.weight.dtype)
+            bias = (held.bias - held.running_mean * scale).to(dtype or conv.weight.dtype)
+            conv.folded = Folded(weight, bias)
+    try:
+        yield
+    finally:
+        for conv, _ in pairs:
+            del conv.folded
+
+
+def _conv_norm_relu(
+    conv: nn.Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
+) -> Tensor:
+    """Convolution, BN, optional residual add, ReLU; the first two are one while BN is folded."""
+    folded: Folded | None = getattr(conv, "folded", None)
+    if folded is None:
+        return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
+    y = F.conv2d(x, folded.weight, folded.bias, conv.stride, conv.padding)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
 def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None) -> Tensor:
     """BN, optional residual add, ReLU: one fused op unless this layer's BN output itself is tapped."""
     if taps is None or name not in taps.layers:
@@ -68,8 +113,9 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
-        out = _norm_relu(self.bn1, self.conv1(x), f"{name}.bn1", taps)
-        return _norm_relu(self.bn2, self.conv2(out), f"{name}.bn2", taps, self.shortcut(x))
+        out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
+        shortcut = _conv_norm_relu(*self.shortcut, x, "", None, relu=False) if len(self.shortcut) else x
+        return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, shortcut)
 
 
 class PreActBlock(nn.Module):
@@ -87,7 +133,7 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _norm_relu(self.bn1, x, f"{name}.bn1", taps)
         residual = self.shortcut(out) if hasattr(self, "shortcut") else x
-        out = _norm_relu(self.bn2, self.conv1(out), f"{name}.bn2", taps)
+        out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.bn2", taps)
         return self.conv2(out) + residual
 
 
@@ -105,7 +151,7 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _norm_relu(self.bn1, x, f"{name}.relu1", taps)
         residual = x if self.convShortcut is None else self.convShortcut(out)
-        out = _norm_relu(self.bn2, self.conv1(out), f"{name}.relu2", taps)
+        out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.relu2", taps)
         return self.conv2(out) + residual
 
 
@@ -143,6 +189,18 @@ class Network(nn.Module):
         super().__init__()
         self.normalize: nn.Module | None = None
 
+    def foldable(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
+        """Pairs of a convolution and the BatchNorm that follows it directly."""
+        for m in self.modules():
+            if isinstance(m, BasicBlock):
+                yield from ((m.conv1, m.bn1), (m.conv2, m.bn2))
+                if len(m.shortcut):
+                    yield (m.shortcut[0], m.shortcut[1])
+            elif isinstance(m, (PreActBlock, WideBlock)):
+                yield (m.conv1, m.bn2)
+            elif isinstance(m, ResNet):
+                yield (m.conv1, m.bn1)
+
     def _input(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)
 
@@ -176,7 +234,7 @@ class ResNet(Network):
         self.tap_names = tuple(f"layer{i}.{b}.bn{k}" for b in range(blocks) for k in (1, 2))
 
     def forward(self, images: Tensor, taps: Taps | None = None) -> Tensor:
-        x = self.bn1(self.conv1(self._input(images)), relu=True)
+        x = _conv_norm_relu(self.conv1, self.bn1, self._input(images), "", taps)
         for i in range(1, self.num_stages + 1):
             for b, block in enumerate(getattr(self, f"layer{i}")):
                 x = block(x, f"layer{i}.{b}", taps)
@@ -214,8 +272,10 @@ class WideResNet(Network):
 
     def __init__(self, depth: int, widen: int, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
-        if (depth - 4) % 6:
-            raise UserError(f"WRN depth {depth}: expected 6n + 4, such as 28 or 34")
+        if depth < 10 or (depth - 4) % 6 or widen < 1:
+            raise UserError(
+                f"WRN-{depth}-{widen}: expected a depth of 6n + 4, such as 28 or 34, and a width of 1 or more"
+            )
         blocks = (depth - 4) // 6
         planes = 16
         self.conv1 = nn.Conv2d(in_channels, planes, 3, 1, 1, bias=False)
@@ -249,6 +309,8 @@ class WideResNet(Network):
 
 MODELS = {
     "resnet18": lambda k, c: ResNet((64, 128, 256, 512), 2, (1, 2, 2, 2), k, c),
+    # LBGAT's released natural network: stage 2 keeps the resolution, so the same parameters cost 3.2 times the work.
+    "resnet18-lbgat": lambda k, c: ResNet((64, 128, 256, 512), 2, (1, 1, 2, 2), k, c),
     "preactresnet18": lambda k, c: PreActResNet18(k, c),
     "wrn-34-10": lambda k, c: WideResNet(34, 10, k, c),
     "resnet-small": lambda k, c: ResNet((16, 32, 64), 1, (1, 2, 2), k, c),
@@ -264,7 +326,7 @@ def build_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """Build a network by name: resnet18, preactresnet18, wrn-34-10, resnet-small, or timm:NAME.
+    """Build a network by name: one of MODELS, wrn-DEPTH-WIDTH such as wrn-28-10, or timm:NAME.
 
     Args:
         image_size: H = W of the images; the built-in networks need at least 8.
@@ -272,12 +334,15 @@ def build_model(
     Returns: a module mapping float32 [B, C, H, W] in [0, 1] to logits [B, num_classes].
     Raises: UserError for an unknown name, images too small, or timm not importable.
     """
+    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if name.startswith("timm:"):
         model = _from_timm(name[5:], num_classes, in_channels)
-    elif name not in MODELS:
+    elif name not in MODELS and not wide:
         raise unknown("model", name, [*MODELS, "timm:NAME"])
     elif image_size < 8:
         raise UserError(f"images of {image_size}x{image_size} are too small for {name}: at least 8x8 is needed")
+    elif wide:
+        model = WideResNet(int(wide[1]), int(wide[2]), num_classes, in_channels)
     else:
         model = MODELS[name](num_classes, in_channels)
     if (mean is None) != (std is None):

@@ -435,7 +435,7 @@ def curves_figure(runs: Sequence[_Run]) -> Figure:
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=8, color=_FAINT)
     for axes in (clean, robust):
-        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=None))
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         low, high = axes.get_ylim()
         wider = max(0.0, (10 - (high - low)) / 2)
         axes.set_ylim(max(low - wider, -2), min(high + wider, 102))

@@ -207,7 +207,8 @@ class _Training:
         self.precision, self.precision_note = usable_precision(config.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
-            torch.backends.cudnn.benchmark = True
+            # Every plan is timed, not the first ten: this happens once per shape, before the step is captured.
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
 
         torch.manual_seed(derive_seed(config.seed, "weights"))
         mean, std = _mean_std(self.dataset.train) if config.normalize else (None, None)
@@ -236,6 +237,11 @@ class _Training:
             precision=self.precision,
             channels_last=config.channels_last,
             kernels=config.kernels,
+            capture={"on": True, "off": False}.get(config.capture, config.capture),
+            compile_loss=config.compile_loss,
+            fold=config.fold_bn,
+            awp=config.awp,
+            awp_warmup=config.awp_warmup,
         )
         self.augment = default_augment(self.dataset) if config.augment else None
         self.loader = make_loader(
@@ -505,6 +511,10 @@ class _Training:
             "precision": self.precision_note,
             "device": _device_name(self.device) + f", torch {torch.__version__}",
         }
+        if config.awp is not None:
+            rows["AWP"] = f"gamma_w {config.awp:g}" + (
+                f", from epoch {config.awp_warmup + 1}" if config.awp_warmup else ""
+            )
         if self.average is not None:
             first, every = self._swa_plan()
             rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
@@ -517,9 +527,19 @@ class _Training:
         layers = sum(isinstance(m, BatchNorm2d) for m in self.step.model.modules())
         why = "asked for plain" if self.config.kernels == "plain" else why_not_triton(self.device)
         on = ["channels-last"] if self.config.channels_last else []
-        on.append("one forward for [clean; adv]") if self.config.defense.needs_clean else None
-        on.append("input gradients only in the attack") if self.config.defense.attacks else None
         off = [] if self.config.channels_last else ["channels-last (asked for)"]
+        if self.config.defense.needs_clean:
+            on.append("one forward for [clean; adv]")
+        if self.config.defense.attacks:
+            on.append("input gradients only in the attack")
+        if self.step.fold:
+            on.append("BatchNorm folded into the attack's convolutions")
+        if self.config.compile_loss:
+            on.append("compiled loss")
+        if self.step.why_eager:
+            off.append(f"captured step ({self.step.why_eager})")
+        else:
+            on.append("step captured as one CUDA graph" if self.config.capture != "fake" else "fake capture")
         if layers and why is None:
             on.append(f"fused BN+add+ReLU Triton kernels ({layers} layers)")
         elif layers:

@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 # A module may import from layers left of its own, never from its own or the right.
 LAYERS = [
     {"errors", "kernels"},
-    {"batchnorm", "attacks", "schedules", "losses", "record", "beton", "doctor"},
+    {"batchnorm", "attacks", "schedules", "losses", "record", "beton", "doctor", "graphs"},
     {"models", "data"},
     {"defenses"},
     {"config", "engine", "evaluate"},
     {"swa"},
     {"train"},
-    {"report"},
+    {"report", "interchange"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

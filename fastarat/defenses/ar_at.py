@@ -149,22 +149,29 @@ class ARAT(Defense):
             pool=self.pool,
         )
         clean, adv = logits.chunk(2)
-        halves = [z.float().chunk(2) for z in features]
-        z_clean, z_adv = tuple(h[0] for h in halves), tuple(h[1] for h in halves)
-        h_adv = companions["predictor_adv"] if "predictor_adv" in companions else [None] * len(z_adv)
-        if self.shared_predictor:
-            h_clean = h_adv
-        else:
-            h_clean = companions["predictor_clean"] if "predictor_clean" in companions else [None] * len(z_adv)
+        halves = [z.chunk(2) for z in features]
+        return run.views(
+            labels,
+            logits_clean=clean,
+            logits_adv=adv,
+            features_clean=tuple(h[0] for h in halves),
+            features_adv=tuple(h[1] for h in halves),
+        )
+
+    def heads(self, companions: nn.ModuleDict, views: Views) -> Views:
+        none = [None] * len(views.features_adv)
+        h_adv = companions["predictor_adv"] if self.predictor_adv or self.shared_predictor else none
+        h_clean = companions["predictor_clean"] if self.predictor_clean and not self.shared_predictor else none
+        h_clean = h_adv if self.shared_predictor else h_clean
         distances = [
-            ar_at_invariance(a, c, distance=self.metric, align=self.align, predictor=p, predictor_clean=q)
-            for a, c, p, q in zip(z_adv, z_clean, h_adv, h_clean, strict=True)
+            ar_at_invariance(
+                a.float(), c.float(), distance=self.metric, align=self.align, predictor=p, predictor_clean=q
+            )
+            for a, c, p, q in zip(views.features_adv, views.features_clean, h_adv, h_clean, strict=True)
         ]
         weights = companions["balance"]
         extra = {"distances": torch.stack(distances), "a": weights.adv, "b": weights.clean, "gamma": weights.gamma}
-        return run.views(
-            labels, logits_clean=clean, logits_adv=adv, features_clean=z_clean, features_adv=z_adv, extra=extra
-        )
+        return views._replace(extra=extra)
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {

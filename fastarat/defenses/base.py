@@ -94,6 +94,9 @@ class Defense:
     """Why this defense's step cannot be captured as one graph; empty when it can."""
     recipe: ClassVar[str] = "arat"
     """Name of the schedule in `fastarat.schedules` used when none is asked for."""
+    released_budget: ClassVar[tuple[float, float]] = (8 / 255, 2 / 255)
+    """(epsilon, step size) of the released code, in pixel units. A run's own default stays 8/255 and 2/255 for every
+    defense, so that their numbers compare; where the release differs, the run card says so."""
 
     @property
     def splits(self) -> bool:
@@ -109,8 +112,12 @@ class Defense:
         return self.attack_bn
 
     def describe(self, norm: str) -> dict[str, str]:
-        """Lines this defense adds to the run card."""
-        return {}
+        """Lines this defense adds to the run card; a subclass puts its own after these."""
+        epsilon, step_size = self.released_budget
+        if norm != "linf" or self.released_budget == Defense.released_budget:
+            return {}
+        flags = f"--attack.epsilon {epsilon:g} --attack.step-size {step_size:g}"
+        return {"released with": f"epsilon {epsilon:g}, step {step_size:g} (for those: {flags})"}
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1]."""
@@ -156,6 +163,10 @@ class Defense:
         logits, _ = run(torch.cat([images, attacked.images]), "clean", "adv", updates=self.updates)
         clean, adv = logits.chunk(2)
         return run.views(labels, logits_clean=clean, logits_adv=adv, kappa=attacked.kappa)
+
+    def heads(self, companions: nn.ModuleDict, views: Views) -> Views:
+        """Apply small companions (predictors) to the features; runs with `loss`, inside what is compiled."""
+        return views
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         """Return the named terms, already weighted; their sum is minimised, each one is logged."""

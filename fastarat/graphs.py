@@ -1,0 +1,146 @@
+"""CUDA-graph twins of functions from tensors to tensors: captured once, replayed with no Python in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastarat.errors import UserError
+
+Mode = Literal["cuda", "fake"]
+
+
+class Captured:
+    """What `capture` returns: call it like the function, with tensors like the example.
+
+    The inputs are copied into buffers this object owns, the graph is replayed, and the returned tensors are the same
+    ones at every call: the next call overwrites them, so clone what must last.
+
+    Raises (call): ValueError naming the argument whose shape, dtype, device or memory layout differs from the
+    example's, before anything runs.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        example: Sequence[Tensor],
+        *,
+        mode: Mode,
+        generators: Sequence[torch.Generator] = (),
+        warmup: int = 3,
+        pool: Any = None,
+    ) -> None:
+        self.fn, self.mode = fn, mode
+        # Buffers of our own, in the example's layout: a caller's tensor may be freed or reused after this returns.
+        self.inputs = [torch.empty_like(t, requires_grad=False).copy_(t.detach()) for t in example]
+        self._signature = [(tuple(t.shape), t.dtype, t.device, t.stride()) for t in self.inputs]
+        if mode == "fake":
+            self._outputs: Any = None
+            for _ in range(warmup):
+                self.fn(*self.inputs)
+            return
+        device = self.inputs[0].device
+        # Lazy work (cuDNN plans, Triton and Inductor compilation, momentum buffers) must happen before capture, and
+        # on a side stream, so that no autograd node remembers the default one.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(warmup):
+                self.fn(*self.inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+        # Other threads (a loader pinning memory) may call CUDA meanwhile; only this one's calls are captured.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._outputs = self.fn(*self.inputs)
+
+    @property
+    def pool(self) -> Any:
+        """Memory pool, to be shared with the next capture when the two never run at once."""
+        return self.graph.pool() if self.mode == "cuda" else None
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        if len(tensors) != len(self.inputs):
+            raise ValueError(f"captured for {len(self.inputs)} tensors, called with {len(tensors)}")
+        for i, (given, (shape, dtype, device, stride)) in enumerate(zip(tensors, self._signature, strict=True)):
+            for what, is_, was in (
+                ("shape", tuple(given.shape), shape),
+                ("dtype", given.dtype, dtype),
+                ("device", given.device, device),
+                ("strides (memory layout)", given.stride(), stride),
+            ):
+                if is_ != was:
+                    raise ValueError(
+                        f"argument {i} has {what} {is_}, captured for {was}: capture again for it, or call the "
+                        "function itself"
+                    )
+        for own, given in zip(self.inputs, tensors, strict=True):
+            own.copy_(given.detach())
+        if self.mode == "cuda":
+            self.graph.replay()
+        else:
+            self._replay_fake()
+        return self._outputs
+
+    def _replay_fake(self) -> None:
+        """Run the function, and put its results where the last ones were, as a replay would."""
+        results = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, self.fn(*self.inputs))
+        if self._outputs is None:
+            self._outputs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, results)
+            return
+        new, spec = tree_flatten(results)
+        own, _ = tree_flatten(self._outputs)
+        for kept, value in zip(own, new, strict=True):
+            if isinstance(kept, Tensor):
+                kept.copy_(value)
+        self._outputs = tree_unflatten(own, spec)
+
+
+def capture(
+    fn: Callable[..., Any],
+    example: Sequence[Tensor],
+    *,
+    mode: Mode | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+    warmup: int = 3,
+    pool: Any = None,
+) -> Captured:
+    """Capture `fn` as one CUDA graph for tensors like `example`.
+
+    ```
+    attack = fastarat.attacks.PGD(model, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
+    fast = fastarat.capture(attack, (images, labels))
+    adversarial = fast(images, labels).images
+    ```
+
+    Args:
+        fn: tensors -> tensors (nested tuples, NamedTuples, dicts); no host reads, no shape that depends on values.
+            Module parameters and buffers it closes over are read at each replay, so a weight updated in place takes
+            effect; a tensor that is *replaced* does not. Python numbers freeze.
+        example: tensors on one device; their values are used for warming up, and are not kept.
+        mode: "cuda"; "fake" runs the same buffers and checks with a plain call in place of the replay, on any
+            device. Default: "cuda" for CUDA tensors; a CPU has no graphs.
+        generators: that `fn` draws from; default `fn.generators`. Each replay advances them.
+        warmup: calls before the capture. They are real calls: state that `fn` changes has changed after them.
+        pool: memory pool of another capture, for graphs that never run at once.
+    Returns: Captured; its outputs are overwritten by its next call.
+    Raises: UserError when the tensors are not on one CUDA device.
+    """
+    devices = {t.device for t in example}
+    if len(devices) != 1:
+        raise UserError(f"capture needs its example on one device, got {', '.join(sorted(map(str, devices)))}")
+    if mode is None:
+        mode = "cuda"
+    if mode == "cuda" and next(iter(devices)).type != "cuda":
+        raise UserError(
+            f"capture needs CUDA tensors, got {next(iter(devices))}: call the function itself, or mode='fake'"
+        )
+    if generators is None:
+        generators = getattr(fn, "generators", ())
+    return Captured(fn, example, mode=mode, generators=generators, warmup=warmup, pool=pool)

@@ -1,0 +1,351 @@
+"""Captured functions and steps. Without a GPU the fake twin runs: same buffers, checks and ownership, replay = call."""
+
+import copy
+
+import pytest
+import torch
+
+import fastarat
+from fastarat.attacks import PGD
+from fastarat.config import OptimConfig
+from fastarat.models import build_model, folded_batchnorm
+
+CUDA = torch.cuda.is_available()
+MODES = ["fake", "cuda"] if CUDA else ["fake"]
+
+
+def where(mode: str) -> torch.device:
+    return torch.device("cuda" if mode == "cuda" else "cpu")
+
+
+def small_model(device="cpu", channels=3):
+    torch.manual_seed(0)
+    return build_model("resnet-small", num_classes=4, in_channels=channels).to(device)
+
+
+def batch(n=8, seed=0, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, 3, 8, 8, generator=g).to(memory_format=torch.channels_last)
+    return images.to(device), torch.randint(4, (n,), generator=g).to(device)
+
+
+def steps(mode, count=2, defense=None, **options):
+    """`count` equal training steps: the first eager, the rest captured."""
+    made = []
+    for i in range(count):
+        made.append(
+            fastarat.TrainStep(
+                small_model(where(mode)), defense or fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2,
+                capture=False if i == 0 else (mode if mode == "fake" else True), **options,
+            )
+        )  # fmt: skip
+    return made
+
+
+def assert_equal_state(a, b, exact=True):
+    for (name, p), q in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_captured_attack_equals_eager_also_after_the_weights_change(mode):
+    device = where(mode)
+    model = small_model(device).to(memory_format=torch.channels_last)
+    images, labels = batch(device=device)
+    eager, inner = (
+        PGD(model, epsilon=0.1, num_steps=3, generator=torch.Generator(device).manual_seed(5)) for _ in "ab"
+    )
+    fast = fastarat.capture(inner, (images, labels), mode=mode, warmup=1)
+    inner.generator.manual_seed(9)
+    eager.generator.manual_seed(9)
+    for seed in (1, 2, 3):
+        images, labels = batch(seed=seed, device=device)
+        torch.testing.assert_close(fast(images, labels).images, eager(images, labels).images, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_are_owned_and_outputs_overwritten(mode):
+    device = where(mode)
+    example = torch.arange(4.0, device=device)
+    fast = fastarat.capture(lambda x: {"double": 2 * x}, (example,), mode=mode)
+    first = fast(example)["double"]
+    kept = first.clone()
+    example.add_(100)
+    again = fast(torch.ones(4, device=device))["double"]
+    assert again.data_ptr() == first.data_ptr()
+    assert torch.equal(first, torch.full((4,), 2.0, device=device))
+    assert torch.equal(kept, 2 * torch.arange(4.0, device=device))
+    assert fast.inputs[0].data_ptr() != example.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, y: (x[:4], y), r"argument 0 has shape \(4, 3, 8, 8\), captured for \(8, 3, 8, 8\)"),
+        (lambda x, y: (x, y.int()), "argument 1 has dtype torch.int32"),
+        (lambda x, y: (x.contiguous(), y), "argument 0 has strides"),
+        (lambda x, y: (x,), "captured for 2 tensors, called with 1"),
+    ],
+)
+def test_another_shape_dtype_or_layout_is_refused(change, words):
+    images, labels = batch()
+    calls = []
+
+    def fn(x, y):
+        calls.append(1)
+        return x
+
+    fast = fastarat.capture(fn, (images, labels), mode="fake", warmup=0)
+    with pytest.raises(ValueError, match=words):
+        fast(*change(images, labels))
+    assert not calls
+
+
+def test_capture_needs_cuda_tensors():
+    with pytest.raises(fastarat.UserError, match="needs CUDA tensors"):
+        fastarat.capture(lambda x: x, (torch.ones(2),))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("defense", list(fastarat.DEFENSES))
+def test_captured_steps_equal_eager_ones(mode, defense):
+    """Full batches, a short last one, a third shape; the learning rate and the balance move between steps."""
+    kind = fastarat.DEFENSES[defense]
+    try:
+        made = steps(mode, defense=kind())
+    except fastarat.UserError as error:
+        # A defense that starts from a trained network is captured in its own tests.
+        assert "fastarat train --defense standard" in str(error)  # noqa: PT017
+        return
+    if kind.why_eager:
+        assert made[1]._capture is None
+        assert made[1].why_eager == kind.why_eager
+        return
+    eager, fast = made
+    for i, n in enumerate((8, 8, 5, 8, 5, 3)):
+        images, labels = batch(n, seed=i, device=where(mode))
+        for step in made:
+            step.set_lr(0.05 / (i + 1))
+            step.forward.epoch.fill_(i + 1)
+            step.forward.progress.fill_(i / 6)
+            step.defense.before_epoch(step.companions, lambda name, count, i=i: torch.tensor(i / 6), i + 1)
+        a, b = eager(images, labels), fast(images, labels)
+        assert list(a) == list(b)
+        for name in a:
+            torch.testing.assert_close(
+                a[name], b[name], rtol=0 if mode == "fake" else 1e-3, atol=0 if mode == "fake" else 1e-4
+            )
+    assert len(fast._graphs) == 2
+    assert_equal_state(eager, fast, exact=mode == "fake")
+    assert eager.meter.read() == pytest.approx(fast.meter.read(), rel=1e-12 if mode == "fake" else 1e-3)
+
+
+def test_capturing_leaves_no_trace():
+    (step,) = steps("fake", 1)
+    step.why_eager, step._capture = "", "fake"
+    before = {k: v.clone() for k, v in step.model.state_dict().items()}
+    generator = step.generator.get_state(), torch.get_rng_state()
+    images, labels = batch()
+    step._captured(images, labels)
+    for key, value in step.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for state in step.optimizer.state.values():
+        assert not state["momentum_buffer"].any()
+    assert torch.equal(step.generator.get_state(), generator[0])
+    assert torch.equal(torch.get_rng_state(), generator[1])
+    assert step.meter.read() == {}
+    assert step.steps == 0
+
+
+def test_loading_a_state_drops_the_graphs():
+    eager, fast = steps("fake")
+    for step in (eager, fast):
+        step(*batch())
+    fast.load_state_dict(copy.deepcopy(eager.state_dict()))
+    assert not fast._graphs
+    seeds = [s.generator.manual_seed(3) for s in (eager, fast)]
+    assert len(seeds) == 2
+    eager(*batch(seed=4)), fast(*batch(seed=4))
+    assert_equal_state(eager, fast)
+
+
+def test_learning_rate_is_a_device_tensor_only_when_captured():
+    eager, fast = steps("fake")
+    eager.set_lr(0.5), fast.set_lr(0.5)
+    assert eager.optimizer.param_groups[0]["lr"] == 0.5
+    rate = fast.optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, torch.Tensor)
+    assert rate == 0.5
+
+
+def test_what_cannot_be_captured_says_why():
+    class Eager(fastarat.AT):
+        why_eager = "it asks an oracle"
+
+    with pytest.raises(fastarat.UserError, match="it asks an oracle"):
+        fastarat.TrainStep(small_model(), Eager(), torch.empty(2, 3, 8, 8), capture=True)
+    step = fastarat.TrainStep(small_model(), Eager(), torch.empty(2, 3, 8, 8), capture="fake")
+    assert step.why_eager == "it asks an oracle"
+    if not CUDA:
+        with pytest.raises(fastarat.UserError, match="cpu has no CUDA graphs"):
+            fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), capture=True)
+
+
+def test_a_captured_run_has_the_weights_of_an_eager_one(tmp_path):
+    from safetensors.torch import load_file
+    from test_train import small
+
+    from fastarat.train import train
+
+    results = []
+    for capture in ("off", "fake"):
+        options = {"limit_train": 150, "epochs": 2, "capture": capture, "optim": OptimConfig(lr=0.05)}
+        result = train(small(tmp_path / capture, **options), progress=False)
+        results.append(load_file(result.run / "last.safetensors"))
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+@pytest.mark.parametrize("defense", [d for d, kind in fastarat.DEFENSES.items() if kind is not None])
+def test_losses_compile_whole(defense):
+    """fullgraph: no graph break; every term and gradient equal to the eager loss."""
+    kind = fastarat.DEFENSES[defense]
+    try:
+        step = fastarat.TrainStep(small_model(), kind(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1)
+    except fastarat.UserError:
+        return
+    seen = []
+    step._terms = lambda views: seen.append(views) or step._heads_and_loss(views)
+    step(*batch())
+    torch._dynamo.reset()
+    compiled = torch.compile(step._heads_and_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    views = seen[0]
+    with torch.no_grad():
+        expected = step._heads_and_loss(views)
+        got = compiled(views)
+    assert list(got) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_with_a_compiled_loss_equals_the_eager_step():
+    eager, fast = (
+        fastarat.TrainStep(
+            small_model(), fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, compile_loss=c
+        )
+        for c in (False, True)
+    )
+    for i in range(2):
+        a, b = eager(*batch(seed=i)), fast(*batch(seed=i))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4)
+    assert_equal_state(eager, fast, exact=False)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "resnet-small"])
+@pytest.mark.parametrize("split", [True, False])
+def test_folding_changes_nothing_but_rounding(name, split):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=4).double()
+    model = fastarat.split_batchnorm(model) if split else model
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    model(x)  # running statistics off their start
+    model.eval()
+    with torch.no_grad():
+        for m in model.modules():
+            if hasattr(m, "running_mean") and m.running_mean is not None:
+                m.running_mean.add_(0.1 * torch.rand_like(m.running_mean))
+    grads, logits = [], []
+    for folded in (False, True):
+        point = x.clone().requires_grad_()
+        if folded:
+            with folded_batchnorm(model):
+                out = model(point)
+        else:
+            out = model(point)
+        logits.append(out)
+        grads.append(torch.autograd.grad(out.square().sum(), point)[0])
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+    assert not any(hasattr(m, "folded") for m in model.modules())
+    assert len(list(model.foldable())) >= 6
+
+
+def test_folded_attacks_follow_the_weights():
+    """The fold is made anew each step: after an update the attack is the unfolded one on the new weights."""
+    images, labels = batch()
+    made = [
+        fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, attack_bn="eval",
+                           fold=fold) for fold in (True, False)
+    ]  # fmt: skip
+    assert [s.fold for s in made] == [True, False]
+    for i in range(3):
+        for s in made:
+            s.generator.manual_seed(i)
+        a, b = (s.attack(images, labels).images for s in made)
+        assert ((a - b).abs() > 1e-5).float().mean() < 0.01
+        for s in made:
+            s(images, labels)
+
+
+def test_low_precision_weights_are_cast_once_per_step_and_fresh():
+    images, labels = batch()
+    step = fastarat.TrainStep(
+        small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2, precision="bf16"
+    )
+    step(images, labels)
+    with step._attack_weights("train"):
+        used = step.forward.weights
+        for name, p in step.model.named_parameters():
+            assert (name in used) == (p.dim() >= 2)
+            if name in used:
+                assert torch.equal(used[name], p.detach().bfloat16())
+    assert step.forward.weights is None
+
+
+def test_awp_by_hand():
+    """Wu et al.: v = gamma_w ||w|| g / ||g|| per weight tensor; loss at w + v; step there; subtract the same v."""
+    images, labels = batch()
+    step = fastarat.TrainStep(
+        small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, awp=0.01, attack_bn="eval",
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )  # fmt: skip
+    by_hand = copy.deepcopy(step.model)
+    kept = []
+    attack = step.attack
+    step.attack = lambda *a: kept.append(attack(*a)) or kept[-1]
+    step(images, labels)
+    adv = kept[0].images
+    probe = copy.deepcopy(by_hand)
+    loss = torch.nn.functional.cross_entropy(probe(adv), labels)
+    weights = [(n, p) for n, p in by_hand.named_parameters() if p.dim() >= 2]
+    grads = torch.autograd.grad(loss, [p for _, p in probe.named_parameters() if p.dim() >= 2])
+    moves = [0.01 * p.norm() / g.norm() * g for (_, p), g in zip(weights, grads, strict=True)]
+    with torch.no_grad():
+        for (_, p), v in zip(weights, moves, strict=True):
+            p.add_(v)
+    torch.nn.functional.cross_entropy(by_hand(adv), labels).backward()
+    with torch.no_grad():
+        for p in by_hand.parameters():
+            p.sub_(0.1 * p.grad)
+        for (_, p), v in zip(weights, moves, strict=True):
+            p.sub_(v)
+    for (name, p), q in zip(step.model.state_dict().items(), by_hand.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_awp_warmup_changes_nothing():
+    images, labels = batch()
+    plain, warm = (
+        fastarat.TrainStep(small_model(), fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, **o)
+        for o in ({}, {"awp": 0.01, "awp_warmup": 1})
+    )
+    plain(images, labels), warm(images, labels)
+    assert_equal_state(plain, warm, exact=False)
+    warm.forward.epoch.fill_(2)
+    plain.forward.epoch.fill_(2)
+    plain(images, labels), warm(images, labels)
+    assert not torch.allclose(plain.model.conv1.weight, warm.model.conv1.weight, atol=1e-6)
+    assert plain.model.bn1.num_batches_tracked == warm.model.bn1.num_batches_tracked
