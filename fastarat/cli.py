@@ -58,6 +58,7 @@ def _dispatch(argv: list[str]) -> int:
     commands = {
         "train": (_train, "train a network (default: AR-AT on digits)"),
         "eval": (_eval, "clean, PGD and AutoAttack accuracy of a run or checkpoint"),
+        "compare": (_compare, "train and evaluate several defenses and seeds, and write one table"),
         "report": (_report, "curves, example images and tables of runs, as HTML with PNGs"),
         "import": (_import, "turn a released checkpoint (AR-AT, TRADES, MART, ...) into a run folder"),
         "export": (_export, "write one BatchNorm branch of a run as an ordinary network, checked against the run"),
@@ -180,6 +181,35 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     print(f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}), {dataset.name} test set")
     print(result.table())
     print(f"saved: {where}")
+    return 0
+
+
+def _compare(parser: _Parser, argv: list[str]) -> int:
+    from fastarat import config as c
+    from fastarat.compare import compare
+
+    parser.add_argument("--defenses", required=True, help="comma-separated names; NAME+swa averages weights")
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument("--test-attack", default="clean,pgd-20,autoattack", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, help="evaluate on this many test images")
+    parser.add_argument("--parallel", type=int, default=1, help="trainings at once (default: 1)")
+    parser.add_argument("--config", metavar="FILE", help="YAML common to all runs; flags win over it")
+    c.add_flags(parser, c.Config)
+    flags = vars(parser.parse_args(argv))
+    own = {name: flags.pop(name) for name in ("defenses", "seeds", "test_attack", "limit", "parallel", "config")}
+    for name in ("seed", "defense.name"):
+        if name in flags:
+            raise UserError(f"compare takes --{name.removesuffix('.name')}s, a comma-separated list")
+    base = c.merge(c.read_yaml(own["config"]) if own["config"] else {}, c.nest(flags))
+    seeds = [c.coerce(s, int, "--seeds", "flags") for s in own["seeds"].split(",")]
+    if own["limit"] is not None and own["limit"] < 1:
+        raise UserError(f"--limit {own['limit']}: expected 1 or more")
+    table = compare(
+        [d.strip() for d in own["defenses"].split(",")], seeds, base=base, out=base.pop("out", None) or "runs/compare",
+        attack=own["test_attack"], limit=own["limit"], parallel=own["parallel"],
+    )  # fmt: skip
+    print("\n" + table.markdown())
+    print(f"saved: {table.out}/table.md, .tex, .csv, .json")
     return 0
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"config", "engine", "evaluate"},
     {"swa"},
     {"train"},
-    {"report", "interchange"},
+    {"report", "interchange", "compare"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

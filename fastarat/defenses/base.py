@@ -92,6 +92,8 @@ class Defense:
     """Order in which the training forward's running statistics are updated; None: clean, then adv."""
     why_eager: ClassVar[str] = ""
     """Why this defense's step cannot be captured as one graph; empty when it can."""
+    starts_from: ClassVar[str] = ""
+    """Name of the field that holds a `standard` run to start from, for a defense that needs one."""
     recipe: ClassVar[str] = "arat"
     """Name of the schedule in `fastarat.schedules` used when none is asked for."""
     released_budget: ClassVar[tuple[float, float]] = (8 / 255, 2 / 255)

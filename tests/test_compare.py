@@ -1,0 +1,160 @@
+"""The table: every run once, interrupted calls resumed, mean and deviation right, four formats."""
+
+import json
+import statistics
+
+import pytest
+
+import fastarat
+from fastarat import compare as module
+from fastarat.cli import main
+from fastarat.compare import PUBLISHED, compare
+
+BASE = {
+    "limit_train": 64, "batch_size": 32, "epochs": 2, "tensorboard": False,
+    "attack": {"epsilon": 0.1, "num_steps": 1}, "eval": {"val_images": 20, "num_steps": 1},
+}  # fmt: skip
+
+
+def run(out, defenses=("standard", "at"), seeds=(0, 1), **options):
+    options = {"base": BASE, "attack": "clean,pgd-2", "limit": 40, "progress": False} | options
+    return compare(defenses, seeds, out=out, **options)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("compare") / "runs")
+
+
+def test_rows_are_means_and_deviations_of_the_runs(table):
+    for row in table.rows:
+        for key in ("clean_acc", "robust_acc_pgd2"):
+            values = [
+                json.loads((table.out / f"{row['defense']}-seed{s}" / "eval.json").read_text())["accuracy"][key]
+                for s in (0, 1)
+            ]
+            assert row[key]["values"] == values
+            assert row[key]["mean"] == pytest.approx(statistics.fmean(values))
+            assert row[key]["std"] == pytest.approx(statistics.stdev(values))
+        assert row["epoch_s"] > 0
+        assert row["published"] is None
+    assert table.settings["num_images"] == 40
+
+
+def test_four_formats(table):
+    text = {suffix: (table.out / f"table.{suffix}").read_text() for suffix in ("md", "tex", "csv", "json")}
+    mean = f"{100 * table.rows[1]['clean_acc']['mean']:.2f}"
+    for suffix in ("md", "tex"):
+        assert mean in text[suffix]
+    assert "| at |" in text["md"]
+    assert "PGD-2" in text["md"]
+    assert "mean ± standard deviation over seeds 0, 1" in text["md"]
+    assert "\\toprule" in text["tex"]
+    assert json.loads(text["json"])["rows"] == table.rows
+    lines = text["csv"].splitlines()
+    assert lines[0].startswith("defense,seeds,clean_acc_mean,clean_acc_std")
+    assert len(lines) == 3
+    assert all(len(line.split(",")) == len(lines[0].split(",")) for line in lines)
+
+
+def test_a_repeated_call_repeats_nothing(table, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(module, "train", refuse)
+    monkeypatch.setattr(module, "evaluate", refuse)
+    assert run(table.out).rows == table.rows
+    with pytest.raises(AssertionError, match="ran again"):
+        run(table.out, limit=30)
+
+
+def test_an_interrupted_call_is_resumed(table, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    calls = []
+    own = module.train
+
+    def interrupted(*args, **kwargs):
+        if len(calls) == 2:
+            raise Stop
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(Stop):
+        run(tmp_path / "runs")
+    monkeypatch.setattr(module, "train", own)
+    again = run(tmp_path / "runs")
+    for a, b in zip(again.rows, table.rows, strict=True):
+        assert a["clean_acc"] == b["clean_acc"]
+
+
+def test_other_settings_in_the_folder_are_refused(table):
+    with pytest.raises(fastarat.UserError, match=r"attack.epsilon=0.1, not as asked now"):
+        run(table.out, base={**BASE, "attack": {"epsilon": 0.2, "num_steps": 1}})
+
+
+def test_swa_and_parallel_runs(tmp_path):
+    table = run(tmp_path / "runs", ("ar-at", "ar-at+swa"), (0,), parallel=2)
+    assert [r["defense"] for r in table.rows] == ["ar-at", "ar-at+swa"]
+    assert (tmp_path / "runs" / "ar-at+swa-seed0" / "swa.safetensors").exists()
+    assert (tmp_path / "runs" / "ar-at-seed0.log").exists()
+    assert table.rows[0]["clean_acc"]["std"] is None
+    assert "± " not in table.markdown().split("\n\n")[0]
+
+
+def test_a_run_that_fails_keeps_the_others(tmp_path, monkeypatch):
+    own = module.train
+
+    def train(config=None, **options):
+        if config.defense.name == "at":
+            raise fastarat.UserError("boom")
+        return own(config, **options)
+
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(fastarat.UserError, match=r"1 of 2 runs failed \(at-seed0: boom\)"):
+        run(tmp_path / "runs", seeds=(0,))
+    assert (tmp_path / "runs" / "standard-seed0" / "eval.json").exists()
+
+
+def test_defenses_that_start_from_a_standard_network_get_one(tmp_path):
+    needing = [name for name, kind in fastarat.DEFENSES.items() if kind.starts_from]
+    if not needing:
+        return
+    table = run(tmp_path / "runs", needing[:1], (0,))
+    assert [r["defense"] for r in table.rows] == needing[:1]
+    assert (tmp_path / "runs" / "standard-seed0" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"defenses": ("atx",)}, "unknown defense 'atx'"),
+        ({"defenses": ("at+ema2",)}, "only \\+swa"),
+        ({"defenses": ("at", "at")}, "twice"),
+        ({"attack": "pdg-2"}, "did you mean"),
+        ({"base": {**BASE, "epochz": 1}}, "did you mean 'epochs'"),
+        ({"parallel": 0}, "1 or more"),
+    ],
+)
+def test_mistakes_come_before_any_training(options, words, tmp_path):
+    with pytest.raises(fastarat.UserError, match=words):
+        run(tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_published_numbers_are_shown_only_for_their_setting(table):
+    assert PUBLISHED["cifar10", "resnet18", "ar-at"].autoattack == 49.02
+    assert PUBLISHED["cifar100", "wrn-34-10", "ar-at+swa"].clean == 72.37
+    assert all("published" in row for row in table.rows)
+
+
+def test_command_line(table, capsys):
+    argv = ["compare", "--defenses", "standard,at", "--seeds", "0,1", "--out", str(table.out), "--limit", "40",
+            "--test-attack", "clean,pgd-2", "--limit-train", "64", "--batch-size", "32", "--epochs", "2", "--no-tensorboard",
+            "--attack.epsilon", "0.1", "--attack.num-steps", "1", "--eval.val-images", "20", "--eval.num-steps", "1"]  # fmt: skip
+    assert main(argv) == 0
+    assert "4 finished already" in capsys.readouterr().out
+    assert main([*argv, "--seed", "3"]) == 2
+    assert "comma-separated" in capsys.readouterr().err

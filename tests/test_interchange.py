@@ -1,0 +1,639 @@
+"""Weights in and out, against networks written here a second time with the released files' names."""
+
+import argparse
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from archives import place_cifar
+from torch import nn
+
+import fastarat
+from fastarat import interchange
+from fastarat.cli import main
+from fastarat.config import Config, write_yaml
+from fastarat.errors import UserError
+from fastarat.interchange import export, import_checkpoint
+from fastarat.models import build_model
+from fastarat.record import RunFolder
+from fastarat.train import load_run
+
+# The networks as the papers and released files describe them, with PyTorch's own layers; `sets` names the BatchNorm
+# sets of a split network (AR-AT), () is an ordinary one.
+
+
+class Sets(nn.ModuleDict):
+    """BatchNorm sets under their names; `current` is the one in use."""
+
+    def __init__(self, channels, names):
+        super().__init__({name: nn.BatchNorm2d(channels) for name in names})
+        self.current = names[0]
+
+    def forward(self, x):
+        return self[self.current](x)
+
+
+def batchnorm(channels, sets):
+    return Sets(channels, sets) if sets else nn.BatchNorm2d(channels)
+
+
+def conv(planes_in, planes, size, stride):
+    return nn.Conv2d(planes_in, planes, size, stride, size // 2, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self, planes_in, planes, stride, sets):
+        super().__init__()
+        self.conv1, self.bn1 = conv(planes_in, planes, 3, stride), batchnorm(planes, sets)
+        self.conv2, self.bn2 = conv(planes, planes, 3, 1), batchnorm(planes, sets)
+        self.split = bool(sets)
+        if planes_in != planes and sets:
+            self.shortcut, self.shortcut_bn = conv(planes_in, planes, 1, stride), batchnorm(planes, sets)
+        elif planes_in != planes:
+            self.shortcut = nn.Sequential(conv(planes_in, planes, 1, stride), nn.BatchNorm2d(planes))
+
+    def forward(self, x):
+        short = self.shortcut(x) if hasattr(self, "shortcut") else x
+        if hasattr(self, "shortcut_bn"):
+            short = self.shortcut_bn(short)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + short)
+
+
+class PreActBlock(nn.Module):
+    def __init__(self, planes_in, planes, stride, sets):
+        super().__init__()
+        self.bn1, self.conv1 = batchnorm(planes_in, sets), conv(planes_in, planes, 3, stride)
+        self.bn2, self.conv2 = batchnorm(planes, sets), conv(planes, planes, 3, 1)
+        if planes_in != planes:
+            self.shortcut = nn.Sequential(conv(planes_in, planes, 1, stride))
+
+    def forward(self, x):
+        first = F.relu(self.bn1(x))
+        short = self.shortcut(first) if hasattr(self, "shortcut") else x
+        return self.conv2(F.relu(self.bn2(self.conv1(first)))) + short
+
+
+class WideBlock(PreActBlock):
+    def __init__(self, planes_in, planes, stride, sets):
+        super().__init__(planes_in, planes, stride, sets)
+        if planes_in != planes:
+            self.convShortcut = self.shortcut[0]
+            del self.shortcut
+
+    def forward(self, x):
+        first = F.relu(self.bn1(x))
+        short = self.convShortcut(first) if hasattr(self, "convShortcut") else x
+        return self.conv2(F.relu(self.bn2(self.conv1(first)))) + short
+
+
+class ResNet18(nn.Module):
+    def __init__(self, classes=7, sets=(), block=Block, final_bn=True):
+        super().__init__()
+        self.conv1, planes = conv(3, 64, 3, 1), 64
+        if block is Block:
+            self.bn1 = batchnorm(64, sets)
+        for i, width in enumerate((64, 128, 256, 512), 1):
+            stride = 1 if i == 1 else 2
+            setattr(self, f"layer{i}", nn.Sequential(block(planes, width, stride, sets), block(width, width, 1, sets)))
+            planes = width
+        if block is PreActBlock and final_bn:
+            self.bn = batchnorm(512, sets)
+        self.linear = nn.Linear(512, classes)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = F.relu(self.bn1(x)) if hasattr(self, "bn1") else x
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = F.relu(self.bn(x)) if hasattr(self, "bn") else x
+        return self.linear(x.mean((2, 3)))
+
+
+class Stage(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.layer = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Wide(nn.Module):
+    def __init__(self, depth=10, widen=1, classes=7, sets=(), unused=False):
+        super().__init__()
+        self.conv1, planes, count = conv(3, 16, 3, 1), 16, (depth - 4) // 6
+        for i in (1, 2, 3):
+            width, stride = 16 * widen * 2 ** (i - 1), 1 if i == 1 else 2
+            blocks = [WideBlock(planes if b == 0 else width, width, 1 if b else stride, sets) for b in range(count)]
+            setattr(self, f"block{i}", Stage(blocks))
+            planes = width
+        if unused:
+            self.sub_block1 = Stage([WideBlock(16, 16 * widen, 1, sets)])
+        self.bn1, self.fc = batchnorm(planes, sets), nn.Linear(planes, classes)
+
+    def forward(self, x):
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+
+def lived(net: nn.Module) -> nn.Module:
+    """As after training: every BatchNorm set has statistics and affine of its own."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, 0, 0.1)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.1)
+            m.num_batches_tracked.fill_(3)
+    return net.eval()
+
+
+IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(net: nn.Module, branch: str | None = None, images=IMAGES) -> torch.Tensor:
+    for m in net.modules():
+        if isinstance(m, Sets):
+            m.current = branch
+    if branch is None:
+        return net(images)
+    with fastarat.branch(net, branch):
+        return net(images)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def saved(content, path) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("sets", [("clean", "adv"), ("base", "base_adv")])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(ResNet18, "resnet18"), (Wide, "wrn-10-1"), (lambda **k: Wide(16, 2, **k), "wrn-16-2"),
+     (lambda **k: ResNet18(block=PreActBlock, **k), "preactresnet18")],
+)  # fmt: skip
+def test_split_checkpoints_give_the_same_logits_in_both_branches(tmp_path, make, name, sets):
+    theirs = lived(make(sets=sets))
+    run = import_checkpoint(saved(theirs.state_dict(), tmp_path / "last.pt"), tmp_path / "run")
+    ours, meta, config = load_run(run)
+    assert (meta["model"], meta["num_classes"], meta["branches"], config) == (name, 7, ["clean", "adv"], None)
+    for own, other in (("clean", sets[0]), ("adv", sets[1])):
+        assert same(logits(ours, own), logits(theirs, other)), own
+    assert not same(logits(ours, "clean"), logits(ours, "adv"))
+    assert {int(v) for k, v in ours.state_dict().items() if k.endswith("tracked")} == {3}
+
+
+@pytest.mark.parametrize(("name", "words"), [("wrn-30-4", "6n \\+ 4"), ("wrn-4-2", "WRN-4-2"), ("wrn-10-0", "width of 1"),
+                                              ("wrn-28", "unknown model")])  # fmt: skip
+def test_wide_networks_of_impossible_size(name, words):
+    with pytest.raises(UserError, match=words):
+        build_model(name, num_classes=3)
+
+
+def test_the_literal_resnet18_has_the_official_file_s_entries():
+    keys = ResNet18(10, ("clean", "adv")).state_dict()
+    assert len(keys) == 222
+    assert {
+        "layer2.0.shortcut.weight",
+        "layer2.0.shortcut_bn.adv.running_var",
+        "bn1.clean.num_batches_tracked",
+    } <= keys.keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.", "module.model.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 76, "acc": np.float64(0.5)},
+                                  lambda s: {"net": s, "optimizer": {"state": {}}, "a1": 1, "a2": 2, "a3": 3, "a4": 4, "a5": 5}])  # fmt: skip
+def test_prefixes_wrappers_and_unused_copies(tmp_path, prefix, wrap):
+    theirs = lived(Wide(unused=True))
+    state = {prefix + k: v for k, v in theirs.state_dict().items()}
+    run = import_checkpoint(saved(wrap(state), tmp_path / "model.pt"), tmp_path / "run")
+    ours, meta, _ = load_run(run)
+    assert (meta["model"], meta["branches"]) == ("wrn-10-1", [])
+    assert same(logits(ours), logits(theirs))
+    card = (run / "card.txt").read_text()
+    count = sum(p.numel() for p in theirs.sub_block1.parameters())
+    assert f"dropped: sub_block1.* ({len(theirs.sub_block1.state_dict())} entries, {count:,} parameters)" in card
+    assert ("taken off" in card) == bool(prefix)
+    for word in wrap({}):
+        assert word in card, "a wrapper's other entries are reported"
+
+
+@pytest.mark.parametrize(
+    ("rename", "net"),
+    [
+        (lambda k: k.replace("linear.", "fc."), ResNet18),
+        (lambda k: k.replace("shortcut.", "downsample."), ResNet18),
+        (lambda k: k.replace("shortcut.0.", "shortcut.conv.").replace("shortcut.1.", "shortcut.bn."), ResNet18),
+        (lambda k: k.replace("shortcut.0.", "shortcut_conv.").replace("shortcut.1.", "shortcut_bn."), ResNet18),
+        (lambda k: re.sub(r"^bn\.", "bn1.", k).replace("linear.", "fc."), lambda: ResNet18(block=PreActBlock)),
+        (lambda k: k.replace("convShortcut.", "shortcut.0.").replace("fc.", "linear."), Wide),
+    ],
+)
+def test_other_names_of_shortcuts_and_classifier(tmp_path, rename, net):
+    theirs = lived(net() if net is not Wide else Wide(10, 2))
+    state = {rename(k): v for k, v in theirs.state_dict().items()}
+    assert state.keys() != theirs.state_dict().keys()
+    run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run")
+    assert same(logits(load_run(run)[0]), logits(theirs))
+
+
+@pytest.mark.parametrize("where", ["given", "normalize.", "", "0."])
+def test_normalisation_is_kept_inside(tmp_path, where):
+    theirs = lived(Wide())
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    state, given = theirs.state_dict(), {}
+    if where == "given":
+        given = {"mean": mean, "std": std}
+    else:
+        names = ("mu", "sigma") if where == "" else (f"{where}mean", f"{where}std")
+        inner = {"normalize.": "model.", "0.": "1.", "": ""}[where]
+        state = {inner + k: v for k, v in state.items()}
+        state |= {n: torch.tensor(v).view(1, 3, 1, 1) for n, v in zip(names, (mean, std), strict=True)}
+    run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run", **given)
+    ours, meta, _ = load_run(run)
+    normalised = (IMAGES - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    assert meta["normalized"]
+    assert same(logits(ours), logits(theirs, images=normalised))
+
+
+def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_path):
+    theirs = lived(Wide()).half()
+    state = {k: v for k, v in theirs.state_dict().items() if not k.endswith("tracked")}
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "a.safetensors")
+    run = import_checkpoint(tmp_path / "a.safetensors", tmp_path / "run")
+    ours = load_run(run)[0]
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
+    assert same(logits(ours), logits(theirs.float()))
+    card = (run / "card.txt").read_text()
+    assert "counters are not in the file" in card
+    assert "torch.float16" in card
+
+
+def test_one_named_set_is_an_ordinary_network_and_lbgat_s_twin_must_be_named(tmp_path):
+    theirs = lived(Wide(sets=("base",)))
+    ours, meta, _ = load_run(import_checkpoint(saved(theirs.state_dict(), tmp_path / "a.pt"), tmp_path / "one"))
+    assert meta["branches"] == []
+    assert same(logits(ours), logits(theirs, "base"))
+    file = saved(ResNet18().state_dict(), tmp_path / "b.pt")
+    assert load_run(import_checkpoint(file, tmp_path / "two", model="resnet18-lbgat"))[1]["model"] == "resnet18-lbgat"
+
+
+def test_several_state_dicts_need_a_name(tmp_path):
+    last, best = lived(Wide()), lived(Wide())
+    file = saved({"last": last.state_dict(), "best": best.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"several state dicts: name one with --prefer \(last, best\)"):
+        import_checkpoint(file, tmp_path / "run")
+    with pytest.raises(UserError, match="no state dict 'bets'; did you mean 'best'"):
+        import_checkpoint(file, tmp_path / "run", prefer="bets")
+    assert not (tmp_path / "run").exists()
+    run = import_checkpoint(file, tmp_path / "run", prefer="best")
+    assert same(logits(load_run(run)[0]), logits(best))
+    assert not same(logits(load_run(run)[0]), logits(last))
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_files_with_pickled_code_are_refused_and_do_not_run(tmp_path):
+    done = tmp_path / "done"
+    file = saved({"state_dict": Wide().state_dict(), "args": Harmful(str(done))}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"pickled posix.mkdir|pickled nt.mkdir") as caught:
+        import_checkpoint(file, tmp_path / "run")
+    assert not done.exists()
+    assert "runs code" in str(caught.value)
+    torch.load(file, weights_only=False)
+    assert done.exists(), "the file would have run its code"
+    for number, content in enumerate((Wide(), {"state_dict": {}, "args": argparse.Namespace(lr=0.1)})):
+        file = saved(content, tmp_path / f"{number}.pt")
+        with pytest.raises(UserError, match="save the state dict alone"):
+            import_checkpoint(file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_numpy_numbers_of_older_numpy_are_read_and_torchscript_is_not(tmp_path):
+    file = saved({"state_dict": Wide().state_dict(), "acc": np.float64(0.5), "n": np.int64(3)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(file) as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            assert (b"numpy._core" in content) == name.endswith("data.pkl")
+            old.writestr(name, content.replace(b"numpy._core", b"numpy.core"))
+    for name in ("new", "old"):
+        run = import_checkpoint(tmp_path / f"{name}.pt", tmp_path / name)
+        assert "left: acc, n" in (run / "card.txt").read_text()
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    with pytest.raises(UserError, match="TorchScript program"):
+        import_checkpoint(tmp_path / "script.pt", tmp_path / "run")
+
+
+def changed(**entries):
+    """A state dict of Wide with entries replaced, or removed (None); __ in a name stands for a dot."""
+    state = Wide().state_dict()
+    for key, value in entries.items():
+        key = key.replace("__", ".")
+        state.pop(key, None)
+        if value is not None:
+            state[key] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "words"),
+    [
+        (lambda: changed(extra__weight=torch.ones(3)), {}, "1 entries have no place in wrn-10-1: extra.weight"),
+        (lambda: changed(lonely=torch.ones(3)), {}, "unknown entry 'lonely'"),
+        (lambda: changed(bn1__bias=None), {}, "1 entries of wrn-10-1 are missing: bn1.bias"),
+        (lambda: changed(fc__weight=torch.ones(7, 60)), {}, r"'fc.weight' is \[7, 60\]; wrn-10-1 expects \[7, 64\]"),
+        (lambda: changed(fc__bias=torch.tensor([float("nan")] * 7)), {}, "'fc.bias' holds values that are not finite"),
+        (lambda: changed(linear__bias=torch.ones(7)), {}, "both mean 'fc.bias'"),
+        (lambda: changed(block2__layer__1__conv1__weight=torch.ones(32, 32, 3, 3)), {}, r"stages \(1, 2, 1\)"),
+        (lambda: changed(bn1__adv__weight=torch.ones(64)) | {"bn1.base.weight": torch.ones(64)}, {}, "BatchNorm sets adv, base"),
+        (lambda: changed(mu=torch.ones(3)), {}, "normalisation with mean alone"),
+        (lambda: changed(mu=torch.ones(3), sigma=torch.ones(3)), {"mean": [0.5] * 3, "std": [1.0] * 3}, "its own normalisation"),
+        (lambda: {"features.0.weight": torch.ones(3)}, {}, "unknown architecture .*features.0.weight"),
+        (lambda: {"state_dict": {}}, {}, "no state dict"),
+        (lambda: [1, 2], {}, "a list, not a state dict"),
+        (lambda: ResNet18(block=PreActBlock, final_bn=False).state_dict(), {}, "without BatchNorm before the classifier"),
+        (lambda: ResNet18().state_dict() | {"layer1.0.conv3.weight": torch.ones(256, 64, 1, 1)}, {}, "bottleneck"),
+        (lambda: ResNet18().state_dict() | {"conv1.weight": torch.ones(64, 3, 7, 7)}, {}, "7x7"),
+        (changed, {"model": "wrn-34-10"}, "holds a wrn-10-1, not a wrn-34-10"),
+        (changed, {"num_classes": 10}, "has 7 classes, not 10"),
+        (changed, {"epsilon": 8}, "write 8/255"),
+        (changed, {"mean": [0.5]}, "both mean and std"),
+        (changed, {"mean": [0.5], "std": [1.0]}, "expected 3 numbers each"),
+        (changed, {"prefer": "best"}, "leave --prefer best out"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit(tmp_path, state, options, words):
+    with pytest.raises(UserError, match=words):
+        import_checkpoint(saved(state(), tmp_path / "a.pt"), tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_and_missing_files(tmp_path):
+    good = tmp_path / "a.pt"
+    torch.save(Wide().state_dict(), good)
+    (tmp_path / "short.pt").write_bytes(good.read_bytes()[:20_000])
+    (tmp_path / "text.pt").write_text("<html>404</html>")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.safetensors").write_text("<html>404</html>")
+    for name in ("short.pt", "text.pt", "empty.pt", "text.safetensors"):
+        with pytest.raises(UserError, match="corrupt"):
+            import_checkpoint(tmp_path / name, tmp_path / "run")
+    for path in (tmp_path, tmp_path / "none.pt"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            import_checkpoint(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        import_checkpoint(good, tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+
+
+# Export
+
+
+def run_of(folder, net, name, *, branches=(), normalized=False, size=32, dataset="cifar10"):
+    """A run folder as training leaves it, of a network that stands for a trained one."""
+    meta = {"model": name, "num_classes": 3, "in_channels": 3, "image_size": size, "normalized": normalized,
+            "branches": list(branches), "defense": "ar-at", "dataset": dataset, "classes": ["a", "b", "c"],
+            "epsilon": 8 / 255, "norm": "linf", "epoch": 5}  # fmt: skip
+    run = RunFolder(folder, resume=False)
+    run.save_weights("last", net.state_dict(), meta)
+    write_yaml(Config(dataset=dataset, model=name, data_dir=str(folder.parent / "data")), folder / "config.yaml")
+    return folder
+
+
+def wide(split=True, normalized=False, name="wrn-10-1"):
+    mean = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]} if normalized else {}
+    net = build_model(name, num_classes=3, **mean)
+    return lived(fastarat.split_batchnorm(net) if split else net)
+
+
+@pytest.mark.parametrize("branch", ["adv", "clean"])
+@pytest.mark.parametrize(
+    ("name", "literal"),
+    [("resnet18", lambda: ResNet18(3)), ("wrn-10-1", lambda: Wide(classes=3)),
+     ("preactresnet18", lambda: ResNet18(3, block=PreActBlock))],
+)  # fmt: skip
+def test_state_dicts_load_into_an_ordinary_network(tmp_path, name, literal, branch):
+    ours = wide(name=name)
+    run = run_of(tmp_path / "run", ours, name, branches=("clean", "adv"), size=16)
+    for format in ("safetensors", "torch"):
+        file = export(run, tmp_path / f"out.{format}", format=format, branch=branch)
+        if format == "torch":
+            weights = torch.load(file, weights_only=True)
+        else:
+            weights = interchange.load_file(file)
+        plain = literal()
+        plain.load_state_dict(weights)
+        assert same(logits(plain.eval()), logits(ours, branch))
+        assert not same(logits(plain), logits(ours, "clean" if branch == "adv" else "adv"))
+    again, meta, _ = load_run(tmp_path / "out.safetensors")
+    assert (meta["branches"], meta["exported_branch"]) == ([], branch)
+    assert same(logits(again), logits(ours, branch))
+
+
+def test_unsplit_network_and_its_only_branch(tmp_path):
+    ours = wide(split=False)
+    run = run_of(tmp_path / "run", ours, "wrn-10-1")
+    plain = Wide(classes=3).eval()
+    plain.load_state_dict(torch.load(export(run, tmp_path / "a.pt", format="torch"), weights_only=True))
+    assert same(logits(plain), logits(ours))
+    with pytest.raises(UserError, match=r"it has adv .this network has one BatchNorm set"):
+        export(run, tmp_path / "b.pt", format="torch", branch="clean")
+    # In and out again, the same weights.
+    back = import_checkpoint(tmp_path / "a.pt", tmp_path / "back")
+    assert same(logits(load_run(back)[0]), logits(ours))
+
+
+def test_normalisation_is_exported_under_names_a_network_without_it_refuses(tmp_path):
+    ours = wide(normalized=True)
+    run = run_of(tmp_path / "run", ours, "wrn-10-1", branches=("clean", "adv"), normalized=True)
+    weights = torch.load(export(run, tmp_path / "a.pt", format="torch"), weights_only=True)
+    with pytest.raises(RuntimeError, match=r"normalize\.mean"):
+        Wide(classes=3).load_state_dict(weights)
+    mean, std = weights.pop("normalize.mean"), weights.pop("normalize.std")
+    plain = Wide(classes=3).eval()
+    plain.load_state_dict(weights)
+    assert same(logits(plain, images=(IMAGES - mean) / std), logits(ours, "adv"))
+
+
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ours = wide(normalized=True)
+    run = run_of(tmp_path / "run", ours, "wrn-10-1", branches=("clean", "adv"), normalized=True)
+    file = export(run, tmp_path / "out.onnx", format="onnx", branch="clean")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(("out", ".out"))] == ["out.onnx"]
+    session = onnxruntime.InferenceSession(str(file))
+    for count in (1, 7):
+        images = torch.rand(count, 3, 32, 32)
+        (answer,) = session.run(["logits"], {"images": images.numpy()})
+        assert same(torch.from_numpy(answer), logits(ours, "clean", images))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["fastarat"])["exported_branch"] == "clean"
+
+
+def test_onnx_without_its_packages(tmp_path, monkeypatch):
+    run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'fastarat\[onnx\]'"):
+        export(run, tmp_path / "a.onnx", format="onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
+    place_cifar(tmp_path / "data", monkeypatch)
+    ours = wide(normalized=normalized)
+    run = run_of(tmp_path / "run", ours, "wrn-10-1", branches=("clean", "adv"), normalized=normalized)
+    record = {"settings": {"branch": "adv", "norm": "linf", "epsilon": 8 / 255, "limit": None}, "num_images": 30,
+              "accuracy": {"clean_acc": 0.8412, "robust_acc_aa": 0.4901}}  # fmt: skip
+    (run / "eval.json").write_text(json.dumps(record))
+    file = export(run, tmp_path / "out" / "entry.pt", format="robustbench", num_images=20)
+    weights = torch.load(file, weights_only=True)
+    plain, images = Wide(classes=3).eval(), torch.rand(4, 3, 32, 32)
+    if normalized:
+        mu, sigma = weights.pop("mu"), weights.pop("sigma")
+        assert mu.shape == sigma.shape == (1, 3, 1, 1)
+        plain.load_state_dict(weights)
+        assert same(logits(plain, images=(images - mu) / sigma), logits(ours, "adv", images))
+    else:
+        plain.load_state_dict(weights)
+        assert same(logits(plain, images=images), logits(ours, "adv", images))
+    text = file.with_suffix(".md").read_text()
+    for words in ("**Paper title**: FILL IN", "WideResNet(depth=10, widen_factor=1, num_classes=3)", "Linf",
+                  "8/255", "84.12% on 30 images (the whole test set)", "49.01%", "**Additional training data**: no",
+                  "`entry.pt`", interchange._sha256(file), "logits on 20 test images"):  # fmt: skip
+        assert words in text, words
+    assert ("`mu`" in text) == normalized
+    with pytest.raises(UserError, match="exists already"):
+        export(run, tmp_path / "out" / "entry.pt", format="robustbench")
+
+
+def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
+    run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
+    meta = load_run(run)[1]
+
+    def numbers(**changes):
+        settings = {"branch": "adv", "norm": "linf", "epsilon": 8 / 255, "limit": 10, **changes}
+        record = {"settings": settings, "num_images": 10, "accuracy": {"clean_acc": 0.5}}
+        (run / "eval.json").write_text(json.dumps(record))
+        return interchange._measured(run, "last", "adv", meta)
+
+    clean, robust = numbers()
+    assert clean == "50.00% on 10 images (NOT the whole test set)"
+    assert robust.startswith("FILL IN after `fastarat eval")
+    assert "another branch or budget" in numbers(branch="clean")[0]
+    assert "another branch or budget" in numbers(epsilon=4 / 255)[0]
+    os.utime(run / "eval.json", (1, 1))
+    assert "older than the weights" in interchange._measured(run, "last", "adv", meta)[0]
+    (run / "eval.json").unlink()
+    assert interchange._measured(run, "last", "adv", meta)[0].startswith("FILL IN")
+
+
+def test_robustbench_refuses_what_has_no_class_there(tmp_path):
+    small = run_of(tmp_path / "small", build_model("resnet-small", num_classes=3), "resnet-small")
+    with pytest.raises(UserError, match="no class for resnet-small"):
+        export(small, tmp_path / "a.pt", format="robustbench")
+    tiny = run_of(tmp_path / "tiny", wide(False), "wrn-10-1", size=16)
+    with pytest.raises(UserError, match="32x32"):
+        export(tiny, tmp_path / "a.pt", format="robustbench")
+    digits = run_of(tmp_path / "digits", wide(False), "wrn-10-1", dataset="digits")
+    with pytest.raises(UserError, match=r"digits has images \[1, 8, 8\]"):
+        export(digits, tmp_path / "a.pt", format="robustbench")
+    file = export(digits, tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="names no data set"):
+        export(file, tmp_path / "a.pt", format="robustbench")
+    assert not (tmp_path / "a.pt").exists()
+    assert not (tmp_path / "a.md").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch"])
+def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
+    run = run_of(tmp_path / "run", wide(), "wrn-10-1", branches=("clean", "adv"))
+    rebuilt = interchange._rebuilt
+
+    def altered(weights, meta):
+        model = rebuilt(weights, meta)
+        model.fc.bias.data[0] += 1e-3
+        return model
+
+    monkeypatch.setattr(interchange, "_rebuilt", altered)
+    with pytest.raises(UserError, match="logits differ"):
+        export(run, tmp_path / "a.pt", format=format)
+    monkeypatch.setattr(interchange, "_rebuilt", rebuilt)
+    # The wrong set's weights are caught too: the reference is the run's own network, not the copy written.
+    monkeypatch.setattr(
+        interchange, "single_branch", lambda model, name: fastarat.batchnorm.single_branch(model, "clean")
+    )
+    with pytest.raises(UserError, match="logits differ"):
+        export(run, tmp_path / "a.pt", format=format)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+# Command line
+
+
+def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
+    place_cifar(tmp_path / "data", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    theirs = lived(Wide(classes=3, sets=("clean", "adv")))
+    saved({"state_dict": theirs.state_dict(), "epoch": 100}, tmp_path / "official.pt")
+    assert (
+        main(
+            [
+                "import",
+                "official.pt",
+                "--out",
+                "run",
+                "--dataset",
+                "cifar10",
+                "--mean",
+                "0.5,0.4,0.3",
+                "--std",
+                "1/5,1/4,0.3",
+            ]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "wrn-10-1, 3 classes" in text
+    assert "left: epoch" in text
+    assert main(["eval", "run", "--limit", "10", "--attack", "clean,pgd-2"]) == 0
+    assert "imported, wrn-10-1" in capsys.readouterr().out
+    assert main(["export", "run", "--format", "robustbench", "--images", "10"]) == 0
+    text = (tmp_path / "run/export/last-adv-robustbench.md").read_text()
+    assert "an imported file does not say" in text
+    assert "on 10 images (NOT the whole test set)" in text
+    assert main(["export", "run", "--branch", "clean"]) == 0
+    assert (tmp_path / "run/export/last-clean.safetensors").is_file()
+    capsys.readouterr()
+    for argv, words in (
+        (["import", "official.pt", "--out", "run"], "run exists already"),
+        (["import", "none.pt", "--out", "other"], "no checkpoint none.pt"),
+        (["import", "official.pt", "--out", "other", "--mean", "x", "--std", "1"], "--mean"),
+        (["export", "run", "--branch", "clean"], "exists already"),
+        (["export", "run", "--branch", "cleen"], "it has clean, adv"),
+        (["export", "run", "--format", "onxx"], "did you mean 'onnx'"),
+        (["export", "run", "--weights", "best"], "no best weights"),
+        (["export", "nothing"], "no run folder"),
+    ):
+        assert main(argv) == 2, argv
+        error = capsys.readouterr().err
+        assert words in error, error
+        assert error.count("\n") == 1, error
