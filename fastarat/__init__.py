@@ -10,8 +10,10 @@ from fastarat.config import Config
 from fastarat.defenses import ARAT, AT, DEFENSES, Defense, Standard, Views
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
+from fastarat.evaluate import Evaluation, evaluate
 from fastarat.graphs import capture
 from fastarat.models import build_model
+from fastarat.train import Result, train
 
 try:
     __version__ = version("fastarat")
@@ -24,6 +26,8 @@ __all__ = [
     "DEFENSES",
     "Config",
     "Defense",
+    "Evaluation",
+    "Result",
     "SplitBatchNorm2d",
     "Standard",
     "TrainStep",
@@ -33,6 +37,8 @@ __all__ = [
     "branch",
     "build_model",
     "capture",
+    "evaluate",
     "losses",
     "split_batchnorm",
+    "train",
 ]

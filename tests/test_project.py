@@ -159,6 +159,21 @@ def test_readme_python_examples_run(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), {"__name__": "__readme__"})
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(example, tmp_path):
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_example_defense_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    defense = f"{ROOT / 'examples' / 'own_defense.py'}:Smooth"
+    assert main(["train", "--defense", defense, "--defense.beta", "3", *SHORT, "--quiet", "--out", "run"]) == 0
+    assert "beta: 3.0" in (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["eval", "run", "--attack", "clean", "--limit", "5"]) == 0
+
+
 def test_public_names_exist():
     for name in fastarat.__all__:
         assert getattr(fastarat, name) is not None

@@ -268,7 +268,7 @@ def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(
 
 
 def test_precision_stays_in_float32_where_bf16_is_slow(monkeypatch):
-    import fastarat.train as module
+    module = sys.modules["fastarat.train"]  # the attribute of that name is the function
 
     cpu = torch.device("cpu")
     monkeypatch.setattr(module, "bf16_support", lambda device: (False, "no AVX512_BF16"))
