@@ -128,7 +128,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
                         "autoattack, apgd-ce, apgd-t, fab-t, square (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--weights", default="last", choices=("last", "best", "swa"), help="of a run folder (default: last)"
+        "--weights", default="last", choices=("last", "best", "swa", "ema"), help="of a run folder (default: last)"
     )
     parser.add_argument("--epsilon", help="pixel units, such as 8/255 (default: the run's)")
     parser.add_argument("--step-size", help="of PGD, pixel units (default: epsilon / 4)")
@@ -270,7 +270,7 @@ def _export(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--format", default="safetensors", help=f"{', '.join(FORMATS)} (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="default: WEIGHTS-BRANCH.* in export/ beside the weights")
     parser.add_argument("--branch", default="adv", help="BatchNorm branch (default: adv, as published numbers)")
-    parser.add_argument("--weights", default="last", choices=("last", "best", "swa"), help="default: last")
+    parser.add_argument("--weights", default="last", choices=("last", "best", "swa", "ema"), help="default: last")
     parser.add_argument("--images", type=int, default=1000, help="robustbench: test images to check (default: 1000)")
     parser.add_argument("--data-dir", help="robustbench: default: the run's")
     args = parser.parse_args(argv)

@@ -91,6 +91,9 @@ class Config:
         "fp32", "of convolutions; statistics and losses are float32"
     )
     swa: bool = _f(False, "also average weights (see --swa-config)")
+    ema: float | None = _f(
+        None, "also keep an exponential moving average of the weights with this decay, such as 0.995"
+    )
     seed: int = _f(0, "of everything random")
     out: str | None = _f(None, "run folder (default: runs/DATASET-MODEL-DEFENSE-seedN)")
     data_dir: str = _f("data", "where downloads and caches live")
@@ -153,6 +156,8 @@ class Config:
             raise UserError(f"swa-config.start={self.swa_config.start} is outside [0, 1): it is a share of the epochs")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: expected a whole number from 0 to 2^63 - 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema={self.ema:g} is outside (0, 1): it is the decay of the average, such as 0.995")
         if self.awp is not None and not 0 < self.awp < 1:
             raise UserError(f"awp={self.awp:g} is outside (0, 1): it is a share of each weight's norm, such as 0.005")
         recipe_of(self.optim.recipe or self.defense.recipe)

@@ -38,7 +38,7 @@ from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
 from fastarat.schedules import lr_at, recipe_of
-from fastarat.swa import WeightAverage, averaged_model
+from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 
 _MAY_DIFFER = ("device", "data_dir", "loader", "log_every", "tensorboard", "out")
 
@@ -267,6 +267,7 @@ class _Training:
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(self.dataset.train)} training image(s): at least 2 are needed")
         self.average = WeightAverage(self.step.model) if config.swa else None
+        self.ema = None if config.ema is None else MovingAverage(self.step.model, config.ema)
         self.meta = {
             "model": config.model,
             "num_classes": len(self.dataset.classes),
@@ -315,6 +316,8 @@ class _Training:
                 if value is not None and value > self.best["value"]:
                     self.best = state["best"] = {"epoch": epoch, "value": value}
                     folder.save("best", state, self.meta)
+                if self.ema is not None:
+                    folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": config.ema})
                 folder.save("last", state, self.meta)
                 if self.progress:
                     tqdm.write(_line(row, config.epochs), file=sys.stdout)
@@ -348,6 +351,8 @@ class _Training:
             step.forward.progress.fill_(done / (config.epochs * self.steps_per_epoch))
             step(batch.images, batch.labels)
             self._average(epoch, index)
+            if self.ema is not None:
+                self.ema.update(self.step.model)
             images_seen += len(batch.labels)
             if (index + 1) % log_every == 0 or index + 1 == self.steps_per_epoch:
                 self._check_finite(epoch)
@@ -448,6 +453,7 @@ class _Training:
             "best": self.best,
             "config": to_dict(self.config),
             "average": None if self.average is None else self.average.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
     def _load(self) -> None:
@@ -460,6 +466,8 @@ class _Training:
         self.step.load_state_dict(state["step"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
         self.best, self.first_epoch = state["best"], state["epoch"] + 1
         self.folder.truncate_metrics(state["epoch"])
 
@@ -518,6 +526,8 @@ class _Training:
         if self.average is not None:
             first, every = self._swa_plan()
             rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
+        if config.ema is not None:
+            rows["EMA"] = f"decay {config.ema:g}, evaluated with --weights ema"
         rows |= self._fast_paths()
         rows |= {"seed": str(config.seed), "run folder": str(self.folder.path)}
         width = max(map(len, rows))

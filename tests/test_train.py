@@ -267,6 +267,34 @@ def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(
     assert not torch.allclose(exact.bn1.running_mean, model.bn1.running_mean)
 
 
+def test_ema_by_hand_and_through_a_kill(tmp_path):
+    from fastarat.swa import MovingAverage
+
+    model = torch.nn.BatchNorm1d(1)
+    average = MovingAverage(model, 0.5)
+    expected = 1.0
+    for n, value in enumerate((3.0, 5.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.num_batches_tracked += 1
+        average.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert average.state["weight"].item() == pytest.approx(expected)
+    assert average.state["num_batches_tracked"] == 2
+    whole, halves = (train(small(tmp_path / n, ema=0.9, epochs=2), progress=False).run for n in "ab")
+    state = load_checkpoint(halves / "best.pt")
+    assert state["ema"]["count"] == 5 * state["epoch"]
+    (halves / "last.pt").write_bytes((halves / "best.pt").read_bytes())
+    train(resume=halves, progress=False)
+    a, b = (load_file(run / "ema.safetensors") for run in (whole, halves))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["conv1.weight"], weights(whole)["conv1.weight"])
+    averaged, meta, _ = load_run(whole, "ema")
+    assert meta["ema"] == 0.9
+    assert torch.isfinite(averaged(torch.rand(2, 1, 8, 8))).all()
+
+
 def test_precision_stays_in_float32_where_bf16_is_slow(monkeypatch):
     module = sys.modules["fastarat.train"]  # the attribute of that name is the function
 
