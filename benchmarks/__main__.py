@@ -93,6 +93,8 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         pair = CASES[args.cases[0]].prepare(size)
         print(json.dumps(_host_peak(getattr(pair, args.memory_of))))
         return 0
+    # Both sides gain: the trainer sets it, and so does most research code.
+    torch.backends.cudnn.benchmark = torch.device(size.device).type == "cuda"
     results, failed = [], False
     for name in args.cases or CASES:
         try:
@@ -170,11 +172,13 @@ def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any
         clock(ceiling[1], 1)
     repeats = repeats or (2 if size.dry else 10 if case.long else 20)
     samples: dict[str, list[float]] = {"fast": [], "plain": [], "ceiling": []}
+    cpu: dict[str, list[float]] = {"fast": [], "plain": []}
     for number in range(repeats):
         if ceiling:
             samples["ceiling"].append(clock(ceiling[1], 1))
         for name in ("fast", "plain") if number % 2 == 0 else ("plain", "fast"):
             samples[name].append(clock(sides[name], inner[name]))
+            cpu[name].append(clock.cpu_s)
     result |= {
         "repeats": repeats,
         "calls_per_sample": inner,
@@ -185,6 +189,10 @@ def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any
         "rate": {name: pair.work.amount / statistics.median(samples[name]) for name in sides},
         "load": [load_before, _load()],
     }
+    if device.type == "cpu" and pair.work.unit != "image":  # loaders work in processes and threads of their own
+        # Time the process had a core: on a busy machine, and with one thread, steadier than the clock on the wall.
+        result["samples_cpu_s"] = cpu
+        result["ratio_cpu"] = _quartiles([p / f for p, f in zip(cpu["plain"], cpu["fast"], strict=True)])
     if ceiling:
         name, _, amount = ceiling
         rates = [amount / s for s in samples["ceiling"]]
@@ -212,17 +220,22 @@ def _measure_phases(pair: Pair, clock: _Clock, repeats: int) -> dict[str, Any]:
 
 
 class _Clock:
-    """Seconds of `calls` calls: CUDA events on a GPU, the process's monotonic clock elsewhere."""
+    """Seconds of one of `calls` calls: CUDA events on a GPU, the clock on the wall elsewhere.
+
+    cpu_s: what the last measurement took of the process's CPU time, all threads together; 0 on a GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.cpu_s = 0.0
 
     def __call__(self, call: Callable[[], object], calls: int) -> float:
         if self.device.type != "cuda":
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 call()
-            return (time.perf_counter() - start) / calls
+            took, self.cpu_s = time.perf_counter() - start, (time.process_time() - start_cpu) / calls
+            return took / calls
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         begin.record()

@@ -116,6 +116,7 @@ def test_numbers_follow_from_the_samples(monkeypatch):
     assert found["samples_s"] == {"fast": [2.0, 1.0, 4.0], "plain": [8.0, 2.0, 6.0], "ceiling": []}
     assert found["ratio"] == {"q1": 1.75, "median": 2.0, "q3": 3.0}
     assert found["ms"]["fast"]["median"] == 2000
+    assert "ratio_cpu" not in found  # a loader's work is not in this process's CPU time
     assert found["rate"]["fast"] == 3.0
 
 
@@ -145,7 +146,11 @@ def test_a_run_writes_what_its_numbers_depend_on_and_the_table_reads_it(tmp_path
     assert "--repeats 3" in record["command"]
     (result,) = record["results"]
     assert {side: len(v) for side, v in result["samples_s"].items()} == {"fast": 3, "plain": 3, "ceiling": 3}
-    assert result["peak_memory"]["fast"]["rise_bytes"] >= 0
+    assert result["peak_memory"]["fast"]["rise_bytes"] > 0
+    cpu = result["samples_cpu_s"]
+    assert result["ratio_cpu"]["median"] == statistics.median(
+        p / f for p, f in zip(cpu["plain"], cpu["fast"], strict=True)
+    )
     capsys.readouterr()
     assert run("table", str(path)) == 0
     header, _, row = capsys.readouterr().out.splitlines()
