@@ -7,7 +7,25 @@ from importlib.metadata import PackageNotFoundError, version
 from fastarat import attacks, losses
 from fastarat.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
 from fastarat.config import Config
-from fastarat.defenses import ARAT, AT, DEFENSES, Defense, Standard, Views
+from fastarat.defenses import (
+    ARAT,
+    ARREST,
+    AT,
+    CAAT,
+    CURE,
+    DEFENSES,
+    DONE,
+    FAT,
+    GAIRAT,
+    GAIRFAT,
+    LBGAT,
+    MART,
+    TRADES,
+    VIR,
+    Defense,
+    Standard,
+    Views,
+)
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
 from fastarat.evaluate import Evaluation, evaluate
@@ -22,8 +40,19 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "ARAT",
+    "ARREST",
     "AT",
+    "CAAT",
+    "CURE",
     "DEFENSES",
+    "DONE",
+    "FAT",
+    "GAIRAT",
+    "GAIRFAT",
+    "LBGAT",
+    "MART",
+    "TRADES",
+    "VIR",
     "Config",
     "Defense",
     "Evaluation",

@@ -49,9 +49,9 @@ class OptimConfig:
 
     recipe: str | None = _f(None, "named schedule (default: the defense's)")
     lr: float | None = _f(None, "base learning rate")
-    momentum: float = _f(0.9, "momentum")
+    momentum: float | None = _f(None, "of SGD")
     weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released")
-    nesterov: bool = _f(False, "Nesterov momentum")
+    nesterov: bool | None = _f(None, "Nesterov momentum")
     optimizer: Literal["torch", "apex"] = _f("torch", "torch's fused SGD, or NVIDIA Apex FusedSGD if installed")
 
 
@@ -110,6 +110,7 @@ class Config:
     )
     compile_loss: bool = _f(False, "torch.compile the loss")
     fold_bn: bool = _f(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
+    winograd: bool = _f(True, "on a CPU, Winograd convolutions where they are faster")
     awp: float | None = _f(None, "gamma_w of adversarial weight perturbation (0.01 for AT, 0.005 for TRADES)")
     awp_warmup: int = _f(0, "epochs without weight perturbation")
     log_every: int | None = _f(None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)")
@@ -150,7 +151,7 @@ class Config:
         for name, value in (("optim.lr", self.optim.lr), ("optim.weight_decay", self.optim.weight_decay)):
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"{name}={value}: expected a number of at least 0")
-        if not 0 <= self.optim.momentum < 1:
+        if self.optim.momentum is not None and not 0 <= self.optim.momentum < 1:
             raise UserError(f"optim.momentum={self.optim.momentum} is outside [0, 1)")
         if not 0 <= self.swa_config.start < 1:
             raise UserError(f"swa-config.start={self.swa_config.start} is outside [0, 1): it is a share of the epochs")

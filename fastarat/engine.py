@@ -23,6 +23,7 @@ from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_triton
 from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features
+from fastarat.winograd import held, set_winograd
 
 Precision = str
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,6 +120,7 @@ class TrainStep:
             are captured, a full and a last one; others run eagerly. `why_eager` says why a step is not captured.
         compile_loss: torch.compile the loss (fullgraph), inside the capture.
         fold: in an eval-mode attack, fold BatchNorm into the convolutions once per step (built-in networks).
+        winograd: on a CPU, Winograd convolutions where they are faster (built-in networks, float32).
         awp: gamma_w of adversarial weight perturbation (Wu et al., NeurIPS 2020), or None; awp_warmup: epochs without.
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
         captured step overwrites at its next call.
@@ -147,6 +149,7 @@ class TrainStep:
         capture: bool | Literal["auto", "fake"] = "auto",
         compile_loss: bool = False,
         fold: bool = True,
+        winograd: bool = True,
         awp: float | None = None,
         awp_warmup: int = 0,
         seed: int = 0,
@@ -164,6 +167,9 @@ class TrainStep:
         self.model = model.to(memory_format=self.memory_format)
         self.companions = defense.companions(model, torch.rand_like(example[:2], device=self.device)).to(self.device)
         self.companions = self.companions.to(memory_format=self.memory_format).train()
+        set_backend(self.companions, kernels)
+        for module in (self.model, self.companions):
+            set_winograd(module, winograd)
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
 
@@ -296,7 +302,7 @@ class TrainStep:
         views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
         terms = self._terms(views)
         self.optimizer.zero_grad(set_to_none=True)
-        self.defense.backward(terms, self.model, self.scaler.scale)
+        self.defense.backward(terms, self.model, self.scaler.scale, views)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if pushed:
@@ -356,17 +362,20 @@ class TrainStep:
 
     @contextlib.contextmanager
     def _attack_weights(self, mode: str) -> Iterator[None]:
-        """Weights as the attack reads them: cast once, and in eval mode with BatchNorm folded in."""
+        """Weights as the attack reads them: cast or transformed once, and in eval mode with BatchNorm folded in."""
         dtype = _DTYPES.get(self.forward.precision)
         if mode == "eval" and self.fold:
             with folded_batchnorm(self.model, dtype):
                 yield
             return
-        if self._low:
-            own = dict(self.model.named_parameters())
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._low.values()), [own[name] for name in self._low])
-            self.forward.weights = self._low
+        if not self._low:
+            with held(self.model):
+                yield
+            return
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._low.values()), [own[name] for name in self._low])
+        self.forward.weights = self._low
         try:
             yield
         finally:
@@ -376,7 +385,12 @@ class TrainStep:
         start = attacks.random_start(
             images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
         )
-        return self.defense.attack(self._pgd, logits, images, labels, target, start)
+        return self.defense.attack(self._pgd, logits, images, labels, target, start, run=self.forward)
+
+    def set_momentum(self, momentum: float) -> None:
+        """Set SGD's momentum; a captured step does not see it change."""
+        for group in self.optimizer.param_groups:
+            group["momentum"] = momentum
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

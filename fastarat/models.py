@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastarat.batchnorm import BatchNorm2d
 from fastarat.errors import UserError, unknown
+from fastarat.winograd import Conv2d, convolve, qualifies, transformed
 
 PENULTIMATE = "penultimate"
 
@@ -49,10 +50,14 @@ class Taps:
 
 
 class Folded(NamedTuple):
-    """A convolution that has absorbed the BatchNorm after it. weight: [O, I, k, k]; bias: [O]."""
+    """A convolution that has absorbed the BatchNorm after it.
+
+    weight: [O, I, k, k]; bias: [O]; transform: [16, O, I], of the weight, where the Winograd path may be taken.
+    """
 
     weight: Tensor
     bias: Tensor
+    transform: Tensor | None
 
 
 @contextmanager
@@ -69,7 +74,8 @@ def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterat
             scale = held.weight * torch.rsqrt(held.running_var + bn.eps)
             weight = (conv.weight * scale[:, None, None, None]).to(dtype or conv.weight.dtype)
             bias = (held.bias - held.running_mean * scale).to(dtype or conv.weight.dtype)
-            conv.folded = Folded(weight, bias)
+            wide = qualifies(conv) and weight.device.type == "cpu" and weight.dtype == torch.float32
+            conv.folded = Folded(weight, bias, transformed(weight) if wide else None)
     try:
         yield
     finally:
@@ -78,13 +84,13 @@ def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterat
 
 
 def _conv_norm_relu(
-    conv: nn.Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
+    conv: Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
 ) -> Tensor:
     """Convolution, BN, optional residual add, ReLU; the first two are one while BN is folded."""
     folded: Folded | None = getattr(conv, "folded", None)
     if folded is None:
         return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
-    y = F.conv2d(x, folded.weight, folded.bias, conv.stride, conv.padding)
+    y = convolve(conv, x, *folded)
     if residual is not None:
         y = y + residual
     return F.relu(y) if relu else y
@@ -104,13 +110,13 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn1 = BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
+            self.shortcut = nn.Sequential(Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
@@ -124,11 +130,11 @@ class PreActBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn2 = BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(Conv2d(in_planes, planes, 1, stride, bias=False))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _norm_relu(self.bn1, x, f"{name}.bn1", taps)
@@ -143,10 +149,10 @@ class WideBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn2 = BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.convShortcut = Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _norm_relu(self.bn1, x, f"{name}.relu1", taps)
@@ -189,7 +195,7 @@ class Network(nn.Module):
         super().__init__()
         self.normalize: nn.Module | None = None
 
-    def foldable(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
+    def foldable(self) -> Iterator[tuple[Conv2d, BatchNorm2d]]:
         """Pairs of a convolution and the BatchNorm that follows it directly."""
         for m in self.modules():
             if isinstance(m, BasicBlock):
@@ -222,7 +228,7 @@ class ResNet(Network):
         self, widths: Sequence[int], blocks: int, strides: Sequence[int], num_classes: int, in_channels: int = 3
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = BatchNorm2d(widths[0])
         planes = widths[0]
         self.num_stages = len(widths)
@@ -251,7 +257,7 @@ class PreActResNet18(Network):
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, 64, 3, 1, 1, bias=False)
         planes = 64
         for i, (width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
             setattr(self, f"layer{i}", nn.Sequential(PreActBlock(planes, width, stride), PreActBlock(width, width, 1)))
@@ -278,7 +284,7 @@ class WideResNet(Network):
             )
         blocks = (depth - 4) // 6
         planes = 16
-        self.conv1 = nn.Conv2d(in_channels, planes, 3, 1, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, planes, 3, 1, 1, bias=False)
         for i, (width, stride) in enumerate(((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)), 1):
             stage = [WideBlock(planes if b == 0 else width, width, stride if b == 0 else 1) for b in range(blocks)]
             setattr(self, f"block{i}", _Stage(stage))

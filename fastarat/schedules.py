@@ -5,6 +5,7 @@ Epochs count from 1. Sources: the released code named in each recipe.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastarat.errors import unknown
@@ -18,6 +19,9 @@ class Recipe:
     drops: (first epoch, factor) pairs, the factor of `lr` from that epoch on. warmup: factor in epoch 1.
     per_step: a drop takes effect at the first step whose fractional epoch (t + 1)/steps reaches it.
     unscaled: run lengths for which the milestones stay as published; at any other they scale with the length.
+    momentum, nesterov: of SGD.
+    one_cycle: share of the run in which the learning rate rises from lr/25 to lr, to fall to lr/250000 in the rest;
+    along cosines, one step per epoch, momentum going from 0.95 to 0.85 and back. 0: no such cycle.
     """
 
     epochs: int
@@ -27,9 +31,14 @@ class Recipe:
     warmup: float = 1.0
     per_step: bool = False
     unscaled: tuple[int, ...] = ()
+    momentum: float = 0.9
+    nesterov: bool = False
+    one_cycle: float = 0.0
     source: str = ""
 
     def factor(self, epoch: int, step: int, steps: int, epochs: int) -> float:
+        if self.one_cycle:
+            return self.cycled(epoch, epochs, first=1 / 25, top=1.0, last=1 / 250_000)
         if epoch == 1 and self.warmup != 1.0:
             return self.warmup
         stretch = 1.0 if epochs in (self.epochs, *self.unscaled) else epochs / self.epochs
@@ -39,6 +48,15 @@ class Recipe:
             if position >= (first - 1) * stretch - 1e-9:
                 current = factor
         return current
+
+    def cycled(self, epoch: int, epochs: int, *, first: float, top: float, last: float) -> float:
+        """Value at `epoch` of what goes from `first` to `top` and on to `last`, as torch's OneCycleLR does it."""
+        position, peak, end = epoch - 1, max(self.one_cycle * epochs - 1, 0.0), epochs - 1
+        if position < peak:
+            low, high, share = first, top, position / peak
+        else:
+            low, high, share = top, last, (position - peak) / max(end - peak, 1e-9)
+        return high + (low - high) * (1 + math.cos(math.pi * share)) / 2
 
 
 RECIPES: dict[str, Recipe] = {
@@ -56,11 +74,18 @@ RECIPES: dict[str, Recipe] = {
         epochs=100, warmup=0.2, drops=((76, 0.1), (91, 0.01)), weight_decay=2e-4, source="LBGAT released code"
     ),
     "trades": Recipe(
+        epochs=100,
+        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
+        weight_decay=2e-4,
+        unscaled=(76, 120),
+        source="TRADES released code at 100 epochs, our choice for networks it was not released with",
+    ),
+    "trades-wrn": Recipe(
         epochs=76,
         drops=((75, 0.1), (90, 0.01), (100, 0.001)),
         weight_decay=2e-4,
         unscaled=(100, 120),
-        source="TRADES released code (stops one epoch after the first drop)",
+        source="TRADES released code, WRN-34-10 (stops one epoch after the first drop)",
     ),
     "mart": Recipe(
         epochs=120,
@@ -87,6 +112,24 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=2e-4,
         source="GAIRAT released code, WRN",
     ),
+    "cure": Recipe(
+        epochs=120, drops=((100, 0.1),), weight_decay=7e-4, source="CURE released code, its README's command"
+    ),
+    "cure-200": Recipe(
+        epochs=200, drops=((100, 0.1), (150, 0.01)), source="CURE released code, the defaults of its arguments"
+    ),
+    "vir": Recipe(
+        epochs=115,
+        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
+        weight_decay=7e-4,
+        source="VIR released code",
+    ),
+    "ca-at": Recipe(
+        epochs=200,
+        one_cycle=0.025,
+        nesterov=True,
+        source="CA-AT released code, its peak of 0.4 for batches of 1024 taken to 0.1 for 128",
+    ),
     "constant": Recipe(epochs=100, source="no schedule"),
 }
 
@@ -104,3 +147,15 @@ def lr_at(epoch: int, step: int, *, steps: int, epochs: int, recipe: Recipe, lr:
     The S-ARAT recipe as executed, at its own 100 epochs: 0.02 in epoch 1, 0.1 in 2-76, 0.01 in 77-91, 0.001 after.
     """
     return (recipe.lr if lr is None else lr) * recipe.factor(epoch, step, steps, epochs)
+
+
+def momentum_at(
+    epoch: int, step: int, *, steps: int, epochs: int, recipe: Recipe, momentum: float | None = None
+) -> float:
+    """Return SGD's momentum at `step` (from 0) in `epoch` (from 1), the recipe's unless `momentum` is given.
+
+    The one-cycle recipe at 200 epochs: 0.95 in epoch 1, 0.85 at the learning rate's peak in epoch 5, 0.95 in epoch 200.
+    """
+    if momentum is not None or not recipe.one_cycle:
+        return recipe.momentum if momentum is None else momentum
+    return recipe.cycled(epoch, epochs, first=0.95, top=0.85, last=0.95)

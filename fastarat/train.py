@@ -37,8 +37,9 @@ from fastarat.evaluate import evaluate
 from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
-from fastarat.schedules import lr_at, recipe_of
+from fastarat.schedules import RECIPES, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
+from fastarat.winograd import qualifies
 
 _MAY_DIFFER = ("device", "data_dir", "loader", "log_every", "tensorboard", "out")
 
@@ -122,15 +123,23 @@ def pick_device(name: str) -> torch.device:
 
 def resolve(config: Config, dataset: Dataset) -> Config:
     """Fill what the config leaves to the defense, the recipe and the data, so that the saved form says it all."""
-    recipe_name = config.optim.recipe or config.defense.recipe
-    recipe = recipe_of(recipe_name)
     size = min(dataset.shape[1:])
     model = config.model or ("resnet18" if size >= 32 else "resnet-small")
+    recipe_name = config.optim.recipe or config.defense.recipe
+    if config.optim.recipe is None and model.startswith("wrn") and f"{recipe_name}-wrn" in RECIPES:
+        recipe_name += "-wrn"  # released with another schedule for wide networks
+    recipe = recipe_of(recipe_name)
     optim = dataclasses.replace(
         config.optim,
         recipe=recipe_name,
         lr=recipe.lr if config.optim.lr is None else config.optim.lr,
         weight_decay=recipe.weight_decay if config.optim.weight_decay is None else config.optim.weight_decay,
+        momentum=None
+        if recipe.one_cycle
+        else recipe.momentum
+        if config.optim.momentum is None
+        else config.optim.momentum,
+        nesterov=recipe.nesterov if config.optim.nesterov is None else config.optim.nesterov,
     )
     name = f"{dataset.name}-{model}-{config.defense.name or type(config.defense).__name__.lower()}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
@@ -168,7 +177,7 @@ def sgd(config: Config, device: torch.device):
     """Return a function from parameters to the optimiser the config asks for. Raises: UserError without Apex."""
     options = {
         "lr": config.optim.lr,
-        "momentum": config.optim.momentum,
+        "momentum": 0.9 if config.optim.momentum is None else config.optim.momentum,
         "weight_decay": config.optim.weight_decay,
         "nesterov": config.optim.nesterov,
     }
@@ -182,7 +191,7 @@ def sgd(config: Config, device: torch.device):
                 "or use --optim.optimizer torch"
             ) from error
         return lambda parameters: FusedSGD(parameters, **options)
-    if config.optim.nesterov and not config.optim.momentum:
+    if config.optim.nesterov and config.optim.momentum == 0:
         raise UserError("optim.nesterov needs optim.momentum above 0")
     return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
 
@@ -237,9 +246,11 @@ class _Training:
             precision=self.precision,
             channels_last=config.channels_last,
             kernels=config.kernels,
-            capture={"on": True, "off": False}.get(config.capture, config.capture),
+            # A momentum that moves would freeze into the graph.
+            capture=False if self.recipe.one_cycle else {"on": True, "off": False}.get(config.capture, config.capture),
             compile_loss=config.compile_loss,
             fold=config.fold_bn,
+            winograd=config.winograd,
             awp=config.awp,
             awp_warmup=config.awp_warmup,
         )
@@ -347,6 +358,10 @@ class _Training:
                 epoch, index, steps=self.steps_per_epoch, epochs=config.epochs, recipe=self.recipe, lr=config.optim.lr
             )
             step.set_lr(lr)
+            if self.recipe.one_cycle:
+                step.set_momentum(
+                    momentum_at(epoch, index, steps=self.steps_per_epoch, epochs=config.epochs, recipe=self.recipe)
+                )
             done = (epoch - 1) * self.steps_per_epoch + index
             step.forward.progress.fill_(done / (config.epochs * self.steps_per_epoch))
             step(batch.images, batch.labels)
@@ -485,6 +500,7 @@ class _Training:
         """The run card: everything a number of this run depends on."""
         config, step, defense = self.config, self.step, self.config.defense
         attack, optim = config.attack, config.optim
+        momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
         parameters = sum(p.numel() for p in step.model.parameters())
         rows = {
             "defense": (defense.name or type(defense).__name__)
@@ -514,7 +530,7 @@ class _Training:
             "loader": f"{self.loader.kind}: {self.loader.reason}",
             "schedule": f"{optim.recipe}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
             f"{config.batch_size}, "
-            f"lr {optim.lr:g}, momentum {optim.momentum:g}, weight decay {optim.weight_decay:g} on everything",
+            f"lr {optim.lr:g}, momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
             "optimiser": "NVIDIA Apex FusedSGD" if optim.optimizer == "apex" else "torch SGD, fused",
             "precision": self.precision_note,
             "device": _device_name(self.device) + f", torch {torch.__version__}",
@@ -544,6 +560,9 @@ class _Training:
             on.append("input gradients only in the attack")
         if self.step.fold:
             on.append("BatchNorm folded into the attack's convolutions")
+        wide = sum(map(qualifies, self.step.model.modules()))
+        if wide and self.device.type == "cpu" and self.precision == "fp32":
+            on.append(f"Winograd convolutions ({wide} layers)")
         if self.config.compile_loss:
             on.append("compiled loss")
         if self.step.why_eager:

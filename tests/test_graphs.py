@@ -213,7 +213,7 @@ def test_losses_compile_whole(defense):
     """fullgraph: no graph break; every term and gradient equal to the eager loss."""
     kind = fastarat.DEFENSES[defense]
     try:
-        step = fastarat.TrainStep(small_model(), kind(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1)
+        step = fastarat.TrainStep(small_model(), kind(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2)
     except fastarat.UserError:
         return
     seen = []

@@ -105,7 +105,11 @@ class ARAT(Defense):
             if self._noisy(norm)
             else "clean (x itself, the threat model as written)"
         )
-        return {"center": centre, "split BatchNorm": "on (clean, adv)" if self.split_bn else "off (shared)"}
+        return {
+            **super().describe(norm),
+            "center": centre,
+            "split BatchNorm": "on (clean, adv)" if self.split_bn else "off (shared)",
+        }
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         layers = self.layers or tap_names(model)

@@ -16,7 +16,9 @@ class AT(Defense):
     """Minimise CE(f(x'), y) on PGD examples (Madry et al., ICLR 2018).
 
     The attack runs in train mode and moves the running statistics at each of its forwards, as the robust-overfitting
-    code and the AT path of AR-AT's research code do; `--attack.bn eval` gives the other convention.
+    code and the AT path of AR-AT's research code do; `--attack.bn eval` gives the other convention. Schedules: "arat"
+    (the default, for comparison with AR-AT) and "rice". The robust-overfitting code also forwards the final images
+    once more in the attack and the clean ones after the update, which only moves running statistics: not offered.
     """
 
     name: ClassVar[str] = "at"

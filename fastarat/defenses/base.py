@@ -143,12 +143,14 @@ class Defense:
         labels: Tensor,
         target: Tensor,
         start: Tensor,
+        *,
+        run: Run,
     ) -> Attacked:
         """Craft adversarial images from one start; the default is plain PGD.
 
         pgd(forward, images, labels, target, start) has epsilon, step size, steps and objective bound
         (`pgd.keywords`). forward: points -> logits in the attack's BN mode, parameters frozen. target: labels, or
-        clean logits for "kl".
+        clean logits for "kl". run: for its epoch, progress and generator.
         """
         return pgd(forward, images, labels, target, start)
 
@@ -174,8 +176,14 @@ class Defense:
         """Return the named terms, already weighted; their sum is minimised, each one is logged."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(self, views) -> dict of scalar terms")
 
-    def backward(self, terms: dict[str, Tensor], model: nn.Module, scale: Callable[[Tensor], Tensor]) -> None:
-        """Accumulate gradients. `scale` multiplies by the fp16 loss scale (identity otherwise)."""
+    def backward(
+        self, terms: dict[str, Tensor], model: nn.Module, scale: Callable[[Tensor], Tensor], views: Views
+    ) -> None:
+        """Put gradients into `.grad`, which is None before.
+
+        terms: as `loss` returned them. scale: multiplies by the fp16 loss scale (identity otherwise). views: what the
+        terms came from, for a defense that needs the gradient of something else.
+        """
         scale(sum(terms.values())).backward()
 
     def after_step(self, companions: nn.ModuleDict, model: nn.Module, step: Tensor) -> None:

@@ -1,0 +1,147 @@
+"""ARREST: finetune a standard network adversarially and keep its clean representations where they were."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastarat.attacks import Attacked, random_start
+from fastarat.defenses.base import Defense, Run, Views
+from fastarat.errors import UserError
+from fastarat.losses import angular_distance
+from fastarat.models import PENULTIMATE, Network, Taps, forward_with_features
+from fastarat.record import load_into, load_weights
+
+_HOW = (
+    "get one of the same --model and --dataset with `fastarat train --defense standard --out RUN`, then "
+    "`fastarat train --defense arrest --defense.teacher RUN`"
+)
+
+
+def load_standard(teacher: str | None, model: nn.Module) -> None:
+    """Load the weights of a standard run (folder or checkpoint) into `model`.
+
+    Raises: UserError, saying how to train one, when there is none, or it is of another defense or architecture.
+    """
+    if teacher is None:
+        raise UserError(f"arrest starts from a standardly trained network, and defense.teacher names none: {_HOW}")
+    path = Path(teacher)
+    path = path / "last.safetensors" if path.is_dir() else path
+    try:
+        weights, meta = load_weights(path)
+        if meta["defense"] != "standard":
+            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
+        load_into(model, weights, path)
+    except UserError as error:
+        raise UserError(
+            f"defense.teacher={teacher}: {error}. arrest needs a standardly trained network: {_HOW}"
+        ) from error
+
+
+class Frozen(nn.Module):
+    """The standard network, forever in eval mode and without gradients; lam is kept beside it on the device.
+
+    forward: images float32 [B, C, H, W] -> penultimate features float [B, d].
+    """
+
+    def __init__(self, network: nn.Module, lam: float) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("lam", torch.tensor(float(lam)))
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        taps = Taps((PENULTIMATE,))
+        forward_with_features(self.network, images, taps)
+        return taps.ordered()[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARREST(Defense):
+    """Minimise CE(f(x^), y) + lam mean angle(z(x^), z_std(x)), f starting from the standard network z_std belongs to.
+
+    Noisy replay: x^ is the adversarial image, or x plus uniform noise for an image whose clean representation has
+    turned by more than phi from the standard one. Every image is attacked and the choice made on the device: leaving
+    the replayed ones out would make the host wait and the shapes vary.
+
+    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), without public code; lam, phi, tau, the replay test, the
+    attack's mode and the schedule are our choices.
+    """
+
+    name: ClassVar[str] = "arrest"
+    starts_from: ClassVar[str] = "teacher"
+    formula: ClassVar[str] = "CE(f(x^), y) + lam angle(z(x^), sg z_std(x)), x^ = x' or (noisy replay) x + noise"
+
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "run folder or checkpoint of a `standard` run: frozen teacher and start of the student"},
+    )
+    lam: float | None = field(
+        default=None, metadata={"help": "weight of the angle (default: the network's, 30; 100 for WRN)"}
+    )
+    phi: float | None = field(
+        default=30.0, metadata={"help": "degrees a clean representation may turn before noisy replay; none: no replay"}
+    )
+    nr_batch: bool = field(
+        default=False,
+        metadata={"help": "replay the whole batch, or none of it, by the share that has turned"},
+    )
+    tau: float = field(
+        default=0.5, metadata={"help": "with nr_batch, share of turned images above which the batch is replayed"}
+    )
+
+    def start_kind(self, norm: str) -> str:
+        if norm == "l2" and self.phi is not None:
+            raise UserError(
+                "arrest's noisy replay draws from the L-infinity ball: with --attack.norm l2 write --defense.phi none"
+            )
+        return super().start_kind(norm)
+
+    def describe(self, norm: str) -> dict[str, str]:
+        if self.phi is None:
+            replay = "off"
+        elif self.nr_batch:
+            replay = f"the batch, when over {self.tau:g} of it has turned by more than {self.phi:g} degrees"
+        else:
+            replay = f"images turned by more than {self.phi:g} degrees"
+        return {**super().describe(norm), "standard network": str(self.teacher), "noisy replay": replay}
+
+    def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
+        load_standard(self.teacher, model)
+        lam = self.lam
+        if lam is None:
+            lam = model.invariance_weight if isinstance(model, Network) else 30.0
+        return nn.ModuleDict({"teacher": Frozen(copy.deepcopy(model), lam)})
+
+    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+        teacher, inputs = companions["teacher"], attacked.images
+        with torch.no_grad():
+            z_std = run.companion(teacher, images)
+            if self.phi is not None:
+                _, (z_clean,) = run(images, "adv", layers=(PENULTIMATE,), training=False)
+                turned = angular_distance(z_clean, z_std) * 180 > self.phi
+                if self.nr_batch:
+                    turned = (turned.float().mean() > self.tau).expand_as(turned)
+                noisy = random_start(images, epsilon=run.epsilon, kind="uniform", generator=run.generator)
+                inputs = torch.where(turned[:, None, None, None], noisy, inputs)
+        logits, (z,) = run(inputs, "adv", layers=(PENULTIMATE,))
+        return run.views(
+            labels, logits_adv=logits, features_adv=(z,), features_clean=(z_std,), extra={"lam": teacher.lam}
+        )
+
+    def loss(self, views: Views) -> dict[str, Tensor]:
+        (z,), (z_std,) = views.features_adv, views.features_clean
+        return {
+            "ce_adv": F.cross_entropy(views.logits_adv.float(), views.labels),
+            "angle": views.extra["lam"] * angular_distance(z, z_std.detach()).mean(),
+        }

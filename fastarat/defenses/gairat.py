@@ -1,0 +1,92 @@
+"""GAIRAT: adversarial training weighted by how few attack steps fool the network on each image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastarat.attacks import Attacked
+from fastarat.defenses.base import Defense, Run, Views
+from fastarat.errors import UserError
+from fastarat.losses import WeightKind, cross_entropy, gairat_weights
+from fastarat.models import WideResNet
+
+
+def released_epochs(model: nn.Module) -> int:
+    """Length of GAIRAT's released run for this network, whose milestones scale with the run: 120 for WRN, else 100."""
+    return 120 if isinstance(model, WideResNet) else 100
+
+
+def reached(run: Run, epoch: int | None, released: int, of: int) -> Tensor:
+    """Whether the run has come to `epoch` (as given), or to where `released` is in a run of `of` epochs; 0-d bool."""
+    return run.progress >= (released - 1) / of if epoch is None else run.epoch >= epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAIRAT(Defense):
+    """Minimise mean_i omega~_i CE(f(x'_i), y_i), omega~ falling with kappa_i: the steps PGD took without success.
+
+    Until the burn-in ends all weights are 1: the first 30 of 100 epochs, 59 of 120 for WRN, and the same share of a
+    run of another length. Weighting by kappa hides gradients: AutoAttack finds far more than PGD does, so report it.
+
+    Source: Zhang et al., ICLR 2021 (arXiv 2010.01736); defaults are the released code's, with the paper's burn-in for
+    ResNet-18 (the code's own option, 60, is `--defense.begin-epoch 60`). The piecewise lambda is the intended one,
+    which the release never reaches; the linear one moves with every step instead of every epoch.
+    """
+
+    name: ClassVar[str] = "gairat"
+    formula: ClassVar[str] = "sum_i omega(kappa_i) CE(f(x'_i), y_i) / sum_i omega(kappa_i)"
+    counts_kappa: ClassVar[bool] = True
+    recipe: ClassVar[str] = "gairat"
+    released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
+
+    kind: WeightKind = field(default="tanh", metadata={"help": "how weights fall with kappa"})
+    lam: float = field(default=-1.0, metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter"})
+    lam_schedule: Literal["fixed", "piecewise", "linear"] = field(
+        default="fixed",
+        metadata={
+            "help": "fixed; piecewise: lam - 2 from epoch 60 of 100 (WRN: lam - 1 from 90 of 120, lam - 1.5 from 110); "
+            "linear: from lam-max to lam over the run"
+        },
+    )
+    lam_max: float | None = field(default=None, metadata={"help": "lam at the start of the linear schedule"})
+    begin_epoch: int | None = field(
+        default=None,
+        metadata={"help": "first epoch with weights (default: 31 of 100, 60 of 120 for WRN, as a share of the run)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lam_schedule == "linear" and not math.isfinite(math.inf if self.lam_max is None else self.lam_max):
+            raise UserError(
+                "defense.lam_schedule=linear needs a finite start: write --defense.lam-max 10 (the release's own "
+                "default, infinity, gives NaN)"
+            )
+        if self.begin_epoch is not None and self.begin_epoch < 1:
+            raise UserError(f"defense.begin_epoch={self.begin_epoch}: epochs count from 1")
+
+    def describe(self, norm: str) -> dict[str, str]:
+        of_lam = "" if self.kind == "discrete" else f", lambda {self.lam:g} ({self.lam_schedule})"
+        begin = "31 of 100 (WRN: 60 of 120), scaled" if self.begin_epoch is None else str(self.begin_epoch)
+        return {**super().describe(norm), "kappa weights": f"{self.kind}{of_lam}, from epoch {begin}"}
+
+    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+        of = released_epochs(run.model)
+        lam = torch.full_like(run.progress, self.lam)
+        if self.lam_schedule == "linear":
+            lam = self.lam_max - run.progress * (self.lam_max - self.lam)
+        elif self.lam_schedule == "piecewise":
+            drops = ((90, 1.0), (110, 1.5)) if of == 120 else ((60, 2.0),)
+            for epoch, drop in drops:
+                lam = torch.where(reached(run, None, epoch, of), self.lam - drop, lam)
+        weighted = reached(run, self.begin_epoch, 60 if of == 120 else 31, of)
+        views = super().forward(run, companions, images, labels, attacked)
+        return views._replace(extra={"lam": lam, "weighted": weighted})
+
+    def loss(self, views: Views) -> dict[str, Tensor]:
+        weights = gairat_weights(views.kappa, views.num_steps, views.extra["lam"], self.kind)
+        weights = torch.where(views.extra["weighted"], weights, 1.0)
+        return {"ce_adv": (weights * cross_entropy(views.logits_adv, views.labels)).mean()}

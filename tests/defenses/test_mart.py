@@ -1,0 +1,123 @@
+"""MART against a literal transcription of the released loss, and its loss by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from literal import base_net, sgd, slow_attack, three_steps
+
+import fastarat
+from fastarat import losses
+from fastarat.defenses import MART
+from fastarat.schedules import lr_at, recipe_of
+
+
+def released_loss(logits, logits_adv, y, lam):
+    """mart.py as released."""
+    kl = torch.nn.KLDivLoss(reduction="none")
+    adv_probs = F.softmax(logits_adv, dim=1)
+    tmp1 = torch.argsort(adv_probs, dim=1)[:, -2:]
+    new_y = torch.where(tmp1[:, -1] == y, tmp1[:, -2], tmp1[:, -1])
+    loss_adv = F.cross_entropy(logits_adv, y) + F.nll_loss(torch.log(1.0001 - adv_probs + 1e-12), new_y)
+    nat_probs = F.softmax(logits, dim=1)
+    true_probs = torch.gather(nat_probs, 1, y.unsqueeze(1)).squeeze()
+    loss_robust = (1.0 / len(y)) * torch.sum(
+        torch.sum(kl(torch.log(adv_probs + 1e-12), nat_probs), dim=1) * (1.0000001 - true_probs)
+    )
+    return loss_adv + float(lam) * loss_robust
+
+
+class Literal:
+    def __init__(self, net, defense):
+        self.net, self.d = copy.deepcopy(net), defense
+        self.sgd = sgd(self.net.parameters())
+        self.generator = torch.Generator().manual_seed(11)
+
+    def __call__(self, x, y):
+        adv = slow_attack(self.net, x, y, self.generator, start="gaussian", objective="ce")
+        logits = self.net(x.double())
+        loss = released_loss(logits, self.net(adv.double()), y, self.d.lam)
+        self.sgd.zero_grad()
+        loss.backward()
+        self.sgd.step()
+        return loss.item(), adv
+
+
+@pytest.mark.parametrize("options", [{}, {"lam": 6.0}], ids=str)
+def test_three_steps_equal_the_transcription(options):
+    defense = MART(**options)
+    net = base_net()
+    three_steps(defense, net, Literal(net, defense))
+
+
+@pytest.mark.parametrize(
+    ("label", "wrong"),
+    [(0, 1 / 3), (1, 1 / 2), (2, 1 / 2)],
+    ids=["top-1 is right: the second", "top-1 is wrong", "top-2 are wrong"],
+)
+def test_loss_by_hand(label, wrong):
+    """p = (1/4, 1/4, 1/2), p' = (1/2, 1/3, 1/6). KL = (1/4) ln(1/2) + (1/4) ln(3/4) + (1/2) ln 3."""
+    p, p_adv = [1 / 4, 1 / 4, 1 / 2], [1 / 2, 1 / 3, 1 / 6]
+    clean, adv = (torch.tensor([q], dtype=torch.float64).log() for q in (p, p_adv))
+    kl = 0.25 * math.log(1 / 2) + 0.25 * math.log(3 / 4) + 0.5 * math.log(3)
+    terms = losses.mart(clean, adv, torch.tensor([label]), 5.0)
+    assert terms["bce_adv"].item() == pytest.approx(-math.log(p_adv[label]) - math.log(1.0001 - wrong), rel=1e-9)
+    assert terms["kl"].item() == pytest.approx(5 * (1.0000001 - p[label]) * kl, rel=1e-9)
+
+
+def test_loss_and_gradient_equal_the_released_ones():
+    torch.manual_seed(0)
+    labels = torch.randint(5, (64,))
+    inputs = [torch.randn(64, 5, dtype=torch.float64).mul_(3).requires_grad_() for _ in range(2)]
+    mine, theirs = sum(losses.mart(*inputs, labels, 6.0).values()), released_loss(*inputs, labels, 6.0)
+    torch.testing.assert_close(mine, theirs)
+    for a, b in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_by_finite_differences():
+    """Far from ties, where the most likely wrong class changes; the weight and p(x) are not detached."""
+    torch.manual_seed(0)
+    clean, adv = (torch.randn(5, 4, dtype=torch.float64).mul_(2).requires_grad_() for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    assert torch.autograd.gradcheck(lambda c, a: sum(losses.mart(c, a, labels, 5.0).values()), (clean, adv))
+
+
+def test_lam_zero_leaves_the_clean_side_alone():
+    torch.manual_seed(0)
+    clean, adv = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    loss = sum(losses.mart(clean, adv, torch.tensor([0, 1, 2]), 0.0).values())
+    assert not torch.autograd.grad(loss, clean, retain_graph=True)[0].any()
+    assert torch.autograd.grad(loss, adv)[0].any()
+
+
+def test_one_wrong_class_and_certainty():
+    """Two classes, p'_wrong = 1 - p'_y -> 1: BCE = -log p'_y - log(0.0001), which only float32 constants keep finite."""
+    clean, adv = torch.tensor([[50.0, -50.0]]).bfloat16(), torch.tensor([[-50.0, 50.0]]).bfloat16()
+    terms = losses.mart(clean.requires_grad_(), adv.requires_grad_(), torch.tensor([0]), 5.0)
+    assert all(t.dtype == torch.float32 and t.isfinite() for t in terms.values())
+    assert terms["bce_adv"].item() == pytest.approx(100 - math.log(1e-4), rel=1e-3)
+    # p_y = 1: the weight is 1.0000001 - 1, about 1.2e-7 in float32, and log(1e-12) bounds the KL.
+    assert 0 < terms["kl"].item() < 5 * 1.3e-7 * 28
+    sum(terms.values()).backward()
+    assert clean.grad.isfinite().all()
+    assert adv.grad.isfinite().all()
+
+
+def test_loss_compiles_whole():
+    torch.manual_seed(0)
+    views = fastarat.Views(torch.tensor([0, 1, 2]), logits_clean=torch.randn(3, 4), logits_adv=torch.randn(3, 4))
+    terms = torch.compile(MART().loss, fullgraph=True, backend="aot_eager")(views)
+    torch.testing.assert_close(terms, MART().loss(views))
+
+
+def test_defaults_are_the_resnet18_driver():
+    assert (MART().lam, MART.recipe, MART.released_budget) == (5.0, "mart", (0.031, 0.007))
+    assert (MART.objective, MART.start, MART.attack_bn) == ("ce", "gaussian", "eval")
+    for name, epochs, lr, decay in (("mart", 120, 0.01, 3.5e-3), ("mart-wrn", 90, 0.1, 7e-4)):
+        recipe = recipe_of(name)
+        assert (recipe.epochs, recipe.lr, recipe.weight_decay) == (epochs, lr, decay)
+        rates = [lr_at(e, 0, steps=391, epochs=epochs, recipe=recipe) / lr for e in (1, 74, 75, 89, 90)]
+        assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01])
