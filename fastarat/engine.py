@@ -387,6 +387,11 @@ class TrainStep:
         )
         return self.defense.attack(self._pgd, logits, images, labels, target, start, run=self.forward)
 
+    def at(self, *, epoch: float, progress: float) -> None:
+        """Say where the run is, for defenses that change with it: epoch from 1, progress in [0, 1]."""
+        self.forward.epoch.fill_(epoch)
+        self.forward.progress.fill_(progress)
+
     def set_momentum(self, momentum: float) -> None:
         """Set SGD's momentum; a captured step does not see it change."""
         for group in self.optimizer.param_groups:

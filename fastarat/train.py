@@ -348,7 +348,6 @@ class _Training:
         step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
         config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
         log_every = config.log_every or (1 if self.device.type == "cpu" else 50)
-        step.forward.epoch.fill_(epoch)
         step.meter.reset()
         images_seen, started = 0, time.perf_counter()
         for index, batch in enumerate(self.loader.epoch(epoch)):
@@ -363,7 +362,7 @@ class _Training:
                     momentum_at(epoch, index, steps=self.steps_per_epoch, epochs=config.epochs, recipe=self.recipe)
                 )
             done = (epoch - 1) * self.steps_per_epoch + index
-            step.forward.progress.fill_(done / (config.epochs * self.steps_per_epoch))
+            step.at(epoch=epoch, progress=done / (config.epochs * self.steps_per_epoch))
             step(batch.images, batch.labels)
             self._average(epoch, index)
             if self.ema is not None:
@@ -560,9 +559,9 @@ class _Training:
             on.append("input gradients only in the attack")
         if self.step.fold:
             on.append("BatchNorm folded into the attack's convolutions")
-        wide = sum(map(qualifies, self.step.model.modules()))
-        if wide and self.device.type == "cpu" and self.precision == "fp32":
-            on.append(f"Winograd convolutions ({wide} layers)")
+        wide = any(map(qualifies, self.step.model.modules()))
+        if wide and self.device.type == "cpu" and self.precision == "fp32" and self.config.channels_last:
+            on.append("Winograd convolutions")
         if self.config.compile_loss:
             on.append("compiled loss")
         if self.step.why_eager:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,36 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Views, load_standard
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance
 from fastarat.models import PENULTIMATE, Network, Taps, forward_with_features
-from fastarat.record import load_into, load_weights
-
-_HOW = (
-    "get one of the same --model and --dataset with `fastarat train --defense standard --out RUN`, then "
-    "`fastarat train --defense arrest --defense.teacher RUN`"
-)
-
-
-def load_standard(teacher: str | None, model: nn.Module) -> None:
-    """Load the weights of a standard run (folder or checkpoint) into `model`.
-
-    Raises: UserError, saying how to train one, when there is none, or it is of another defense or architecture.
-    """
-    if teacher is None:
-        raise UserError(f"arrest starts from a standardly trained network, and defense.teacher names none: {_HOW}")
-    path = Path(teacher)
-    path = path / "last.safetensors" if path.is_dir() else path
-    try:
-        weights, meta = load_weights(path)
-        if meta["defense"] != "standard":
-            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
-        load_into(model, weights, path)
-    except UserError as error:
-        raise UserError(
-            f"defense.teacher={teacher}: {error}. arrest needs a standardly trained network: {_HOW}"
-        ) from error
 
 
 class Frozen(nn.Module):
@@ -117,7 +90,7 @@ class ARREST(Defense):
         return {**super().describe(norm), "standard network": str(self.teacher), "noisy replay": replay}
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
-        load_standard(self.teacher, model)
+        load_standard(self, self.teacher, model)
         lam = self.lam
         if lam is None:
             lam = model.invariance_weight if isinstance(model, Network) else 30.0

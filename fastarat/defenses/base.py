@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
+from fastarat.errors import UserError
+from fastarat.record import load_into, load_weights
 
 
 class Views(NamedTuple):
@@ -190,4 +193,30 @@ class Defense:
         """Follow an optimiser step. step: 0-d int64, steps done so far."""
 
 
-__all__ = ["Attacked", "Defense", "Run", "Views", "random_start"]
+def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise: str = "") -> None:
+    """Load the last weights of a `standard` run (folder or checkpoint) into `model`, for a defense that starts there.
+
+    otherwise: another mend to name.
+
+    Raises: UserError, saying how to get one, when `run` is None, missing, of another defense or another architecture.
+    """
+    field = f"defense.{defense.starts_from}"
+    how = (
+        "get one of the same --model and --dataset with `fastarat train --defense standard --out RUN`, then "
+        f"`fastarat train --defense {defense.name} --{field} RUN`{otherwise}"
+    )
+    if run is None:
+        raise UserError(f"{defense.name} starts from a standardly trained network, and {field} names none: {how}")
+    path = Path(run)
+    path = path / "last.safetensors" if path.is_dir() else path
+    try:
+        weights, meta = load_weights(path)
+        if meta["defense"] != "standard":
+            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
+        load_into(model, weights, path)
+    except UserError as error:
+        needs = f"{defense.name} starts from a standardly trained network"
+        raise UserError(f"{field}={run}: {error}. {needs}: {how}") from error
+
+
+__all__ = ["Attacked", "Defense", "Run", "Views", "load_standard", "random_start"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -13,30 +12,9 @@ from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
 from fastarat.batchnorm import branch
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Views, load_standard
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
-from fastarat.record import load_into, load_weights
-
-_HOW = (
-    "train one of the same --model and --dataset with `fastarat train --defense standard --out RUN` and write "
-    "--defense.pretrained RUN; or spend the run's first epochs on it: --defense.warmup-epochs 40 (CURE-Eff)"
-)
-
-
-def load_pretrained(pretrained: str, model: nn.Module) -> None:
-    """Load the last weights of a standard run (folder or checkpoint) into `model`. Raises: UserError saying how."""
-    path = Path(pretrained)
-    path = path / "last.safetensors" if path.is_dir() else path
-    try:
-        weights, meta = load_weights(path)
-        if meta["defense"] != "standard":
-            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
-        load_into(model, weights, path)
-    except UserError as error:
-        raise UserError(
-            f"defense.pretrained={pretrained}: {error}. cure starts from a naturally trained network: {_HOW}"
-        ) from error
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
@@ -172,10 +150,9 @@ class CURE(Defense):
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         maskable(model, self.mode)
-        if self.pretrained is not None:
-            load_pretrained(self.pretrained, model)
-        elif self.warmup_epochs == 0:
-            raise UserError(f"cure starts from a naturally trained network, and defense.pretrained names none: {_HOW}")
+        if self.pretrained is not None or self.warmup_epochs == 0:
+            otherwise = "; or spend the run's first epochs on it: --defense.warmup-epochs 40 (CURE-Eff)"
+            load_standard(self, self.pretrained, model, otherwise)
         return nn.ModuleDict({"revision": Revision(copy.deepcopy(model))})
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:

@@ -133,6 +133,9 @@ def test_degenerate_gradients_stay_finite():
     assert conflict_aware(zero, zero, 0.9)[0].tolist() == [0, 0, 0]
     # Parallel: the cosine of equal vectors may exceed 1 by rounding, and 1 - phi^2 must not turn negative.
     assert torch.equal(conflict_aware(some, some, 0.999999)[0], some[0])
+    # Opposite: nothing is left once g_a is tilted; rounding puts some of these cosines below -1.
+    for clean in torch.randn(50, 5):
+        assert conflict_aware([clean], [-3 * clean], 0.9)[0].abs().max() < 1e-2
     for tiny in (1e-12, 1e12):
         combined = conflict_aware([tiny * some[0]], [tiny * torch.tensor([3.0, -2.0, 1.0])], 0.9)
         assert cosine(combined, some) == pytest.approx(0.9, abs=1e-5)
