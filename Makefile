@@ -22,9 +22,12 @@ demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/fastarat train --defense standard --epochs 20 --batch-size 64 --attack.epsilon $(EPSILON) --out $(DEMO)/standard
 	$(BIN)/fastarat train --defense ar-at --epochs 25 --batch-size 64 --attack.epsilon $(EPSILON) --out $(DEMO)/ar-at
-	$(BIN)/fastarat eval $(DEMO)/standard --attack clean,pgd-20,autoattack --limit 200
-	$(BIN)/fastarat eval $(DEMO)/ar-at --attack clean,pgd-20,autoattack --limit 200
+	$(BIN)/fastarat eval $(DEMO)/standard --attack clean,pgd-20,autoattack --limit 200 > $(DEMO)/printed.txt
+	echo >> $(DEMO)/printed.txt
+	$(BIN)/fastarat eval $(DEMO)/ar-at --attack clean,pgd-20,autoattack --limit 200 >> $(DEMO)/printed.txt
 	$(BIN)/fastarat report $(DEMO)/standard $(DEMO)/ar-at --out $(DEMO)/report
+	@echo; cat $(DEMO)/printed.txt
+	@echo; echo "pictures: $(DEMO)/report/curves.png $(DEMO)/report/examples.png; all of it: $(DEMO)/report/report.html"
 
 # Two single-threaded workers: the tests' tensors are small. FASTARAT_STRICT turns a skip that should not be into a failure.
 test: setup

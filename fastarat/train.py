@@ -246,8 +246,10 @@ class _Training:
             precision=self.precision,
             channels_last=config.channels_last,
             kernels=config.kernels,
-            # A momentum that moves would freeze into the graph.
-            capture=False if self.recipe.one_cycle else {"on": True, "off": False}.get(config.capture, config.capture),
+            # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
+            capture=False
+            if self.recipe.one_cycle or config.optim.optimizer == "apex"
+            else {"on": True, "off": False}.get(config.capture, config.capture),
             compile_loss=config.compile_loss,
             fold=config.fold_bn,
             winograd=config.winograd,
@@ -499,6 +501,8 @@ class _Training:
         """The run card: everything a number of this run depends on."""
         config, step, defense = self.config, self.step, self.config.defense
         attack, optim = config.attack, config.optim
+        published = (self.recipe.epochs, *self.recipe.unscaled)
+        scaled = "" if config.epochs in published else f" (milestones scaled from {self.recipe.epochs} epochs)"
         momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
         parameters = sum(p.numel() for p in step.model.parameters())
         rows = {
@@ -527,7 +531,7 @@ class _Training:
             else f"random crop, zero padding {self.augment.padding}"
             + (", horizontal flip" if self.augment.flip else ""),
             "loader": f"{self.loader.kind}: {self.loader.reason}",
-            "schedule": f"{optim.recipe}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
+            "schedule": f"{optim.recipe}{scaled}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
             f"{config.batch_size}, "
             f"lr {optim.lr:g}, momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
             "optimiser": "NVIDIA Apex FusedSGD" if optim.optimizer == "apex" else "torch SGD, fused",

@@ -79,7 +79,7 @@ def test_run_folder(unbroken):
 def test_run_card_says_what_a_number_depends_on(unbroken):
     card = (unbroken / "card.txt").read_text()
     for words in ("ar-at: minimise", "center", "noisy (x + U", "0.1", "step 0.025", "attack BN", "train (batch statistics",
-                  "split BatchNorm", "float32", "resident", "Triton kernels", "chooses best", "weight decay 0.0005"):  # fmt: skip
+                  "split BatchNorm", "float32", "resident", "Triton kernels", "chooses best", "weight decay 0.0005", "milestones scaled from 100 epochs"):  # fmt: skip
         assert words in card
 
 
@@ -376,6 +376,28 @@ def test_apex_asked_for_and_missing(tmp_path, monkeypatch):
     with pytest.raises(fastarat.UserError, match="Apex"):
         train(small(tmp_path / "run", optim=OptimConfig(optimizer="apex")), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_apex_asked_for_and_installed(tmp_path, monkeypatch):
+    """A stand-in with FusedSGD's signature (NVIDIA Apex needs a GPU and a source build): it gets our values and is used."""
+    seen = {}
+
+    class FusedSGD(torch.optim.SGD):
+        def __init__(self, params, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
+            seen.update(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+            super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
+
+        def step(self, closure=None):
+            seen["steps"] = seen.get("steps", 0) + 1
+            return super().step(closure)
+
+    apex, optimizers = type(sys)("apex"), type(sys)("apex.optimizers")
+    apex.optimizers, optimizers.FusedSGD = optimizers, FusedSGD
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    result = train(small(tmp_path / "run", epochs=1, optim=OptimConfig(optimizer="apex")), progress=False)
+    assert seen == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "steps": 5}
+    assert "Apex FusedSGD" in (result.run / "card.txt").read_text()
 
 
 def test_unwritable_folder(tmp_path):

@@ -1,0 +1,30 @@
+"""Put what commands printed between the README's markers, so that nobody types a number.
+
+python tools/readme.py demo runs/demo       the printed tables, and the report's pictures into docs/
+python tools/readme.py compare runs/compare its table.md
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def put(block: str, text: str) -> None:
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(f"<!-- {block} -->")
+    _, _, after = rest.partition(f"<!-- /{block} -->")
+    readme.write_text(f"{before}<!-- {block} -->\n{text.strip()}\n<!-- /{block} -->{after}")
+
+
+if __name__ == "__main__":
+    block, folder = sys.argv[1], Path(sys.argv[2])
+    if block == "demo":
+        put("demo", f"```text\n{(folder / 'printed.txt').read_text().strip()}\n```")
+        for name in ("curves.png", "examples.png"):
+            shutil.copy(folder / "report" / name, ROOT / "docs" / name)
+    elif block == "compare":
+        put("compare", (folder / "table.md").read_text())
+    else:
+        sys.exit(f"unknown block {block!r}: demo or compare")
