@@ -7,6 +7,9 @@ The step makes no host synchronisation: terms, counts and the NaN watch accumula
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -97,7 +100,9 @@ class TrainStep:
     """A defense's training step for any network and any loop.
 
     ```
-    step = fastarat.TrainStep(model, fastarat.ARAT(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    step = fastarat.TrainStep(
+        model, fastarat.ARAT(), images, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)
+    )
     for images, labels in loader:
         terms = step(images, labels)
     ```
@@ -220,6 +225,43 @@ class TrainStep:
             self._terms = torch.compile(self._heads_and_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
         self._graphs: dict[tuple[int, ...], Captured] = {}
         self._capture, self.why_eager = self._capture_mode(capture, precision)
+
+    def rehearse(self, num_classes: int, shape: tuple[int, int, int]) -> None:
+        """Run one step on two random images and undo it, so that a mistake in a defense shows before any training.
+
+        shape: (C, H, W). Raises: UserError naming the defense's file and method, and what was expected of it.
+        """
+        images = torch.rand(2, *shape, device=self.device).to(memory_format=self.memory_format)
+        labels = torch.arange(2, device=self.device) % num_classes
+        where = _where(self.defense)
+        parameters = list(inspect.signature(type(self.defense).loss).parameters)
+        if len(parameters) != 2:
+            raise UserError(f"{where}.loss takes ({', '.join(parameters)}): expected (self, views)")
+        own, self._terms = self._terms, self._heads_and_loss
+
+        def checked(views: Views) -> dict[str, Tensor]:
+            terms = own(views)
+            _check_terms(terms, f"{where}.loss")
+            return terms
+
+        self._terms = checked
+        try:
+            with self._preserved():
+                self._step(images, labels)
+        except UserError:
+            raise
+        except Exception as error:
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(self.defense)]
+            place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else f"{where}"
+            first = str(error).strip().split("\n")[0]
+            hint = ""
+            if self.defense.attacks and not self.defense.needs_clean:
+                hint = "; views.logits_clean is None unless the class sets needs_clean = True"
+            elif not self.defense.attacks:
+                hint = "; views.logits_adv is None because the class sets attacks = False"
+            raise UserError(f"{place}: {type(error).__name__}: {first}{hint}") from error
+        finally:
+            self._terms = own
 
     def _capture_mode(self, wanted: bool | str, precision: Precision) -> tuple[str | None, str]:
         reason = self.defense.why_eager
@@ -425,6 +467,33 @@ class TrainStep:
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device).clone()
         # Loading replaced the optimiser's tensors, which the graphs hold by address.
         self._graphs.clear()
+
+
+def _file(defense: Defense) -> str:
+    return getattr(sys.modules.get(type(defense).__module__), "__file__", None) or type(defense).__module__
+
+
+def _where(defense: Defense) -> str:
+    return f"{_file(defense)}: {type(defense).__qualname__}"
+
+
+def _check_terms(terms: object, where: str) -> None:
+    if not isinstance(terms, dict) or not terms:
+        raise UserError(
+            f"{where} returned {type(terms).__name__}: expected a dict of named scalar terms, {{'ce': loss}}"
+        )
+    for name, term in terms.items():
+        if not isinstance(term, Tensor):
+            raise UserError(f"{where}: term {name!r} is a {type(term).__name__}: expected a scalar tensor")
+        if term.dim():
+            raise UserError(
+                f"{where}: term {name!r} has shape {list(term.shape)}: expected a scalar; reduce it, .mean()"
+            )
+    if not any(term.requires_grad for term in terms.values()):
+        raise UserError(
+            f"{where}: no term has a gradient, so nothing would be learnt: compute it from views.logits_adv or "
+            "views.logits_clean, without detach or .item()"
+        )
 
 
 class Meter:

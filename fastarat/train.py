@@ -29,7 +29,7 @@ from fastarat.data import (
     make_loader,
     stratified_indices,
 )
-from fastarat.defenses import Defense
+from fastarat.defenses import DEFENSES, Defense
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
@@ -256,6 +256,8 @@ class _Training:
             awp=config.awp,
             awp_warmup=config.awp_warmup,
         )
+        if type(config.defense) not in DEFENSES.values():
+            self.step.rehearse(len(self.dataset.classes), self.dataset.shape)
         self.augment = default_augment(self.dataset) if config.augment else None
         self.loader = make_loader(
             self.dataset.train,

@@ -202,6 +202,46 @@ def test_beton_end_to_end(tmp_path, monkeypatch, ffcv):
     assert a == b, "both loaders give the same pixels in the same order, so the same weights"
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def loss(self):\n        return {}", "mine.py: Mine.loss takes (self): expected (self, views)"),
+        (
+            "def loss(self, views):\n        return views.logits_adv.mean()",
+            "Mine.loss returned Tensor: expected a dict",
+        ),
+        (
+            "def loss(self, views):\n        return {'a': views.logits_adv.mean(1)}",
+            "term 'a' has shape [2]: expected a scalar",
+        ),
+        ("def loss(self, views):\n        return {'a': 1.0}", "term 'a' is a float"),
+        ("def loss(self, views):\n        return {'a': views.logits_adv.detach().mean()}", "no term has a gradient"),
+        (
+            "def loss(self, views):\n        return {'a': views.logits_clean.mean()}",
+            "mine.py:9 in loss: AttributeError",
+        ),
+        (
+            "objective = 'kll'\n    def loss(self, views):\n        return {'a': views.logits_adv.mean()}",
+            "did you mean",
+        ),
+        ("start = 'unifrm'\n    def loss(self, views):\n        return {'a': views.logits_adv.mean()}", "did you mean"),
+        ("other = 1", "must define loss(self, views)"),
+        (
+            "def loss(self, views):\n        return {'a': views.logits_adv.mean()",
+            "mine.py does not import: SyntaxError",
+        ),
+    ],
+)
+def test_mistakes_in_a_defense_of_ones_own(body, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport torch\nimport fastarat\n\n\n"
+        f"@dataclass(frozen=True, kw_only=True)\nclass Mine(fastarat.Defense):\n    {body}\n"
+    )
+    assert words in mistake(["train", *SMALL, "--defense", "mine.py:Mine", "--out", "run"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_exit_codes_of_the_installed_command():
     command = [sys.executable, "-m", "fastarat.cli"]
     assert subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0
