@@ -13,24 +13,23 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import tables
 from benchmarks.cases import CASES, Case, Pair, Size, Unavailable
+from fastarat.bench import FORMAT, Clock, machine, quartiles
 from fastarat.errors import UserError, unknown
 
-FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
 _SHORTEST_S = 0.01  # a sample is at least this long: below it, clocks and launches are what is measured
 
@@ -40,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["table"]:
-            print(table([_read(Path(name)) for name in argv[1:]]))
+            print(tables.markdown([_read(Path(name)) for name in argv[1:]], table))
             return 0
+        if argv[:1] == ["readme"]:
+            return tables.readme(argv[1:], _read, table)
+        if argv[:1] in (["ladder"], ["probe"]):
+            return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
         return _run(_parser().parse_args(argv), argv)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
@@ -57,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m benchmarks",
         allow_abbrev=False,
-        description="Measure fastarat against a plain loop. `table FILE.json...` prints results as Markdown.",
+        description="Measure fastarat against a plain loop. In place of a CASE: `ladder` adds one speed-up at a time, "
+        "`probe` measures the pieces (each with --help), `table FILE.json...` prints results as Markdown, `readme` "
+        "puts those of benchmarks/results/ into README.md.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all; see --list)")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -156,7 +161,7 @@ def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any
     broken = {name: value for name, (value, limit) in result["equality"].items() if not value <= limit}
     if broken:
         return result | {"unequal": broken}
-    clock = _Clock(device)
+    clock = Clock(device)
     sides = {"fast": pair.fast, "plain": pair.plain}
     if pair.phases is not None:
         return (
@@ -183,8 +188,8 @@ def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any
         "repeats": repeats,
         "calls_per_sample": inner,
         "samples_s": samples,
-        "ms": {name: _quartiles(samples[name], 1e3) for name in sides},
-        "ratio": _quartiles([p / f for p, f in zip(samples["plain"], samples["fast"], strict=True)]),
+        "ms": {name: quartiles(samples[name], 1e3) for name in sides},
+        "ratio": quartiles([p / f for p, f in zip(samples["plain"], samples["fast"], strict=True)]),
         "work": dataclasses.asdict(pair.work),
         "rate": {name: pair.work.amount / statistics.median(samples[name]) for name in sides},
         "load": [load_before, _load()],
@@ -192,7 +197,7 @@ def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any
     if device.type == "cpu" and pair.work.unit != "image":  # loaders work in processes and threads of their own
         # Time the process had a core: on a busy machine, and with one thread, steadier than the clock on the wall.
         result["samples_cpu_s"] = cpu
-        result["ratio_cpu"] = _quartiles([p / f for p, f in zip(cpu["plain"], cpu["fast"], strict=True)])
+        result["ratio_cpu"] = quartiles([p / f for p, f in zip(cpu["plain"], cpu["fast"], strict=True)])
     if ceiling:
         name, _, amount = ceiling
         rates = [amount / s for s in samples["ceiling"]]
@@ -205,7 +210,7 @@ def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any
     return result
 
 
-def _measure_phases(pair: Pair, clock: _Clock, repeats: int) -> dict[str, Any]:
+def _measure_phases(pair: Pair, clock: Clock, repeats: int) -> dict[str, Any]:
     """Time the named phases of both sides' steps, interleaved."""
     samples: dict[str, dict[str, list[float]]] = {side: {} for side in pair.phases}
     for number in range(-1, repeats):
@@ -215,68 +220,8 @@ def _measure_phases(pair: Pair, clock: _Clock, repeats: int) -> dict[str, Any]:
             for phase, seconds in marks.read():
                 if number >= 0:
                     samples[side].setdefault(phase, []).append(seconds)
-    medians = {side: {phase: _quartiles(v, 1e3) for phase, v in by.items()} for side, by in samples.items()}
+    medians = {side: {phase: quartiles(v, 1e3) for phase, v in by.items()} for side, by in samples.items()}
     return {"repeats": repeats, "phase_samples_s": samples, "phase_ms": medians}
-
-
-class _Clock:
-    """Seconds of one of `calls` calls: CUDA events on a GPU, the clock on the wall elsewhere.
-
-    cpu_s: what the last measurement took of the process's CPU time, all threads together; 0 on a GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cpu_s = 0.0
-
-    def __call__(self, call: Callable[[], object], calls: int) -> float:
-        if self.device.type != "cuda":
-            start, start_cpu = time.perf_counter(), time.process_time()
-            for _ in range(calls):
-                call()
-            took, self.cpu_s = time.perf_counter() - start, (time.process_time() - start_cpu) / calls
-            return took / calls
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-
-    def marks(self) -> _Marks:
-        return _Marks(self.device)
-
-
-class _Marks:
-    """Call it with a name when a phase has ended; `read` gives the seconds of each. No wait in between on CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.points: list[tuple[str, Any]] = []
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self("")
-
-    def __call__(self, name: str) -> None:
-        if self.device.type == "cuda":
-            point = torch.cuda.Event(enable_timing=True)
-            point.record()
-        else:
-            point = time.perf_counter()
-        self.points.append((name, point))
-
-    def read(self) -> Iterator[tuple[str, float]]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        for (_, before), (name, after) in zip(self.points, self.points[1:], strict=False):
-            yield name, before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
-
-
-def _quartiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"q1": low * scale, "median": middle * scale, "q3": high * scale}
 
 
 def _ceiling(pair: Pair, size: Size) -> tuple[str, Callable[[], object], float] | None:
@@ -341,69 +286,6 @@ def _host_peak(call: Callable[[], object]) -> dict[str, int]:
 
 def _load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Describe what the numbers depend on: device, versions, threads, commit."""
-    found: dict[str, Any] = {
-        "device": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "ffcv": _version("ffcv"),
-        "commit": _commit(),
-    }
-    if device.type == "cuda":
-        found["host"] = found["device"]
-        found["device"] = torch.cuda.get_device_name(device)
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **_nvidia(device)}
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _nvidia(device: torch.device) -> dict[str, str]:
-    fields = ("driver_version", "power.limit", "clocks.max.sm")
-    if not shutil.which("nvidia-smi"):
-        return {}
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    chosen = ["-i", f"GPU-{uuid}"] if uuid else []
-    query = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.strip():
-        return {}
-    values = done.stdout.strip().splitlines()[0].split(", ")
-    return {f.replace(".", "_"): v for f, v in zip(fields, values, strict=False)}
-
-
-def _commit() -> str | None:
-    def git(*args: str) -> str | None:
-        if not shutil.which("git"):
-            return None
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "HEAD")
-    return head and head + ("+changes" if git("status", "--porcelain") else "")
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import plain
 from fastarat import beton
 from fastarat.attacks import Attacked, random_start
+from fastarat.bench import forward_flops, report_phases
 from fastarat.data import Augment, Batch, Split, make_loader
 from fastarat.defenses import ARAT
 from fastarat.engine import TrainStep
@@ -77,27 +78,6 @@ class Case(NamedTuple):
     help: str
     prepare: Callable[[Size], Pair]
     long: bool = False
-
-
-def forward_flops(model: nn.Module, images: Tensor) -> int:
-    """Count multiplications and additions of `model`'s convolutions and linear layers on `images`, by hooks."""
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        nonlocal total
-        total += 2 * output.numel() * module.weight[0].numel()
-
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [m.register_forward_hook(count) for m in layers]
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return total
 
 
 class _Twins(NamedTuple):
@@ -286,48 +266,17 @@ def _arat_step(size: Size) -> Pair:
     )
 
 
-class _Marked:
-    """A defense or a scaler that reports when one of its methods begins and ends."""
-
-    def __init__(self, wrapped: Any, method: str, before: Callable[[], None], after: Callable[[], None]) -> None:
-        self._wrapped, self._method, self._before, self._after = wrapped, method, before, after
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._wrapped, name)
-        if name != self._method:
-            return found
-
-        def call(*args: Any, **options: Any) -> Any:
-            self._before()
-            result = found(*args, **options)
-            self._after()
-            return result
-
-        return call
-
-
 def _phases(size: Size) -> Pair:
     pair, twins = _arat_step(size), _twins(size, eager=True)
     step, loop = twins.step, twins.loop
     mark: Callable[[str], None] = _unmarked
 
-    def report(name: str) -> Callable[[], None]:
-        return lambda: mark(name)
-
-    def attack(images: Tensor, labels: Tensor, mode: str | None = None, attack: Callable = step.attack) -> Attacked:
-        attacked = attack(images, labels, mode)
-        mark("attack")
-        return attacked
-
-    step.attack = attack
-    step.defense = _Marked(step.defense, "backward", report("forward"), report("backward"))
-    step.scaler = _Marked(step.scaler, "step", lambda: None, report("optimiser"))
+    report_phases(step, lambda name: mark(name))
 
     def fast(marks: Callable[[str], None]) -> None:
         nonlocal mark
         mark = marks
         step(twins.images, twins.labels)
-        mark("metrics")
         mark = _unmarked
 
     def check() -> dict[str, tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ def _dispatch(argv: list[str]) -> int:
         "import": (_import, "turn a released checkpoint (AR-AT, TRADES, MART, ...) into a run folder"),
         "export": (_export, "write one BatchNorm branch of a run as an ordinary network, checked against the run"),
         "data": (_data, "describe a data set, or write it as .beton"),
+        "bench": (_bench, "how fast a training step is on this machine, on random images"),
         "doctor": (_doctor, "what this machine will use, and why not the rest"),
     }
     known = "\n".join(f"  {name:<8} {text}" for name, (_, text) in commands.items())
@@ -307,6 +309,33 @@ def _data(parser: _Parser, argv: list[str]) -> int:
         args.dataset, args.out, data_dir=args.data_dir, write_mode=args.write_mode, image_size=args.image_size
     )
     print(f"wrote {where}. Next: fastarat train --dataset {where}")
+    return 0
+
+
+def _bench(parser: _Parser, argv: list[str]) -> int:
+    from fastarat import config as c
+    from fastarat.bench import BenchConfig, bench, render, write_record
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--defense", nargs="?", default=BenchConfig.defense)
+    name = early.parse_known_args(argv)[0].defense or BenchConfig.defense
+    kind = None if "," in name else c.resolve_defense(name)
+    parser.add_argument("--out", metavar="FILE", help="JSON to write, every sample included")
+    c.add_flags(parser, BenchConfig)
+    if kind is not None:
+        c.add_flags(parser, kind, "defense.")
+    flags = vars(parser.parse_args(argv))
+    out = flags.pop("out")
+    own = {key.removeprefix("defense."): flags.pop(key) for key in list(flags) if key.startswith("defense.")}
+    record = bench(
+        c.from_dict(c.nest(flags), BenchConfig, source="flags"),
+        None if kind is None else [c.from_dict(own, kind, "defense.")],
+        command=shlex.join(["fastarat", "bench", *argv]),
+        on_result=lambda record: write_record(record, Path(out)) if out else None,
+    )
+    print(render(record))
+    if out:
+        print(f"saved: {out}")
     return 0
 
 

@@ -291,7 +291,7 @@ def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "")
         elif (
             value is not None
             and value != other
-            and key not in ("device", "data_dir", "loader", "log_every", "tensorboard")
+            and key not in ("device", "threads", "data_dir", "loader", "log_every", "tensorboard")
         ):
             yield prefix + key, other
 

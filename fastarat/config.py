@@ -103,6 +103,9 @@ class Config:
     image_size: int | None = _f(None, "resize image folders to this many pixels")
     limit_train: int | None = _f(None, "use only this many training images (stratified)")
     device: str = _f("auto", "auto, cpu, cuda, cuda:N")
+    threads: int | None = _f(
+        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)"
+    )
     channels_last: bool = _f(True, "memory format of images and weights")
     kernels: Literal["auto", "triton", "plain"] = _f("auto", "fused Triton kernels or their plain twins")
     capture: Literal["auto", "on", "off", "fake"] = _f(
@@ -139,6 +142,7 @@ class Config:
             ("eval.every", self.eval.every, 1),
             ("eval.num_steps", self.eval.num_steps, 1),
             ("limit_train", self.limit_train, 1),
+            ("threads", self.threads, 1),
             ("log_every", self.log_every, 1),
         ):
             if value is not None and value < least:

@@ -41,7 +41,7 @@ from fastarat.schedules import RECIPES, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 from fastarat.winograd import qualifies
 
-_MAY_DIFFER = ("device", "data_dir", "loader", "log_every", "tensorboard", "out")
+_MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "tensorboard", "out")
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,8 @@ class _Training:
     def __init__(self, config: Config, resume: bool, progress: bool) -> None:
         self.progress, self.resume = progress, resume
         self.device = pick_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.dataset = _limited(
             load_dataset(
                 config.dataset,

@@ -109,7 +109,7 @@ def test_numbers_follow_from_the_samples(monkeypatch):
         return next(times[order[-1]])
 
     pair = replace(constant_pair(0.0), fast=lambda: "fast", plain=lambda: "plain", work=Work(6.0, "image"))
-    monkeypatch.setattr(harness._Clock, "__call__", clock)
+    monkeypatch.setattr(harness.Clock, "__call__", clock)
     monkeypatch.setattr(harness, "_peak_memory", lambda *args: {})
     found = harness.measure(Case("made", "", lambda size: pair), TINY, repeats=3)
     assert order[6:] == ["fast", "plain", "plain", "fast", "fast", "plain"]

@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 # A module may import from layers left of its own, never from its own or the right.
 LAYERS = [
     {"errors", "kernels"},
-    {"batchnorm", "attacks", "schedules", "losses", "record", "beton", "doctor", "graphs"},
+    {"winograd", "batchnorm", "attacks", "schedules", "losses", "record", "beton", "doctor", "graphs"},
     {"models", "data"},
     {"defenses"},
     {"config", "engine", "evaluate"},
     {"swa"},
     {"train"},
-    {"report", "interchange", "compare"},
+    {"report", "interchange", "compare", "bench"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -138,8 +138,12 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, ffcv):
             extra = []
             if words[1] == "train" and "--resume" not in words:
                 extra = SHORT
+            elif words[1] == "compare":
+                extra = [*SHORT, "--limit", "6"]
             elif words[1] == "eval":
                 extra = ["--limit", "6"]
+            elif words[1] == "bench":
+                extra = ["--repeats", "1", "--attack.num-steps", "1"]
             assert main([*words[1:], *extra]) == 0, command
         elif words[:2] == ["git", "clone"] or words[0] == "cd":
             continue

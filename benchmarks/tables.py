@@ -1,0 +1,173 @@
+"""Results as Markdown, and the README's tables, which nobody types: they are made from the JSON files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastarat.bench import H200_BF16, cell
+from fastarat.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+Record = dict[str, Any]
+
+
+def markdown(records: Sequence[Record], pairs: Callable[[Sequence[Record]], str], *, brief: bool = False) -> str:
+    """Return records of every kind as Markdown; median and, in brackets, quartiles.
+
+    pairs: renders those of the harness's pairs. brief: leave out what only a person tuning the step wants.
+    """
+    of_kind: dict[str, list[Record]] = {}
+    for record in records:
+        of_kind.setdefault(record.get("kind", "pairs"), []).append(record)
+    unknown = set(of_kind) - {"pairs", "bench", "ladder", "probe"}
+    if unknown:
+        raise UserError(f"a result is of kind {sorted(unknown)[0]!r}, which this version cannot read")
+    parts = [_bench(r) for r in of_kind.get("bench", ())]
+    parts += [_ladder(r) for r in of_kind.get("ladder", ())]
+    parts += [_probe(r, brief) for r in of_kind.get("probe", ())]
+    if "pairs" in of_kind or not parts:
+        parts.append(pairs(of_kind.get("pairs", [])))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _where(record: Record) -> str:
+    found = record["machine"]
+    cpu = "driver_version" not in found
+    place = found["device"] + (f", {found['threads']} threads" if cpu else f", driver {found['driver_version']}")
+    dry = " **Dry run at tiny sizes: proves the machinery, says nothing about speed.**" if record.get("dry") else ""
+    commit = f", commit {found['commit'][:12]}" if found.get("commit") else ""
+    return f"{place}, torch {found['torch']}{commit}; {record['data']}.{dry}"
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in lines)
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    return "-" if memory.get("peak_bytes") is None else f"{memory['peak_bytes'] / 2**20:,.0f} MiB"
+
+
+def _launched(launches: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in launches.items())
+
+
+def _bench(record: Record) -> str:
+    reference = "H200" in record["machine"]["device"]
+    header = ["step", "s per 50,000 images", "ms per step", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
+    rows = []
+    for r in record["results"]:
+        mfu = f"{r['mfu']['median']:.1%}"
+        if reference:
+            mfu += f" ({r['tflops']['median'] * 1e12 / H200_BF16:.1%} of 790 TFLOP/s)"
+        row = [r["what"], cell(r["epoch_s"]), cell(r["ms"]), cell(r["images_per_s"]), cell(r["tflops"]), mfu]
+        rows.append([*row, _memory(r["memory"]), _launched(r["launches"])])
+    header_phases = ["step", "phase", "ms"]
+    phases = [
+        [f"{r['defense']}, {r['phases_of']}", name, cell(q)]
+        for r in record["results"]
+        for name, q in r["phase_ms"].items()
+    ]
+    peaks = {r["peak"]["name"] for r in record["results"]}
+    title = f"**Training loop, data included** (`fastarat bench`): {_where(record)}"
+    note = f"MFU is against {', '.join(sorted(peaks))} in the same run." if peaks else ""
+    return "\n\n".join([f"{title} {note}", _rows(header, rows), _rows(header_phases, phases)])
+
+
+def _ladder(record: Record) -> str:
+    parts = [f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"]
+    header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
+    header += ["saves, ms", "predicted for an H200"]
+    for found in record["results"]:
+        if not found.get("rungs"):
+            continue
+        rows = []
+        for r in found["rungs"]:
+            if "ms" not in r or "unequal" in r:
+                state = next((f"{key}: {r[key]}" for key in ("skipped", "failed") if key in r), "")
+                state = unequal(r) if "unequal" in r else state
+                if not state and "alone_ms" in r:
+                    state = f"{cell(r['alone_ms'])}, not interleaved"
+                rows.append([r["adds"], state, *["-"] * (len(header) - 2)])
+                continue
+            rows.append(
+                [
+                    r["adds"],
+                    cell(r["ms"]),
+                    cell(r["epoch_s"]),
+                    f"{r['images_per_s']:,.0f}",
+                    f"{r['tflops']:.3g}",
+                    f"{r['mfu']:.1%}",
+                    _memory(r["memory"]),
+                    _launched(r["launches"]),
+                    cell(r["gain_ms"]) if "gain_ms" in r else "-",
+                    predicted(r["predicted"]) if "predicted" in r else "-",
+                ]
+            )
+        about = found["what"]
+        if "cost" in found:
+            about += f": {found['cost']['forwards']:g} forwards per image; MFU against {found['peak']['name']}"
+        parts += [f"{about}. Each rung keeps what the ones before it added.", _rows(header, rows)]
+    return "\n\n".join(parts)
+
+
+def unequal(r: dict[str, Any]) -> str:
+    """Say what keeps a rung's times from being printed."""
+    return "NOT EQUAL: " + ", ".join(f"{name} {value:.3g}" for name, value in r["unequal"].items())
+
+
+def predicted(p: dict[str, Any]) -> str:
+    """Format a prediction, with its number in the ranked list of speed-ups."""
+    if p["low"] is None:
+        return f"item {p['item']}: {p['note']}"
+    value = f"{p['low']:g}" if p["low"] == p["high"] else f"{p['low']:g} to {p['high']:g}"
+    return f"{value} ms (item {p['item']}{': ' + p['note'] if p['note'] else ''})"
+
+
+def _probe(record: Record, brief: bool) -> str:
+    from benchmarks.probe import line
+
+    parts = [f"**The pieces** (`python -m benchmarks probe`): {_where(record)}"]
+    rows = []
+    for found in record["results"]:
+        if found.get("skipped") or found.get("failed"):
+            rows.append([found["probe"], found.get("skipped") or f"failed: {found['failed']}"])
+        for number, row in enumerate(found.get("rows", ())):
+            if brief and ("count" in row or (found["probe"] == "profile" and number)):
+                continue
+            rows.append([found["probe"], line(row)])
+    return "\n\n".join([*parts, _rows(["probe", "result"], rows)])
+
+
+def readme(argv: Sequence[str], read: Callable[[Path], Record], pairs: Callable[[Sequence[Record]], str]) -> int:
+    """Run `python -m benchmarks readme`: put the tables of the result files between README.md's markers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is out of date")
+    args = parser.parse_args(argv)
+    files = sorted(args.results.rglob("*.json"))
+    records = [read(path) for path in files]
+    for path, record in zip(files, records, strict=True):
+        if record.get("dry") or record.get("config", {}).get("dry"):
+            raise UserError(f"{path} is of a dry run, which says nothing about speed: remove it")
+    try:
+        text = args.readme.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {args.readme}: {error.strerror}") from error
+    if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or text.index(OPEN) > text.index(CLOSE):
+        raise UserError(f"{args.readme} needs the lines {OPEN} and {CLOSE} once each, in this order")
+    before, rest = text.split(OPEN)
+    after = rest.split(CLOSE)[1]
+    body = f"\n{markdown(records, pairs, brief=True)}\n" if records else "\n"
+    new = f"{before}{OPEN}{body}{CLOSE}{after}"
+    if args.check:
+        print("up to date" if new == text else f"{args.readme} is not what {args.results} gives")
+        return int(new != text)
+    args.readme.write_text(new)
+    print(f"wrote {args.readme} from {len(files)} file(s)")
+    return 0

@@ -1,0 +1,225 @@
+"""`fastarat bench`: the work it credits, and that its numbers follow from its samples."""
+
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from defenses.test_costs import TABLE
+
+import fastarat
+from fastarat import bench
+from fastarat.bench import BenchConfig, Clock, Marks, cost_of, launches, profiled, quartiles, report_phases
+from fastarat.cli import main
+from fastarat.config import AttackConfig
+from fastarat.defenses import ARAT, AT, MART, TRADES, Standard
+
+CPU = torch.device("cpu")
+TINY = BenchConfig(
+    model="resnet-small",
+    batch_size=4,
+    image_size=8,
+    repeats=3,
+    steps=1,
+    threads=1,
+    device="cpu",
+    attack=AttackConfig(num_steps=2),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def record():
+    return bench.bench(TINY, [ARAT(), TRADES()], command="made")
+
+
+@pytest.mark.parametrize(("defense", "forwards"), [(Standard(), 3), (AT(), 23), (ARAT(), 26), (MART(), 26), (TRADES(), 27)])  # fmt: skip
+def test_published_costs(defense, forwards):
+    assert cost_of(defense).forwards == forwards
+
+
+@pytest.mark.parametrize(("kind", "options", "counted"), TABLE)
+def test_costs_are_those_that_are_counted(kind, options, counted):
+    """Against what test_costs sees the steps do: a backward to the input is 1 F, a full one 2 F."""
+    options = {"teacher": "a run", **options} if kind.name == "arrest" else options
+    cost = cost_of(kind(**options))
+    wanted = counted.forwards + counted.input_backwards + 2 * counted.full_backwards
+    if options.get("mode") == "rgp_soft":  # its score's two backwards stop just before the layer they are counted by
+        wanted += 4
+    assert cost.forwards == wanted
+    assert cost.teacher == counted.teacher_forwards + 2 * counted.teacher_backwards
+
+
+def test_costs_by_hand():
+    assert cost_of(AT(), num_steps=3).forwards == 3 * 2 + 3
+    assert cost_of(AT(), num_restarts=4).forwards == 4 * 20 + 4 + 3
+    assert cost_of(AT(), awp=True).forwards == 20 + 6
+    assert cost_of(AT(), objective="kl").forwards == 24
+    assert cost_of(Standard(), awp=True).forwards == 3
+
+    class Mine(fastarat.Defense):
+        needs_clean = True
+
+    assert cost_of(Mine()).forwards == 26
+    assert "2 x 10 attack + 2 forward + 2 x 2 backward" in cost_of(Mine()).formula
+
+
+def test_flops_of_a_step_include_its_teacher():
+    lbgat = fastarat.DEFENSES["lbgat"](teacher="resnet-small")
+    step = bench.make_step(TINY, lbgat, CPU, "fp32")
+    forward = bench.forward_flops(step.model, torch.zeros(1, 3, 8, 8))
+    found, cost, one = bench.step_flops(step, torch.zeros(1, 3, 8, 8))
+    assert one == forward
+    assert cost.teacher == 3
+    # Two attack steps, the clean logits, two forwards, one backward; the teacher is the same network.
+    assert found == forward * (2 * 2 + 1 + 2 + 2) + forward * 3
+
+
+def test_numbers_follow_from_the_samples(record):
+    for r in record["results"]:
+        loop, matmul = r["samples_s"]["loop"], r["samples_s"]["matmul"]
+        assert len(loop) == len(matmul) == r["repeats"] == 3
+        middle = statistics.median(loop)
+        assert r["ms"]["median"] == pytest.approx(1e3 * middle)
+        assert r["epoch_s"]["median"] == pytest.approx(middle / 4 * 50_000)
+        assert r["images_per_s"]["median"] == pytest.approx(4 / middle)
+        flop = 4 * r["cost"]["flop_per_image"]
+        assert r["tflops"]["median"] == pytest.approx(flop / middle / 1e12)
+        shares = [flop / s / (2 * 2048**3 / m) for s, m in zip(loop, matmul, strict=True)]
+        assert r["mfu"]["median"] == pytest.approx(statistics.median(shares))
+        assert r["warmup_s"] > 0
+        assert r["memory"]["peak_bytes"] > 2**20
+        assert r["launches"]["ops"] > 100
+    at, trades = record["results"]
+    assert at["cost"]["forwards"] == 2 * 2 + 6
+    assert trades["cost"]["forwards"] == 2 * 2 + 1 + 6
+    assert record["data"] == "random images"
+
+
+def test_phases_are_in_order_and_make_up_the_step(record):
+    for r in record["results"]:
+        assert list(r["phase_ms"]) == ["data", "attack", "forward", "backward", "optimiser", "metrics"]
+        assert all(len(v) == 3 for v in r["phase_samples_s"].values())
+        whole = sum(q["median"] for q in r["phase_ms"].values())
+        assert 0.3 * r["ms"]["median"] < whole < 3 * r["ms"]["median"]
+
+
+def test_standard_training_has_no_attack_phase():
+    phases, of = bench._phase_samples(TINY, Standard(), CPU, "fp32")
+    assert list(phases) == ["forward", "backward", "optimiser", "metrics"]
+    assert of == "the same step uncaptured"
+
+
+def test_phases_of_a_captured_step():
+    import dataclasses
+
+    phases, of = bench._phase_samples(dataclasses.replace(TINY, capture="fake"), AT(), CPU, "fp32")
+    assert list(phases) == ["attack", "forward", "backward", "optimiser", "metrics"]
+    assert of == "the captured step"
+
+
+def test_reporting_phases_changes_nothing():
+    images, labels = torch.rand(4, 3, 8, 8), torch.randint(10, (4,))
+    plain, marked = (bench.make_step(TINY, ARAT(), CPU, "fp32") for _ in "ab")
+    report_phases(marked, Marks(CPU))
+    for step in (plain, marked):
+        step(images, labels)
+    for p, q in zip(plain.model.state_dict().values(), marked.model.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    assert not hasattr(ARAT().backward, "__wrapped__")
+    assert "backward" not in vars(plain.defense)
+
+
+def test_marks_measure_what_lies_between_them():
+    import time
+
+    marks = Marks(CPU)
+    time.sleep(0.02)
+    marks("slept")
+    marks("nothing")
+    (first, slept), (second, nothing) = marks.read()
+    assert (first, second) == ("slept", "nothing")
+    assert 0.02 <= slept < 1
+    assert nothing < 0.02
+
+
+def test_clock_gives_the_time_of_one_call():
+    import time
+
+    assert 0.005 <= Clock(CPU)(lambda: time.sleep(0.005), 4) < 0.1
+
+
+def test_quartiles_by_hand():
+    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0], 10) == {"q1": 20, "median": 30, "q3": 40}
+    assert quartiles([7.0]) == {"q1": 7, "median": 7, "q3": 7}
+
+
+def test_outermost_operations_are_counted():
+    a, b = torch.randn(3, 4), torch.randn(4)
+
+    def call():
+        torch.nn.functional.linear(a, b[None])  # linear calls others, which are its own business; [] is one
+        a.add_(1)
+
+    assert launches(call, CPU) == {"ops": 3}
+    assert [e.name for e in profiled(lambda: a.mul_(2), CPU)] == ["aten::mul_"]
+
+
+def test_the_command_writes_every_sample(tmp_path, capsys):
+    out = tmp_path / "deep" / "b.json"
+    argv = ["bench", "--model", "resnet-small", "--batch-size", "2", "--image-size", "8", "--repeats", "2", "--steps",
+            "1", "--threads", "1", "--device", "cpu", "--attack.num-steps", "1", "--defense", "lbgat", "--defense.beta", "6",
+            "--out", str(out)]  # fmt: skip
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    for words in ("random images", "epoch of 50,000 images", "MFU", "machine's rate", "no: cpu has no CUDA graphs"):
+        assert words in printed
+    found = json.loads(out.read_text())
+    assert "--attack.num-steps 1" in found["command"]
+    assert found["config"]["attack"]["num_steps"] == 1
+    assert len(found["results"][0]["samples_s"]["loop"]) == 2
+    assert found["results"][0]["cost"]["training"] == 6  # 4 without the KL
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--batch-size", "1"], "--batch-size 1: expected 2 or more"),
+        (["--defense", "tardes"], "did you mean 'trades'"),
+        (["--model", "resnet19"], "unknown model"),
+        (["--capture", "on"], "cpu has no CUDA graphs"),
+        (["--precision", "fp8"], "Expected one of: fp32"),
+        (["--repeat", "3"], "unknown flag --repeat"),
+        (["--defense", "arrest"], "defense.teacher names none"),
+        (["--defense", "mart,trades", "--defense.beta", "3"], "unknown flag --defense.beta"),
+        (["--defense"], "expected one argument"),
+    ],
+)
+def test_mistakes_are_one_line(argv, words, capsys):
+    small = ["--model", "resnet-small", "--batch-size", "2", "--device", "cpu"]
+    assert main(["bench", *small, *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_render_names_the_reference_rate_only_on_an_h200(record):
+    assert "790" not in bench.render(record)
+    told = bench.render(record | {"machine": record["machine"] | {"device": "NVIDIA H200", "driver_version": "1"}})
+    assert "share of 790 TFLOP/s" in told
+
+
+def test_importing_the_command_line_does_not_load_the_benchmark():
+    code = "import sys, fastarat.cli; print('fastarat.bench' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
