@@ -155,6 +155,15 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, ffcv):
     assert ran >= 8
 
 
+@pytest.mark.parametrize("block", ["demo", "compare", "benchmarks"])
+def test_readme_shows_what_was_printed(block):
+    text = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(f"<!-- {block} -->(.*?)<!-- /{block} -->", text, re.DOTALL)
+    assert len(shown.strip().splitlines()) > 4, (
+        f"the {block} block is empty: see tools/readme.py and python -m benchmarks readme"
+    )
+
+
 def test_readme_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
