@@ -25,7 +25,7 @@ from fastarat.config import Config, from_dict, read_yaml, resolve_defense, to_di
 from fastarat.data import load_dataset
 from fastarat.errors import UserError
 from fastarat.evaluate import evaluate, parse_attacks
-from fastarat.record import RunFolder, load_checkpoint, write_atomic
+from fastarat.record import RunFolder, load_checkpoint, load_weights, write_atomic
 from fastarat.train import load_run, pick_device, pixels, train
 
 
@@ -252,7 +252,11 @@ def _plans(defenses: Sequence[str], seeds: Sequence[int], base: dict[str, Any], 
             if plus and addon != "swa":
                 raise UserError(f"unknown add-on {addon!r} in {name!r}: only +swa")
             kind = resolve_defense(bare)
-            label = f"{Path(bare.split(':')[0]).stem if ':' in bare else bare}{plus}{addon}-seed{seed}"
+            path, _, cls = bare.partition(":")
+            label = f"{Path(path).stem}-{cls}" if cls else bare
+            label = f"{label}{plus}{addon}-seed{seed}"
+            if label in plans and plans[label].defense != name:
+                raise UserError(f"{name} and {plans[label].defense} would share the folder {label}: rename one")
             needs = None
             defense: dict[str, Any] = {"name": bare}
             if kind.starts_from:
@@ -355,12 +359,20 @@ def _train_in_a_process(plan: Plan, state: str, parallel: int) -> str:
 def _evaluated(plan: Plan, attack: str, limit: int | None, progress: bool) -> dict[str, Any]:
     folder = Path(plan.config.out)
     which = "swa" if plan.config.swa else "last"
-    file = folder / ("eval.json" if which == "last" else f"eval-{which}.json")
-    names = [a.name for a in parse_attacks(attack)]
+    # A file of its own: `fastarat eval` on this run, with another budget perhaps, writes eval.json.
+    file = folder / f"compare-{which}.json"
+    meta = load_weights(folder / f"{which}.safetensors")[1]
+    asked = {
+        "attacks": [a.name for a in parse_attacks(attack)],
+        "limit": limit,
+        "epoch": meta["epoch"],
+        "epsilon": meta["epsilon"],
+        "norm": meta["norm"],
+    }
     if file.is_file():
         saved = json.loads(file.read_text())
-        same = list(saved["settings"]["attacks"]) == names and saved["settings"].get("limit") == limit
-        if same and saved["settings"].get("epoch") == load_checkpoint(folder / "last.pt")["epoch"]:
+        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
+        if all(found.get(key) == value for key, value in asked.items()):
             return saved
     if progress:
         print(f"\n--- {plan.name}: evaluating", flush=True)
@@ -382,6 +394,9 @@ def _evaluated(plan: Plan, attack: str, limit: int | None, progress: bool) -> di
         result, settings={**result.settings, "weights": which, "epoch": meta["epoch"], "limit": limit}
     )
     result.save(file)
+    own = folder / ("eval.json" if which == "last" else f"eval-{which}.json")
+    if not own.exists():
+        result.save(own)  # for `fastarat report`
     if progress:
         print(result.table(), flush=True)
     return json.loads(result.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import sys
 import types
@@ -191,7 +192,9 @@ def _defense_from_file(name: str) -> type[Defense]:
     path, _, cls = name.partition(":")
     if not Path(path).is_file():
         raise UserError(f"no such file: {path} (a defense of your own is named FILE.py:CLASS)")
-    module_name = f"_fastarat_defense_{Path(path).stem}"
+    # Two files of one name are two modules: a run's config must name the file its defense came from.
+    digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
+    module_name = f"_fastarat_defense_{Path(path).stem}_{digest}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module

@@ -276,6 +276,11 @@ class TrainStep:
                 raise UserError(f"this step cannot be captured: {reason}; write capture='auto' or False")
             return None, reason
         for group in self.optimizer.param_groups:
+            if self.device.type == "cuda" and not (group.get("fused") or group.get("capturable")):
+                why = "the optimiser reads its learning rate on the host; build it with fused=True or capturable=True"
+                if wanted is True:
+                    raise UserError(f"this step cannot be captured: {why}")
+                return None, why
             if group.get("dampening"):
                 return None, "momentum dampening needs a first step of its own"
             # A Python number would freeze into the graph.

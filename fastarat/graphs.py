@@ -20,8 +20,10 @@ class Captured:
     The inputs are copied into buffers this object owns, the graph is replayed, and the returned tensors are the same
     ones at every call: the next call overwrites them, so clone what must last.
 
-    Raises (call): ValueError naming the argument whose shape, dtype, device or memory layout differs from the
-    example's, before anything runs.
+    Any memory layout is taken: copying into the buffers gives the example's.
+
+    Raises (call): ValueError naming the argument whose shape, dtype or device differs from the example's, before
+    anything runs.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Captured:
         self.fn, self.mode = fn, mode
         # Buffers of our own, in the example's layout: a caller's tensor may be freed or reused after this returns.
         self.inputs = [torch.empty_like(t, requires_grad=False).copy_(t.detach()) for t in example]
-        self._signature = [(tuple(t.shape), t.dtype, t.device, t.stride()) for t in self.inputs]
+        self._signature = [(tuple(t.shape), t.dtype, t.device) for t in self.inputs]
         if mode == "fake":
             self._outputs: Any = None
             for _ in range(warmup):
@@ -68,12 +70,11 @@ class Captured:
     def __call__(self, *tensors: Tensor) -> Any:
         if len(tensors) != len(self.inputs):
             raise ValueError(f"captured for {len(self.inputs)} tensors, called with {len(tensors)}")
-        for i, (given, (shape, dtype, device, stride)) in enumerate(zip(tensors, self._signature, strict=True)):
+        for i, (given, (shape, dtype, device)) in enumerate(zip(tensors, self._signature, strict=True)):
             for what, is_, was in (
                 ("shape", tuple(given.shape), shape),
                 ("dtype", given.dtype, dtype),
                 ("device", given.device, device),
-                ("strides (memory layout)", given.stride(), stride),
             ):
                 if is_ != was:
                     raise ValueError(

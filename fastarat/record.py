@@ -58,8 +58,7 @@ class RunFolder:
 
     def save(self, name: str, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write NAME.safetensors (weights) and NAME.pt (everything), each whole or not at all, weights first."""
-        weights = {k: v.detach().cpu().contiguous() for k, v in state["step"]["model"].items()}
-        self.save_weights(name, weights, {**meta, "epoch": state["epoch"]})
+        self.save_weights(name, state["step"]["model"], {**meta, "epoch": state["epoch"]})
         write_atomic(self.path / f"{name}.pt", lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
 
     def save_weights(self, name: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import math
 import os
 import platform
@@ -30,6 +32,7 @@ from fastarat.data import (
     stratified_indices,
 )
 from fastarat.defenses import DEFENSES, Defense
+from fastarat.defenses.base import resuming
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
@@ -232,32 +235,33 @@ class _Training:
             mean=mean,
             std=std,
         ).to(self.device)
-        self.step = TrainStep(
-            model,
-            config.defense,
-            torch.empty(2, *self.dataset.shape),
-            optimizer=sgd(config, self.device),
-            epsilon=config.attack.epsilon,
-            step_size=config.step_size,
-            num_steps=config.attack.num_steps,
-            num_restarts=config.attack.num_restarts,
-            norm=config.attack.norm,
-            attack_bn=config.attack.bn,
-            start=config.attack.start,
-            objective=config.attack.objective,
-            precision=self.precision,
-            channels_last=config.channels_last,
-            kernels=config.kernels,
-            # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-            capture=False
-            if self.recipe.one_cycle or config.optim.optimizer == "apex"
-            else {"on": True, "off": False}.get(config.capture, config.capture),
-            compile_loss=config.compile_loss,
-            fold=config.fold_bn,
-            winograd=config.winograd,
-            awp=config.awp,
-            awp_warmup=config.awp_warmup,
-        )
+        with resuming(resume and (Path(config.out) / "last.pt").is_file()):
+            self.step = TrainStep(
+                model,
+                config.defense,
+                torch.empty(2, *self.dataset.shape),
+                optimizer=sgd(config, self.device),
+                epsilon=config.attack.epsilon,
+                step_size=config.step_size,
+                num_steps=config.attack.num_steps,
+                num_restarts=config.attack.num_restarts,
+                norm=config.attack.norm,
+                attack_bn=config.attack.bn,
+                start=config.attack.start,
+                objective=config.attack.objective,
+                precision=self.precision,
+                channels_last=config.channels_last,
+                kernels=config.kernels,
+                # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
+                capture=False
+                if self.recipe.one_cycle or config.optim.optimizer == "apex"
+                else {"on": True, "off": False}.get(config.capture, config.capture),
+                compile_loss=config.compile_loss,
+                fold=config.fold_bn,
+                winograd=config.winograd,
+                awp=config.awp,
+                awp_warmup=config.awp_warmup,
+            )
         if type(config.defense) not in DEFENSES.values():
             self.step.rehearse(len(self.dataset.classes), self.dataset.shape)
         self.augment = default_augment(self.dataset) if config.augment else None
@@ -270,20 +274,22 @@ class _Training:
             seed=derive_seed(config.seed, "order"),
             augment=self.augment,
         )
-        self.probe_loader = make_loader(
-            self.dataset.train,
-            batch_size=config.batch_size,
-            device=self.device,
-            kind=config.loader,
-            shuffle=True,
-            seed=derive_seed(config.seed, "probe"),
-            augment=self.augment,
-        )
+        # The same pixels in another order: a second loader would hold the set on the device twice.
+        self.probe_loader = copy.copy(self.loader)
+        self.probe_loader.seed = derive_seed(config.seed, "probe")
         # Batch statistics of a single image are no statistics: a last batch of one is left out.
         self.steps_per_epoch = len(self.loader) - (len(self.dataset.train) % config.batch_size == 1)
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(self.dataset.train)} training image(s): at least 2 are needed")
         self.average = WeightAverage(self.step.model) if config.swa else None
+        if config.swa:
+            first, every = self._swa_plan()
+            taken = (config.epochs + 1) * self.steps_per_epoch - 1
+            if taken // every == (first * self.steps_per_epoch - 1) // every:
+                raise UserError(
+                    f"swa-config.every={every}: no snapshot would be taken in the {config.epochs - first + 1} epoch(s) "
+                    f"of {self.steps_per_epoch} steps from epoch {first} on; leave it out, or choose a smaller one"
+                )
         self.ema = None if config.ema is None else MovingAverage(self.step.model, config.ema)
         self.meta = {
             "model": config.model,
@@ -343,7 +349,8 @@ class _Training:
             bar.close()
             if writer is not None:
                 writer.close()
-        if self.average is not None and self.average.count:
+        finished = self.first_epoch > config.epochs and (folder.path / "swa.safetensors").exists()
+        if self.average is not None and not finished:
             self._finish_swa()
         return Result(folder.path, folder.metrics(), self.step.model.eval(), config)
 
@@ -457,8 +464,11 @@ class _Training:
 
     def _finish_swa(self) -> None:
         step = self.step
+        torch.manual_seed(derive_seed(self.config.seed, "swa", "torch"))
         step.generator.manual_seed(derive_seed(self.config.seed, "swa"))
-        batches = self.loader.epoch(self.config.epochs + 1)
+        # A run resumed after its last epoch has not been told where it is.
+        step.at(epoch=self.config.epochs, progress=1.0)
+        batches = itertools.islice(self.loader.epoch(self.config.epochs + 1), self.steps_per_epoch)
         if self.progress:
             print(f"SWA: re-estimating BatchNorm of the mean of {self.average.count} snapshots", flush=True)
         model = averaged_model(step, self.average, batches, exact=self.config.swa_config.exact)

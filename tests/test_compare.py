@@ -95,6 +95,30 @@ def test_other_settings_in_the_folder_are_refused(table):
         run(table.out, base={**BASE, "attack": {"epsilon": 0.2, "num_steps": 1}})
 
 
+def test_an_evaluation_with_another_budget_stays_out_of_the_table(table):
+    run_folder = table.out / "at-seed0"
+    argv = ["eval", str(run_folder), "--attack", "clean,pgd-2", "--limit", "40", "--epsilon", "0.02"]
+    assert main(argv) == 0
+    assert json.loads((run_folder / "eval.json").read_text())["settings"]["epsilon"] == 0.02
+    assert json.loads((run_folder / "compare-last.json").read_text())["settings"]["epsilon"] == 0.1
+    assert run(table.out).rows == table.rows
+
+
+def test_two_defenses_of_one_file(tmp_path):
+    body = "@dataclass(frozen=True, kw_only=True)\nclass {0}(fastarat.AT):\n    name = '{0}'\n\n\n"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        text = "from dataclasses import dataclass\nimport fastarat\n\n\n" + body.format("X") + body.format("Y")
+        (tmp_path / folder / "mine.py").write_text(text)
+    names = [f"{tmp_path}/a/mine.py:X", f"{tmp_path}/a/mine.py:Y"]
+    table = run(tmp_path / "runs", names, (0,))
+    assert [r["defense"] for r in table.rows] == names
+    for cls in "XY":
+        assert f"a/mine.py:{cls}" in (tmp_path / "runs" / f"mine-{cls}-seed0" / "config.yaml").read_text()
+    with pytest.raises(fastarat.UserError, match="would share the folder mine-X-seed0"):
+        run(tmp_path / "other", [names[0], f"{tmp_path}/b/mine.py:X"], (0,))
+
+
 def test_swa_and_parallel_runs(tmp_path):
     table = run(tmp_path / "runs", ("ar-at", "ar-at+swa"), (0,), parallel=2)
     assert [r["defense"] for r in table.rows] == ["ar-at", "ar-at+swa"]

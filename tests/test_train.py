@@ -239,6 +239,34 @@ def test_every_defense_trains_and_resumes(defense, tmp_path):
     assert torch.isfinite(averaged(torch.rand(4, 1, 8, 8))).all()
 
 
+def test_swa_that_would_average_nothing_is_refused(tmp_path):
+    with pytest.raises(fastarat.UserError, match="no snapshot would be taken in the 2 epoch"):
+        train(small(tmp_path / "a", swa=True, swa_config=SwaConfig(start=0.4, every=500)), progress=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_swa_after_a_kill_before_its_last_pass(tmp_path):
+    """FAT's slack depends on where the run is: a resumed averaging must know that it is at the end."""
+    config = small(tmp_path / "a", defense=fastarat.FAT(), epochs=2, swa=True, swa_config=SwaConfig(start=0.4, every=2))
+    run = train(config, progress=False).run
+    whole = (run / "swa.safetensors").read_bytes()
+    train(resume=run, progress=False)
+    assert (run / "swa.safetensors").read_bytes() == whole
+    (run / "swa.safetensors").unlink()
+    train(resume=run, progress=False)
+    assert (run / "swa.safetensors").read_bytes() == whole
+
+
+def test_resume_without_the_standard_run_it_started_from(tmp_path):
+    standard = train(small(tmp_path / "standard", defense=fastarat.Standard(), epochs=1), progress=False).run
+    run = train(small(tmp_path / "cure", defense=fastarat.CURE(pretrained=str(standard)), epochs=2), progress=False).run
+    whole = weights(run)
+    (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
+    standard.rename(tmp_path / "moved")
+    train(resume=run, progress=False)
+    assert all(torch.equal(whole[k], v) for k, v in weights(run).items())
+
+
 def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(tmp_path):
     from fastarat.data import Batch
     from fastarat.swa import WeightAverage, averaged_model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -193,6 +195,19 @@ class Defense:
         """Follow an optimiser step. step: 0-d int64, steps done so far."""
 
 
+_RESUMING: ContextVar[bool] = ContextVar("resuming", default=False)
+
+
+@contextmanager
+def resuming(on: bool) -> Iterator[None]:
+    """Inside the block `load_standard` does nothing: the checkpoint about to be loaded holds everything it would."""
+    token = _RESUMING.set(on)
+    try:
+        yield
+    finally:
+        _RESUMING.reset(token)
+
+
 def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise: str = "") -> None:
     """Load the last weights of a `standard` run (folder or checkpoint) into `model`, for a defense that starts there.
 
@@ -200,6 +215,8 @@ def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise
 
     Raises: UserError, saying how to get one, when `run` is None, missing, of another defense or another architecture.
     """
+    if _RESUMING.get():
+        return
     field = f"defense.{defense.starts_from}"
     how = (
         "get one of the same --model and --dataset with `fastarat train --defense standard --out RUN`, then "
@@ -219,4 +236,4 @@ def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise
         raise UserError(f"{field}={run}: {error}. {needs}: {how}") from error
 
 
-__all__ = ["Attacked", "Defense", "Run", "Views", "load_standard", "random_start"]
+__all__ = ["Attacked", "Defense", "Run", "Views", "load_standard", "random_start", "resuming"]
