@@ -21,7 +21,7 @@ from torch import Tensor, nn
 MIN_CHANNELS = 128
 MIN_TILES = 32
 # Elements of a batch's tiles, four times those of the images; larger batches go in pieces, to spare memory.
-MOST_ELEMENTS = 2**25
+MOST_ELEMENTS = 2**19
 
 # The taps' transform on both axes at once: [16, 9].
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)

@@ -30,7 +30,7 @@ def test_rows_are_means_and_deviations_of_the_runs(table):
     for row in table.rows:
         for key in ("clean_acc", "robust_acc_pgd2"):
             values = [
-                json.loads((table.out / f"{row['defense']}-seed{s}" / "eval.json").read_text())["accuracy"][key]
+                json.loads((table.out / f"{row['defense']}-seed{s}" / "compare-last.json").read_text())["accuracy"][key]
                 for s in (0, 1)
             ]
             assert row[key]["values"] == values
