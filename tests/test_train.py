@@ -228,15 +228,30 @@ def test_another_architecture_is_refused(unbroken, tmp_path):
         load_into(fastarat.build_model("preactresnet18", num_classes=10), state, Path("x"))
 
 
-@pytest.mark.parametrize("defense", ["standard", "at", "ar-at"])
-def test_every_defense_trains_and_resumes(defense, tmp_path):
-    config = small(tmp_path / "a", defense=fastarat.DEFENSES[defense](), epochs=2, swa=True,
-                   swa_config=SwaConfig(start=0.4, every=2))  # fmt: skip
-    result = train(config, progress=False)
-    assert len(result.metrics) == 2
-    averaged, meta, _ = load_run(tmp_path / "a", "swa")
+@pytest.mark.parametrize("name", list(fastarat.DEFENSES))
+def test_every_defense_trains_resumes_and_averages(name, tmp_path):
+    """The contract: finite terms, a config that reloads equal, a resumed run equal to an unbroken one, SWA."""
+    kind, options = fastarat.DEFENSES[name], {}
+    if kind.starts_from:
+        standard = train(small(tmp_path / "standard", defense=fastarat.Standard(), epochs=1), progress=False).run
+        options = {kind.starts_from: str(standard)}
+    config = small(
+        tmp_path / "run", defense=kind(**options), epochs=2, swa=True, swa_config=SwaConfig(start=0.4, every=2),
+        limit_train=100,
+    )  # fmt: skip
+    run = train(config, progress=False).run
+    rows = metrics(run)
+    assert len(rows) == 2
+    assert all(torch.isfinite(torch.tensor(v)) for row in rows for v in row.values())
+    assert from_dict(read_yaml(run / "config.yaml")).defense == config.defense
+    averaged, meta, _ = load_run(run, "swa")
     assert meta["swa"]
     assert torch.isfinite(averaged(torch.rand(4, 1, 8, 8))).all()
+    whole, state = weights(run), load_checkpoint(run / "best.pt")
+    if state["epoch"] == 1:
+        (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
+        train(resume=run, progress=False)
+        assert all(torch.equal(whole[k], v) for k, v in weights(run).items())
 
 
 def test_swa_that_would_average_nothing_is_refused(tmp_path):
