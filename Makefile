@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/install_ffcv.sh
 	sh tools/install_ffcv.sh $(BIN)/python
 	touch $@
 
-# One thread: networks this small gain nothing from two, and two starve each other when the machine is busy.
+# One thread: networks this small gain little from two, and two starve each other when the machine is busy.
 demo: export OMP_NUM_THREADS = 1
 demo: setup
 	rm -rf $(DEMO)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import triton  # noqa: F401 - missing Triton must fail here, not skip
 from fastarat.kernels import pgd_update
 
-pytest.importorskip("triton")
 BACKENDS = ("triton", "plain")
 EPSILON, STEP = 8 / 255, 2 / 255
 
