@@ -342,13 +342,14 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        # First, so that the last step's gradients do not take up memory beside this one's activations.
+        self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         images = self.defense.inputs(images, epsilon=self.epsilon, norm=self.norm, generator=self.generator)
         attacked = self.attack(images, labels) if self.defense.attacks else None
         pushed = [] if self.awp is None or attacked is None else self._push_weights(images, labels, attacked)
         views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
         terms = self._terms(views)
-        self.optimizer.zero_grad(set_to_none=True)
         self.defense.backward(terms, self.model, self.scaler.scale, views)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -10,6 +10,7 @@ Source: Lavin and Gray, CVPR 2016, arXiv 1509.09308.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,9 +24,7 @@ MIN_TILES = 32
 # Elements of a batch's tiles, four times those of the images; larger batches go in pieces, to spare memory.
 MOST_ELEMENTS = 2**19
 
-# The taps' transform on both axes at once: [16, 9].
-_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-_GG = torch.kron(_G, _G)
+_ROWS = [slice(i, i + 4) for i in range(0, 16, 4)]  # of the 4x4 places of a tile
 
 
 class Conv2d(nn.Conv2d):
@@ -114,8 +113,25 @@ def held(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def transformed(weight: Tensor) -> Tensor:
     """Return G w G', [16, O, I], of weight: [O, I, 3, 3]."""
-    taps = weight.detach().permute(2, 3, 0, 1).reshape(9, -1)
-    return (_GG.to(taps) @ taps).view(16, *weight.shape[:2])
+    out = weight.new_empty(16, *weight.shape[:2])
+    for row, places in enumerate(_ROWS):
+        _transformed_row(weight, row, out[places])
+    return out
+
+
+def _transformed_row(weight: Tensor, row: int, out: Tensor | None = None) -> Tensor:
+    """One of the four rows of places of G w G': [4, O, I]."""
+    taps = weight.detach().permute(2, 3, 0, 1)
+    if row in (0, 3):
+        taps = taps[0 if row == 0 else 2]
+    else:
+        taps = torch.add(taps[0], taps[2]).add_(taps[1], alpha=1 if row == 1 else -1).mul_(0.5)
+    out = taps.new_empty(4, *weight.shape[:2]) if out is None else out
+    out[0], out[3] = taps[0], taps[2]
+    torch.add(taps[0], taps[2], out=out[1])
+    torch.sub(out[1], taps[1], out=out[2]).mul_(0.5)
+    out[1].add_(taps[1]).mul_(0.5)
+    return out
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, transform: Tensor | None = None) -> Tensor:
@@ -127,27 +143,21 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, transform: Ten
         transform: `transformed(weight)`, [16, O, I], if at hand.
     Returns: [B, O, H, W], channels-last.
     """
-    if transform is None:
-        transform = transformed(weight)
-    size = MOST_ELEMENTS // (4 * max(x.shape[1], weight.shape[0]) * x.shape[2] * x.shape[3])
-    pieces = [_Winograd.apply(piece, weight, bias, transform) for piece in x.split(max(1, size))]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return _Winograd.apply(x, weight, bias, transform)
 
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor) -> Tensor:
-        products = torch.bmm(_tiles(x), transform.transpose(1, 2))
-        if bias is not None:
-            products[5] += bias  # the one place of a tile that enters all four outputs with a plus
-        return _untile(products, x.shape)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor | None) -> Tensor:
+        return _convolved(x, weight, bias, transform)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, weight, _, transform = inputs
         ctx.shape = x.shape
         # In attacks nobody asks for weight gradients, and x need not be kept. The weight is kept for its layout, for
-        # gradients of gradients, and so that autograd notices a write to it.
+        # gradients of gradients, and so that autograd notices a write to it. A transform that was not given is made
+        # again: kept, those of a ResNet-18 would be the largest thing in memory.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, transform)
 
     @staticmethod
@@ -162,44 +172,76 @@ class _Winograd(torch.autograd.Function):
                 dw = torch.nn.grad.conv2d_weight(x, weight.shape, dy, padding=1)
         else:
             if wants_x:
-                dx = _untile(torch.bmm(_tiles(dy, flip=True), transform), ctx.shape, flip=True)
+                dx = _convolved(dy, weight, None, transform, flip=True)
             if wants_weight:
                 dw = _weight_gradient(x, dy, weight)
         return dx, dw, dy.sum((0, 2, 3)) if wants_bias else None, None
 
 
-def _tiles(x: Tensor, flip: bool = False) -> Tensor:
-    """B' x B of every overlapping 4x4 tile: [B, C, H, W] -> [16, B * H/2 * W/2, C]; flip swaps places 0 and 3."""
-    b, c, h, w = x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2
-    first, last = (3, 0) if flip else (0, 3)
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    rows = padded.new_empty(4, b, h, 2 * w + 2, c)
-    _input_transform([padded[:, i : i + 2 * h : 2] for i in range(4)], [rows[i] for i in (first, 1, 2, last)])
-    tiles = padded.new_empty(4, 4, b, h, w, c)
-    columns = [rows[:, :, :, i : i + 2 * w : 2] for i in range(4)]
-    _input_transform(columns, [tiles[:, i] for i in (first, 1, 2, last)])
-    return tiles.view(16, b * h * w, c)
+def _pieces(x: Tensor, weight: Tensor) -> list[slice]:
+    """Runs of images whose tiles are few enough to be in memory at once."""
+    # Smaller than a row of the transformed weights they need not be.
+    most = max(MOST_ELEMENTS, 4 * weight.shape[0] * weight.shape[1])
+    size = max(1, most // (4 * max(weight.shape[:2]) * x.shape[2] * x.shape[3]))
+    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
-def _input_transform(d: list[Tensor], out: list[Tensor]) -> None:
-    torch.sub(d[0], d[2], out=out[0])
-    torch.add(d[1], d[2], out=out[1])
-    torch.sub(d[2], d[1], out=out[2])
-    torch.sub(d[1], d[3], out=out[3])
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor | None, flip: bool = False) -> Tensor:
+    """Convolve x; flip: with the taps of the input gradient, from outputs to inputs."""
+    pieces = _pieces(x, weight)
+    if transform is None and len(pieces) > 1:
+        transform = transformed(weight)
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[3], weight.shape[1 if flip else 0])
+    for piece in pieces:
+        tiled = _Tiles(x[piece], flip)
+        products = x.new_empty(16, tiled.count, y.shape[3])
+        for row, places in enumerate(_ROWS):  # never all tiles or weights at once: they are larger than x and weight
+            part = _transformed_row(weight, row) if transform is None else transform[places]
+            torch.bmm(tiled.row(row), part if flip else part.transpose(1, 2), out=products[places])
+            del part
+        if bias is not None:
+            products[5] += bias  # the one place of a tile that enters all four outputs with a plus
+        _untile(products, y[piece], flip)
+        del products
+    return y.permute(0, 3, 1, 2)
 
 
-def _untile(products: Tensor, shape: torch.Size, flip: bool = False) -> Tensor:
-    """A' m A of every tile's products: [16, B * H/2 * W/2, C] -> channels-last [B, C, H, W]; shape: gives B, H, W."""
-    b, h, w, c = shape[0], shape[2] // 2, shape[3] // 2, products.shape[-1]
+class _Tiles:
+    """The overlapping 4x4 tiles of x: [B, C, H, W], `count` = B * H/2 * W/2; flip swaps places 0 and 3 of both axes."""
+
+    def __init__(self, x: Tensor, flip: bool = False) -> None:
+        self.shape = x.shape[0], x.shape[2] // 2, x.shape[3] // 2, x.shape[1]
+        self.count = math.prod(self.shape[:3])
+        self.padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        self.order = (3, 1, 2, 0) if flip else (0, 1, 2, 3)
+
+    def row(self, row: int) -> Tensor:
+        """One of the four rows of places of B' x B: [4, count, C]."""
+        b, h, w, c = self.shape
+        mixed = _mixed([self.padded[:, i : i + 2 * h : 2] for i in range(4)], self.order[row], None)
+        out = mixed.new_empty(4, b, h, w, c)
+        for place, into in zip(self.order, out, strict=True):
+            _mixed([mixed[:, :, i : i + 2 * w : 2] for i in range(4)], place, into)
+        return out.view(4, self.count, c)
+
+
+def _mixed(d: list[Tensor], place: int, out: Tensor | None) -> Tensor:
+    """One place of B' d."""
+    if place == 1:
+        return torch.add(d[1], d[2], out=out)
+    return torch.sub(*((d[0], d[2]), (), (d[2], d[1]), (d[1], d[3]))[place], out=out)
+
+
+def _untile(products: Tensor, y: Tensor, flip: bool = False) -> None:
+    """Write A' m A of every tile's products, [16, B * H/2 * W/2, C], to y: [B, H, W, C], contiguous."""
+    b, h, w, c = y.shape[0], y.shape[1] // 2, y.shape[2] // 2, y.shape[3]
     order = (3, 1, 2, 0) if flip else (0, 1, 2, 3)
     m = products.view(4, 4, b, h, w, c)
     rows = m.new_empty(2, 4, b, h, w, c)
     _output_transform([m[i] for i in order], [rows[0], rows[1]])
-    y = m.new_empty(b, 2 * h, 2 * w, c)
     places = y.view(b, h, 2, w, 2, c)
     for i in range(2):
         _output_transform([rows[i, j] for j in order], [places[:, :, i, :, 0], places[:, :, i, :, 1]])
-    return y.permute(0, 3, 1, 2)
 
 
 def _output_transform(m: list[Tensor], out: list[Tensor]) -> None:
@@ -209,25 +251,45 @@ def _output_transform(m: list[Tensor], out: list[Tensor]) -> None:
 
 def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the taps, [O, I, 3, 3] in the weight's layout, of x: [B, I, H, W] and dy: [B, O, H, W]."""
-    products = torch.bmm(_gradient_tiles(dy).transpose(1, 2), _tiles(x))
-    taps = (_GG.to(x).T @ products.view(16, -1)).view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    return taps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    dw = torch.zeros_like(weight)
+    taps = dw.permute(2, 3, 0, 1)
+    for piece in _pieces(x, weight):
+        of_dy, of_x = dy[piece].permute(0, 2, 3, 1), _Tiles(x[piece])
+        for row in range(4):
+            m = torch.bmm(_gradient_tiles(of_dy, row).transpose(1, 2), of_x.row(row))
+            # G' m G, the transpose of the taps' transform: the row's columns here, in place, its rows below.
+            m[1:3].mul_(0.5)
+            m[1].add_(m[2])
+            m[0].add_(m[1])
+            m[3].add_(m[1])
+            torch.sub(m[1], m[2], alpha=2, out=m[1])
+            columns = m[0], m[1], m[3]
+            for column, of_taps in zip(columns, taps.unbind(1), strict=True):
+                if row in (0, 3):
+                    of_taps[0 if row == 0 else 2].add_(column)
+                else:
+                    of_taps[0].add_(column, alpha=0.5)
+                    of_taps[1].add_(column, alpha=0.5 if row == 1 else -0.5)
+                    of_taps[2].add_(column, alpha=0.5)
+            del m, columns, column
+    return dw
 
 
-def _gradient_tiles(dy: Tensor) -> Tensor:
-    """A dy A' of every 2x2 patch, the transpose of `_untile`: [B, C, H, W] -> [16, B * H/2 * W/2, C]."""
-    b, c, h, w = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
-    patches = dy.permute(0, 2, 3, 1).reshape(b, h, 2, w, 2, c)
-    rows = dy.new_empty(4, b, h, w, 2, c)
-    _spread(patches[:, :, 0], patches[:, :, 1], rows)
-    tiles = dy.new_empty(4, 4, b, h, w, c)
-    _spread(rows[..., 0, :], rows[..., 1, :], tiles.transpose(0, 1))
-    return tiles.view(16, b * h * w, c)
+def _gradient_tiles(dy: Tensor, row: int) -> Tensor:
+    """One of the four rows of places of A dy A', the transpose of `_untile`: [B, H, W, C] -> [4, B * H/2 * W/2, C]."""
+    b, h, w, c = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
+    patches = dy.reshape(b, h, 2, w, 2, c)
+    spread = _spread(patches[:, :, 0], patches[:, :, 1], row, None)
+    tiles = dy.new_empty(4, b, h, w, c)
+    for place, into in enumerate(tiles):
+        _spread(spread[..., 0, :], spread[..., 1, :], place, into)
+    return tiles.view(4, b * h * w, c)
 
 
-def _spread(first: Tensor, second: Tensor, out: Tensor) -> None:
-    out[0] = first
-    torch.add(first, second, out=out[1])
-    torch.sub(first, second, out=out[2])
-    torch.neg(second, out=out[3])
+def _spread(first: Tensor, second: Tensor, place: int, out: Tensor | None) -> Tensor:
+    """One place of A (first, second)."""
+    if place == 0:
+        return first if out is None else out.copy_(first)
+    if place == 3:
+        return torch.neg(second, out=out)
+    return (torch.add if place == 1 else torch.sub)(first, second, out=out)

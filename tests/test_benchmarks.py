@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -90,6 +91,25 @@ def test_the_plain_loop_moves_a_real_loss():
 def test_every_pair_is_equal(name):
     for quantity, (found, limit) in CASES[name].prepare(TINY).check().items():
         assert found <= limit, quantity
+
+
+def allocated_at_most(call) -> int:
+    """Bytes that PyTorch holds at most during the second of two calls, above those it held before it."""
+    call()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held)
+
+
+def test_a_step_needs_no_more_memory_than_the_plain_loop():
+    twins = cases._twins(cases.Size("resnet18", 16, "cpu", "fp32"), num_steps=1)
+    ours = allocated_at_most(lambda: twins.step(twins.images, twins.labels))
+    theirs = allocated_at_most(lambda: twins.loop(twins.images_nchw, twins.labels))
+    assert theirs > 150e6
+    assert ours <= theirs
 
 
 def test_an_unequal_pair_is_not_timed(monkeypatch, tmp_path, capsys):

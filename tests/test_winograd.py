@@ -64,8 +64,8 @@ def test_large_batches_go_in_pieces(monkeypatch):
     whole = y, *torch.autograd.grad(y, (x, weight), dy)
     monkeypatch.setattr(winograd, "MOST_ELEMENTS", 2 * 4 * 6 * 4 * 4)
     sizes = []
-    tiles = winograd._tiles
-    monkeypatch.setattr(winograd, "_tiles", lambda x, **k: (sizes.append(len(x)), tiles(x, **k))[1])
+    tiles = winograd._Tiles
+    monkeypatch.setattr(winograd, "_Tiles", lambda x, *a: (sizes.append(len(x)), tiles(x, *a))[1])
     y = conv2d(x, weight)
     assert sizes == [2, 2, 1]
     assert y.is_contiguous(memory_format=CL)
@@ -306,13 +306,23 @@ def test_a_training_step_is_the_same(mode, monkeypatch, calls):
 def test_an_attack_transforms_each_weight_once(monkeypatch):
     images, labels = torch.rand(4, 3, 8, 8), torch.randint(4, (4,))
     made = []
-    transformed = winograd.transformed
-    for module in (winograd, fastarat.models):
-        monkeypatch.setattr(module, "transformed", lambda w: (made.append(1), transformed(w))[1])
+    row_of = winograd._transformed_row
+    monkeypatch.setattr(winograd, "_transformed_row", lambda w, row, *out: (made.append(row), row_of(w, row, *out))[1])
     for mode in ("train", "eval"):
         step = fastarat.TrainStep(wide_network(), fastarat.ARAT(), images, num_steps=3, attack_bn=mode)
         made.clear()
         step.attack(images, labels)
-        assert len(made) == 4
+        assert len(made) == 4 * 4
         step(images, labels)
-        assert len(made) == 12  # one more attack's, and the training pass's
+        assert len(made) == 4 * 16  # one more attack's, and twice the training pass's
+
+
+def test_a_training_forward_keeps_no_transformed_weights():
+    x, weight, _ = problem(4, 8, 8, 8, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        conv2d(x, weight)
+        assert sum(t.numel() for t in kept) == x.numel() + weight.numel()
+        kept.clear()
+        conv2d(x, weight.detach(), None, winograd.transformed(weight))
+        assert x.shape not in [t.shape for t in kept]
