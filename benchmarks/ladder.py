@@ -36,6 +36,7 @@ from fastarat.defenses import ARAT, AT, TRADES, Defense
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError, unknown
+from fastarat.models import why_not_fold
 
 DEFENSES: dict[str, tuple[Defense, str | None]] = {
     "ar-at": (ARAT(), None),
@@ -144,7 +145,8 @@ def rungs(setup: Setup, device: torch.device, *, dry: bool = False) -> list[Rung
     else:
         add("graph", "fake capture in place of a CUDA graph", capture="fake")
     if _attack_bn(setup) == "eval":
-        add("fold", "BatchNorm folded into the attack's convolutions", fold=True)
+        dtype = torch.bfloat16 if options["precision"] == "bf16" else torch.float32
+        add("fold", "BatchNorm folded into the attack's convolutions", why_not_fold(device, dtype), fold=True)
     compiles = "" if cuda else "compiling for a CPU takes longer than it can save"
     add("compile", "compiled loss", compiles, compile_loss=True)
     return [r for r in found if not setup.short or r.name in ("triton", "graph", "fold")]

@@ -49,6 +49,7 @@ def diagnose(device: torch.device | str | None = None) -> list[Check]:
         "GPU": _gpu,
         "Triton kernels": _triton,
         "CUDA graphs": _cuda_graphs,
+        "BN folding": _folding,
         "bf16 (--amp)": _bf16,
         "CPU": _cpu,
         "FFCV": _ffcv,
@@ -162,6 +163,16 @@ def _cuda_graphs(device: torch.device) -> tuple[Status, str, str]:
             "",
         )
     return "not used", f"{device.type} has no CUDA graphs: steps run eagerly", "run on an NVIDIA GPU"
+
+
+def _folding(device: torch.device) -> tuple[Status, str, str]:
+    from fastarat.models import why_not_fold
+
+    reason = why_not_fold(device, torch.bfloat16 if bf16_support(device)[0] else torch.float32)
+    if reason is None:
+        return "used", "in eval-mode attacks BatchNorm is folded into the convolutions, once per step", ""
+    mend = "a newer PyTorch brings a newer cuDNN, which may have it"
+    return "not used", f"{reason}; eval-mode attacks run the fused BatchNorm instead", mend
 
 
 def _bf16(device: torch.device) -> tuple[Status, str, str]:

@@ -25,7 +25,7 @@ from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_triton
-from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features
+from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, why_not_fold
 from fastarat.winograd import held, set_winograd
 
 Precision = str
@@ -124,7 +124,8 @@ class TrainStep:
             "fake" (the same buffers and checks on any device, with a call in place of the replay). Two batch shapes
             are captured, a full and a last one; others run eagerly. `why_eager` says why a step is not captured.
         compile_loss: torch.compile the loss (fullgraph), inside the capture.
-        fold: in an eval-mode attack, fold BatchNorm into the convolutions once per step (built-in networks).
+        fold: in an eval-mode attack, fold BatchNorm into the convolutions once per step (built-in networks; on a GPU
+            only where cuDNN adds bias and ReLU to a convolution itself).
         winograd: on a CPU, Winograd convolutions where they are faster (built-in networks, float32).
         awp: gamma_w of adversarial weight perturbation (Wu et al., NeurIPS 2020), or None; awp_warmup: epochs without.
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
@@ -211,7 +212,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter(self.device)
         self.awp, self.awp_warmup = awp, awp_warmup
+        dtype = _DTYPES.get(precision, torch.float32)
         self.fold = fold and self.attack_bn == "eval" and isinstance(self.model, Network)
+        self.fold = self.fold and why_not_fold(self.device, dtype) is None
         self._low: dict[str, Tensor] = {}
         if precision in _DTYPES:
             # Cast once per step instead of once per forward: the attack runs eleven of them on the same weights.
@@ -220,6 +223,8 @@ class TrainStep:
                 for name, p in self.model.named_parameters()
                 if p.dim() >= 2
             }
+        convs = {id(conv.weight) for conv, _ in self.model.foldable()} if self.fold else set()
+        self._folded = {name for name, p in self.model.named_parameters() if id(p) in convs}
         self._terms = self._heads_and_loss
         if compile_loss:
             self._terms = torch.compile(self._heads_and_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
@@ -412,22 +417,20 @@ class TrainStep:
     def _attack_weights(self, mode: str) -> Iterator[None]:
         """Weights as the attack reads them: cast or transformed once, and in eval mode with BatchNorm folded in."""
         dtype = _DTYPES.get(self.forward.precision)
-        if mode == "eval" and self.fold:
-            with folded_batchnorm(self.model, dtype):
-                yield
-            return
-        if not self._low:
-            with held(self.model):
-                yield
-            return
-        own = dict(self.model.named_parameters())
-        with torch.no_grad():
-            torch._foreach_copy_(list(self._low.values()), [own[name] for name in self._low])
-        self.forward.weights = self._low
-        try:
+        with contextlib.ExitStack() as stack:
+            low = self._low
+            if mode == "eval" and self.fold:
+                stack.enter_context(folded_batchnorm(self.model, dtype))
+                low = {name: t for name, t in low.items() if name not in self._folded}
+            if not low:
+                stack.enter_context(held(self.model))
+            else:
+                own = dict(self.model.named_parameters())
+                with torch.no_grad():
+                    torch._foreach_copy_(list(low.values()), [own[name] for name in low])
+                self.forward.weights = low
+                stack.callback(setattr, self.forward, "weights", None)
             yield
-        finally:
-            self.forward.weights = None
 
     def _one_attack(self, logits, images: Tensor, labels: Tensor, target: Tensor) -> attacks.Attacked:
         start = attacks.random_start(

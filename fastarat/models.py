@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastarat.batchnorm import BatchNorm2d
 from fastarat.errors import UserError, unknown
+from fastarat.kernels import conv_bias_relu, why_not_conv_bias_relu
 from fastarat.winograd import Conv2d, convolve, qualifies, transformed
 
 PENULTIMATE = "penultimate"
@@ -52,12 +53,31 @@ class Taps:
 class Folded(NamedTuple):
     """A convolution that has absorbed the BatchNorm after it.
 
-    weight: [O, I, k, k]; bias: [O]; transform: [16, O, I], of the weight, where the Winograd path may be taken.
+    weight: [O, I, k, k]; bias: [O], or None where another convolution's bias has taken it up; transform: [16, O, I], of
+    the weight, where the Winograd path may be taken; fused: whether cuDNN adds the bias and what follows.
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     transform: Tensor | None
+    fused: bool
+
+    def convolved(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        if self.fused and relu:
+            return conv_bias_relu(x, self.weight, self.bias, residual, stride=conv.stride, padding=conv.padding)
+        y = convolve(conv, x, self.weight, self.bias, self.transform)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if relu else y
+
+
+def why_not_fold(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why folding BatchNorm into the convolutions would not pay on `device`, or None where it does.
+
+    On a GPU a bias, an add and a ReLU of their own take more passes over the images than the fused BatchNorm kernel's
+    one: folding pays there only if the convolution does them itself.
+    """
+    return why_not_conv_bias_relu(device, dtype) if device.type == "cuda" else None
 
 
 @contextmanager
@@ -68,14 +88,20 @@ def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterat
     none. dtype: of the folded weights, default the convolution's own; the folding itself is float32 or wider.
     """
     pairs = list(model.foldable())
+    fused = why_not_conv_bias_relu(pairs[0][0].weight.device, dtype or pairs[0][0].weight.dtype) is None
     with torch.no_grad():
+        biases, scales = {}, {}
         for conv, bn in pairs:
             held = bn.branch_set("adv")
-            scale = held.weight * torch.rsqrt(held.running_var + bn.eps)
+            scales[conv] = held.weight * torch.rsqrt(held.running_var + bn.eps)
+            biases[conv] = held.bias - held.running_mean * scales[conv]
+        for shortcut, conv in model.shortcuts():  # they are added up: one bias does for both
+            biases[conv] += biases.pop(shortcut)
+        for conv, scale in scales.items():
             weight = (conv.weight * scale[:, None, None, None]).to(dtype or conv.weight.dtype)
-            bias = (held.bias - held.running_mean * scale).to(dtype or conv.weight.dtype)
+            bias = biases[conv].to(weight.dtype) if conv in biases else None
             wide = qualifies(conv) and weight.device.type == "cpu" and weight.dtype == torch.float32
-            conv.folded = Folded(weight, bias, transformed(weight) if wide else None)
+            conv.folded = Folded(weight, bias, transformed(weight) if wide else None, fused)
     try:
         yield
     finally:
@@ -88,12 +114,9 @@ def _conv_norm_relu(
 ) -> Tensor:
     """Convolution, BN, optional residual add, ReLU; the first two are one while BN is folded."""
     folded: Folded | None = getattr(conv, "folded", None)
-    if folded is None:
-        return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
-    y = convolve(conv, x, *folded)
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if relu else y
+    if folded is not None:
+        return folded.convolved(conv, x, residual, relu)
+    return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
 
 
 def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None) -> Tensor:
@@ -206,6 +229,12 @@ class Network(nn.Module):
                 yield (m.conv1, m.bn2)
             elif isinstance(m, ResNet):
                 yield (m.conv1, m.bn1)
+
+    def shortcuts(self) -> Iterator[tuple[Conv2d, Conv2d]]:
+        """Pairs of foldable convolutions whose BatchNorm outputs are added: the shortcut's, and the other."""
+        for m in self.modules():
+            if isinstance(m, BasicBlock) and len(m.shortcut):
+                yield m.shortcut[0], m.conv2
 
     def _input(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)

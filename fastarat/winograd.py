@@ -99,8 +99,13 @@ def set_winograd(model: nn.Module, on: bool) -> None:
 
 @contextmanager
 def held(model: nn.Module) -> Iterator[None]:
-    """Transform the weights of `model` once for all forwards inside the block, where they must not change."""
-    layers = [m for m in model.modules() if qualifies(m) and m.weight.device.type == "cpu"]
+    """Transform the weights of `model` once for all forwards inside the block, where they must not change.
+
+    A convolution that has absorbed a BatchNorm keeps the transform of its own.
+    """
+    layers = [
+        m for m in model.modules() if qualifies(m) and m.weight.device.type == "cpu" and not hasattr(m, "folded")
+    ]
     for m in layers:
         m.held = m.weight, transformed(m.weight)
     try:

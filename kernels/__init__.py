@@ -1,7 +1,16 @@
 """The fused operations of fastarat, each with a plain PyTorch twin. Importing this imports no Triton."""
 
 from .backend import interpreting, why_not_triton
+from .conv import conv_bias_relu, why_not_conv_bias_relu
 from .pgd_update import pgd_update
 from .split_bn import SplitBN, split_bn
 
-__all__ = ["SplitBN", "interpreting", "pgd_update", "split_bn", "why_not_triton"]
+__all__ = [
+    "SplitBN",
+    "conv_bias_relu",
+    "interpreting",
+    "pgd_update",
+    "split_bn",
+    "why_not_conv_bias_relu",
+    "why_not_triton",
+]

@@ -1,0 +1,96 @@
+"""Convolution, bias, residual add and ReLU in one cuDNN call, for attacks on a network whose BatchNorm is folded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def why_not_conv_bias_relu(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Say why `conv_bias_relu` cannot serve tensors on `device`, or None when it can.
+
+    Asked for the first time, it tries the call on a few images there and compares the answer; so ask before a CUDA
+    graph is captured.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"device {device.type!r}: fused convolutions are cuDNN's"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if torch.backends.cudnn.deterministic:
+        return "cuDNN's fused convolutions have no deterministic mode"
+    return _why_not(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index), dtype)
+
+
+@functools.cache
+def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, device=device, generator=generator).to(dtype)
+        return drawn.contiguous(memory_format=torch.channels_last) if drawn.dim() == 4 else drawn
+
+    x, z, weight, bias = draw(4, 64, 8, 8), draw(4, 64, 8, 8), draw(64, 64, 3, 3) / 24, draw(64)
+    try:
+        for residual in (None, z):
+            wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+            wanted = F.relu(wanted if residual is None else wanted + residual.double())
+            found = _fused(x, weight, bias, residual, (1, 1), (1, 1))
+            error = (found.double() - wanted).abs().max().item()
+            if not error <= 0.05:  # bfloat16 and TF32 keep three digits of numbers up to 5
+                return f"cuDNN's fused convolution is off by {error:.2g} on a small example"
+    except RuntimeError as error:
+        return f"cuDNN's fused convolution fails here: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, (1, 1), 1)
+
+
+def conv_bias_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+) -> Tensor:
+    """relu(conv2d(x, weight) + bias [+ residual]), differentiable by x and residual alone: weights are constants.
+
+    x: float [B, I, H, W], cast to the weight's dtype. weight: [O, I, k, k]; bias: [O]; residual: [B, O, H', W']; all of
+    one dtype, on a CUDA device for which `why_not_conv_bias_relu` gives None. Returns: [B, O, H', W'].
+    Backward is the ReLU's mask, which is the residual's gradient too, and the convolution's input gradient.
+    """
+    return _ConvBiasReLU.apply(x.to(weight.dtype), weight, bias, residual, tuple(stride), tuple(padding))
+
+
+class _ConvBiasReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, stride, padding):
+        y = _fused(x, weight, bias, residual, stride, padding)
+        ctx.save_for_backward(x, weight, y)
+        ctx.stride, ctx.padding = stride, padding
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, y = ctx.saved_tensors
+        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            )[0]
+        return dx, None, None, dy if ctx.needs_input_grad[3] else None, None, None

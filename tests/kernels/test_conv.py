@@ -1,0 +1,115 @@
+"""The fused convolution: cuDNN's on a GPU; on a CPU its backward and its place in the networks, around a stand-in."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastarat
+from fastarat.kernels import conv, conv_bias_relu, why_not_conv_bias_relu
+from fastarat.models import build_model, folded_batchnorm
+
+
+def plainly(x, weight, bias, residual, stride, padding):
+    y = F.conv2d(x, weight, bias, stride, padding)
+    return F.relu(y if residual is None else y + residual)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Outside a GPU: the same mathematics in place of cuDNN's call, counted."""
+    calls = []
+    monkeypatch.setattr(conv, "_fused", lambda *a: (calls.append(a[3] is not None), plainly(*a))[1])
+    monkeypatch.setattr(fastarat.models, "why_not_conv_bias_relu", lambda device, dtype: None)
+    return calls
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("stride", "padding", "kernel"), [(1, 1, 3), (2, 1, 3), (2, 0, 1)])
+def test_gradients_are_those_of_the_parts(stand_in, add, stride, padding, kernel):
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 4, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64)
+    side = 8 // stride
+    z = torch.randn(3, 6, side, side, dtype=torch.float64, requires_grad=True) if add else None
+    sizes = {"stride": (stride, stride), "padding": (padding, padding)}
+    found = conv_bias_relu(x, weight, bias, z, **sizes)
+    wanted = plainly(x, weight, bias, z, *sizes.values())
+    assert torch.equal(found, wanted)
+    assert 0.2 < (wanted == 0).double().mean() < 0.8
+    inputs = (x, z) if add else (x,)
+    dy = torch.randn_like(wanted)
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, dy) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "added"), [("resnet18", 9, 8), ("preactresnet18", 8, 0), ("wrn-10-1", 3, 0)]
+)
+def test_a_folded_network_takes_it_everywhere_it_fits(stand_in, name, plain, added):
+    model = build_model(name, num_classes=4).double()
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    model(x)
+    model.eval()
+    grads, logits = [], []
+    for folded in (False, True):
+        point = x.clone().requires_grad_()
+        if folded:
+            with folded_batchnorm(model):
+                out = model(point)
+        else:
+            out = model(point)
+        logits.append(out)
+        grads.append(torch.autograd.grad(out.square().sum(), point)[0])
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+    assert (stand_in.count(False), stand_in.count(True)) == (plain, added)
+
+
+def test_a_shortcut_has_no_bias_of_its_own():
+    model = build_model("resnet18", num_classes=4).eval()
+    with folded_batchnorm(model):
+        biases = [conv.folded.bias is not None for conv, _ in model.foldable()]
+    assert (biases.count(True), biases.count(False)) == (17, 3)
+
+
+def test_where_it_cannot_be_had(monkeypatch):
+    assert "cpu" in why_not_conv_bias_relu("cpu", torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert "deterministic" in why_not_conv_bias_relu("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nmore"), 1.1])
+def test_an_answer_that_is_wrong_or_none_is_noticed(monkeypatch, broken):
+    def fused(*args):
+        if isinstance(broken, RuntimeError):
+            raise broken
+        return broken * plainly(*args)
+
+    monkeypatch.setattr(conv, "_fused", fused)
+    tried_out = conv._why_not.__wrapped__
+    reason = tried_out(torch.device("cpu"), torch.float32)
+    assert ("NOT_SUPPORTED" if isinstance(broken, RuntimeError) else "off by") in reason
+    assert "more" not in reason
+    monkeypatch.setattr(conv, "_fused", plainly)
+    assert tried_out(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype):
+    if (reason := why_not_conv_bias_relu("cuda", dtype)) is not None:
+        pytest.fail(f"attacks in eval mode do without it: {reason}")
+    model = build_model("resnet18", num_classes=10).cuda().to(memory_format=torch.channels_last)
+    images = torch.rand(8, 3, 32, 32, device="cuda")
+    labels = torch.arange(8, device="cuda")
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    crafted = []
+    for fold in (False, True):
+        step = fastarat.TrainStep(
+            model, fastarat.AT(), images, precision=precision, num_steps=1, attack_bn="eval", fold=fold, capture=False
+        )
+        assert step.fold == fold
+        crafted.append(step.attack(images, labels).images)
+    differ = ((crafted[0] - crafted[1]).abs() > 1e-5).float().mean().item()
+    assert differ < (0.02 if dtype == torch.float32 else 0.2)
