@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastarat.kernels import why_not_triton
+from fastarat.kernels import why_not_fold, why_not_triton
 from torch import Tensor, nn
 
 from benchmarks import cases, plain, tables
@@ -36,7 +36,6 @@ from fastarat.defenses import ARAT, AT, TRADES, Defense
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError, unknown
-from fastarat.models import why_not_fold
 
 DEFENSES: dict[str, tuple[Defense, str | None]] = {
     "ar-at": (ARAT(), None),

@@ -166,7 +166,7 @@ def _cuda_graphs(device: torch.device) -> tuple[Status, str, str]:
 
 
 def _folding(device: torch.device) -> tuple[Status, str, str]:
-    from fastarat.models import why_not_fold
+    from fastarat.kernels import why_not_fold
 
     reason = why_not_fold(device, torch.bfloat16 if bf16_support(device)[0] else torch.float32)
     if reason is None:

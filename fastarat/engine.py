@@ -24,8 +24,8 @@ from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, set_backe
 from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
-from fastarat.kernels import interpreting, why_not_triton
-from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, why_not_fold
+from fastarat.kernels import interpreting, why_not_fold, why_not_triton
+from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features
 from fastarat.winograd import held, set_winograd
 
 Precision = str

@@ -71,15 +71,6 @@ class Folded(NamedTuple):
         return F.relu(y) if relu else y
 
 
-def why_not_fold(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why folding BatchNorm into the convolutions would not pay on `device`, or None where it does.
-
-    On a GPU a bias, an add and a ReLU of their own take more passes over the images than the fused BatchNorm kernel's
-    one: folding pays there only if the convolution does them itself.
-    """
-    return why_not_conv_bias_relu(device, dtype) if device.type == "cuda" else None
-
-
 @contextmanager
 def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Fold the "adv" branch's running statistics and affine into the convolutions before them, inside the block.

@@ -103,9 +103,7 @@ def held(model: nn.Module) -> Iterator[None]:
 
     A convolution that has absorbed a BatchNorm keeps the transform of its own.
     """
-    layers = [
-        m for m in model.modules() if qualifies(m) and m.weight.device.type == "cpu" and not hasattr(m, "folded")
-    ]
+    layers = [m for m in model.modules() if qualifies(m) and m.weight.device.type == "cpu" and not hasattr(m, "folded")]
     for m in layers:
         m.held = m.weight, transformed(m.weight)
     try:

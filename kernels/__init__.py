@@ -1,7 +1,7 @@
 """The fused operations of fastarat, each with a plain PyTorch twin. Importing this imports no Triton."""
 
 from .backend import interpreting, why_not_triton
-from .conv import conv_bias_relu, why_not_conv_bias_relu
+from .conv import conv_bias_relu, why_not_conv_bias_relu, why_not_fold
 from .pgd_update import pgd_update
 from .split_bn import SplitBN, split_bn
 
@@ -12,5 +12,6 @@ __all__ = [
     "pgd_update",
     "split_bn",
     "why_not_conv_bias_relu",
+    "why_not_fold",
     "why_not_triton",
 ]

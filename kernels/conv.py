@@ -27,6 +27,15 @@ def why_not_conv_bias_relu(device: torch.device | str, dtype: torch.dtype) -> st
     return _why_not(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index), dtype)
 
 
+def why_not_fold(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Say why folding BatchNorm into the convolutions would not pay on `device`, or None where it does.
+
+    On a GPU a bias, an add and a ReLU of their own take more passes over the images than the fused BatchNorm kernel's
+    one: folding pays there only if the convolution does them itself.
+    """
+    return why_not_conv_bias_relu(device, dtype) if torch.device(device).type == "cuda" else None
+
+
 @functools.cache
 def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator(device).manual_seed(0)

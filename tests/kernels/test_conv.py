@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastarat.kernels import conv, conv_bias_relu, why_not_conv_bias_relu
 
 import fastarat
-from fastarat.kernels import conv, conv_bias_relu, why_not_conv_bias_relu
 from fastarat.models import build_model, folded_batchnorm
 
 
@@ -42,9 +42,7 @@ def test_gradients_are_those_of_the_parts(stand_in, add, stride, padding, kernel
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "plain", "added"), [("resnet18", 9, 8), ("preactresnet18", 8, 0), ("wrn-10-1", 3, 0)]
-)
+@pytest.mark.parametrize(("name", "plain", "added"), [("resnet18", 9, 8), ("preactresnet18", 8, 0), ("wrn-10-1", 3, 0)])
 def test_a_folded_network_takes_it_everywhere_it_fits(stand_in, name, plain, added):
     model = build_model(name, num_classes=4).double()
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
