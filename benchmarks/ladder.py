@@ -63,9 +63,10 @@ PLAINEST: dict[str, Any] = {
     "capture": False,
     "compile_loss": False,
     "fold": False,
+    "optimizer": "torch",
 }
 """Options of our step with every fast path off."""
-_BUILT_FIRST = ("graph", "plain", "bf16", "step", "triton", "fold", "channels-last", "compile")
+_BUILT_FIRST = ("graph", "plain", "bf16", "step", "triton", "fold", "sgd", "channels-last", "compile")
 _FEW = 8  # images of the equality checks
 
 
@@ -89,6 +90,7 @@ PREDICTED = {
     "triton": Predicted(3, 3.6, 3.6, "once the host is out of the way"),
     "graph": Predicted(1, 13, 13, "more on a slow host"),
     "fold": Predicted(14, 4.3, 4.3),
+    "sgd": Predicted(11, 0.1, 0.15, "against SGD in five passes; against a fused SGD and a cast, 0.016"),
     "compile": Predicted(16, 0.05, 0.1),
 }
 
@@ -146,6 +148,8 @@ def rungs(setup: Setup, device: torch.device, *, dry: bool = False) -> list[Rung
     if _attack_bn(setup) == "eval":
         dtype = torch.bfloat16 if options["precision"] == "bf16" else torch.float32
         add("fold", "BatchNorm folded into the attack's convolutions", why_not_fold(device, dtype), fold=True)
+    low = "" if options["precision"] == "bf16" and cuda else "no bf16 weights to write"
+    add("sgd", "SGD that writes the attack's bf16 weights in its own pass", low, optimizer="fastarat")
     compiles = "" if cuda else "compiling for a CPU takes longer than it can save"
     add("compile", "compiled loss", compiles, compile_loss=True)
     return [r for r in found if not setup.short or r.name in ("triton", "graph", "fold")]
@@ -239,6 +243,7 @@ def make_step(
         capture={True: "on", False: "off"}.get(options["capture"], options["capture"]),
         compile_loss=options["compile_loss"],
         fold_bn=options["fold"],
+        optimizer=options["optimizer"],
         attack=AttackConfig(num_steps=num_steps, bn=DEFENSES[setup.defense][1]),
     )
     return bench.make_step(config, defense or DEFENSES[setup.defense][0], device, options["precision"])

@@ -31,6 +31,7 @@ from fastarat.errors import UserError
 from fastarat.evaluate import Evaluation, evaluate
 from fastarat.graphs import capture
 from fastarat.models import build_model
+from fastarat.optim import SGD
 from fastarat.train import Result, train
 
 try:
@@ -51,6 +52,7 @@ __all__ = [
     "GAIRFAT",
     "LBGAT",
     "MART",
+    "SGD",
     "TRADES",
     "VIR",
     "Config",

@@ -13,11 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from fastarat.errors import unknown
 from fastarat.kernels import pgd_update
 
 Norm = Literal["linf", "l2"]
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
 
 
@@ -190,7 +192,11 @@ class PGD:
         model: images float32 [B, C, H, W] in [0, 1] -> logits [B, K].
         epsilon, step_size: pixel units; step_size defaults to epsilon / 4.
         num_steps, objective, norm, backend: as in `pgd`. start: as in `random_start`.
-        mode: "eval" or "train" for the attack, None leaves the model's own.
+        mode: "eval" or "train" for the attack (the latter moves running statistics, as the model's own forward does),
+            None leaves the model's own.
+        precision: "fp32" leaves the model as it is; "bf16" and "fp16" cast its weights once per attack and run its
+            forwards under autocast. Images, update and objective stay float32.
+        count: also count kappa.
         generator: source of the random start, on the model's device; default a new one with seed 0.
     Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked.
     """
@@ -206,9 +212,14 @@ class PGD:
         norm: Norm = "linf",
         start: Start = "uniform",
         mode: Literal["eval", "train"] | None = "eval",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        count: bool = False,
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> None:
+        if precision not in _PRECISIONS:
+            raise unknown("precision", precision, _PRECISIONS)
+        self.dtype = _PRECISIONS[precision]
         self.model, self.epsilon, self.norm, self.start, self.mode = model, epsilon, norm, start, mode
         self.objective = objective
         device = next(model.parameters()).device
@@ -222,6 +233,7 @@ class PGD:
             num_steps=num_steps,
             objective=objective,
             norm=norm,
+            count=count,
             backend=backend,
         )
 
@@ -230,14 +242,27 @@ class PGD:
             frozen(self.model),
             mode_of(self.model, self.model.training if self.mode is None else self.mode == "train"),
         ):
+            forward = self._forward()
             target = labels
             if self.objective == "kl":
                 with torch.no_grad():
-                    target = self.model(images)
+                    target = forward(images)
             start = random_start(
                 images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
             )
-            return self._pgd(self.model, images, labels, target, start)
+            return self._pgd(forward, images, labels, target, start)
+
+    def _forward(self) -> Callable[[Tensor], Tensor]:
+        if self.dtype is None:
+            return self.model
+        # Once for all forwards: autocast alone would cast every weight at each of them, or keep a cast of old ones.
+        weights = {n: p.detach().to(self.dtype) for n, p in self.model.named_parameters() if p.dim() >= 2}
+
+        def forward(points: Tensor) -> Tensor:
+            with torch.autocast(points.device.type, dtype=self.dtype, cache_enabled=False):
+                return functional_call(self.model, weights, (points,))
+
+        return forward
 
 
 @contextmanager

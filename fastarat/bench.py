@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,10 +32,11 @@ from torch import Tensor, nn
 from fastarat.config import AttackConfig, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import ARREST, CAAT, CURE, LBGAT, VIR, Defense
-from fastarat.engine import TrainStep
+from fastarat.engine import RATES, TrainStep, default_sgd
 from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
+from fastarat.optim import SGD
 from fastarat.train import pick_device, usable_precision
 
 FORMAT = 1
@@ -452,6 +454,7 @@ class BenchConfig:
     capture: Literal["auto", "on", "off", "fake"] = _f("auto", "replay the whole step as one CUDA graph")
     compile_loss: bool = _f(False, "torch.compile the loss")
     fold_bn: bool = _f(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
+    optimizer: Literal["fastarat", "torch"] = _f("fastarat", "as --optim.optimizer in fastarat train")
     awp: float | None = _f(None, "gamma_w of adversarial weight perturbation")
     repeats: int | None = _f(None, "samples (default: 20; 5 on a CPU)")
     steps: int | None = _f(None, "steps per sample (default: half a second's worth)")
@@ -535,6 +538,7 @@ def make_step(config: BenchConfig, defense: Defense, device: torch.device, preci
         step_size=config.attack.step_size,
         num_steps=config.attack.num_steps,
         num_restarts=config.attack.num_restarts,
+        optimizer=default_sgd if config.optimizer == "torch" else partial(SGD, **RATES, backend=config.kernels),
         norm=config.attack.norm,
         attack_bn=config.attack.bn,
         start=config.attack.start,
@@ -668,6 +672,8 @@ def _fast_paths(config: BenchConfig, step: TrainStep, device: torch.device) -> l
         found.append("BatchNorm folded in the attack")
     if not step.why_eager:
         found.append("fake capture" if config.capture == "fake" else "one CUDA graph")
+    if step.one_pass and why_not_triton(device) is None:
+        found.append("SGD that writes the attack's weights")
     if config.compile_loss:
         found.append("compiled loss")
     return found

@@ -53,7 +53,9 @@ class OptimConfig:
     momentum: float | None = _f(None, "of SGD")
     weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released")
     nesterov: bool | None = _f(None, "Nesterov momentum")
-    optimizer: Literal["torch", "apex"] = _f("torch", "torch's fused SGD, or NVIDIA Apex FusedSGD if installed")
+    optimizer: Literal["fastarat", "torch", "apex"] = _f(
+        "fastarat", "fused SGD that also writes the attack's bf16 weights, torch's, or NVIDIA Apex's if installed"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

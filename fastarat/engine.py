@@ -26,6 +26,7 @@ from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_fold, why_not_triton
 from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features
+from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
 
 Precision = str
@@ -33,7 +34,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NEVER = 2**62
 # Inductor must not wrap its own CUDA graphs inside ours.
 _INDUCTOR = {"triton.cudagraphs": False}
-default_sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+RATES = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+default_sgd = partial(torch.optim.SGD, **RATES, fused=True)
 
 
 class Forward:
@@ -113,8 +115,9 @@ class TrainStep:
         model: images float32 [B, C, H, W] in [0, 1] -> logits [B, K]; on the device the step runs on.
         defense: a `Defense`.
         example: float32 [>=2, C, H, W], shape of the batches; only its shape is read.
-        optimizer: called with the list of parameters (the model's and the companions'); default SGD as the
-            defense's recipe.
+        optimizer: called with the list of parameters (the model's and the companions'); default PyTorch's SGD, fused.
+            `fastarat.SGD` writes the bf16 or fp16 weights of the next attack in its own pass; weights that are then
+            written to through `.data` need its `refresh`.
         epsilon, step_size: pixel units; step_size defaults to epsilon / 4.
         num_steps, num_restarts, norm, attack_bn, start, objective: the attack; None follows the defense.
         precision: "fp32", "tf32", "bf16", "fp16" (with loss scaling).
@@ -128,6 +131,7 @@ class TrainStep:
             only where cuDNN adds bias and ReLU to a convolution itself).
         winograd: on a CPU, Winograd convolutions where they are faster (built-in networks, float32).
         awp: gamma_w of adversarial weight perturbation (Wu et al., NeurIPS 2020), or None; awp_warmup: epochs without.
+    one_pass: whether the optimiser's step also writes the attack's low-precision weights.
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
         captured step overwrites at its next call.
     Raises: UserError for a network without BatchNorm asked to split, an unknown option, or a step that cannot be
@@ -223,6 +227,12 @@ class TrainStep:
                 for name, p in self.model.named_parameters()
                 if p.dim() >= 2
             }
+        # Only an optimiser that says so writes the copies; another's weights are cast when the attack begins.
+        self.one_pass = bool(self._low) and isinstance(self.optimizer, SGD)
+        if self.one_pass:
+            own = dict(self.model.named_parameters())
+            self.optimizer.keep_copies({own[name]: copy for name, copy in self._low.items()})
+        self._seen: list[int] = []
         convs = {id(conv.weight) for conv, _ in self.model.foldable()} if self.fold else set()
         self._folded = {name for name, p in self.model.named_parameters() if id(p) in convs}
         self._terms = self._heads_and_loss
@@ -294,14 +304,20 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         images = images.to(memory_format=self.memory_format)
-        if self._capture is None:
-            return self._step(images, labels)
         shape = tuple(images.shape)
-        if shape not in self._graphs:
-            if len(self._graphs) == 2:
-                return self._step(images, labels)
+        if self._capture is not None and shape not in self._graphs and len(self._graphs) < 2:
             self._graphs[shape] = self._captured(images, labels)
-        return self._graphs[shape](images, labels)
+        self._cast_if_written()
+        return self._graphs.get(shape, self._step)(images, labels)
+
+    def _cast_if_written(self) -> None:
+        """Cast the weights anew if anything but the optimiser has written to them since it did.
+
+        A replayed graph leaves no trace on the version of a tensor, and neither does a write through `.data`.
+        """
+        if self.one_pass and self._seen != (versions := [p._version for p in self.optimizer.copies]):
+            self.optimizer.refresh()
+            self._seen = versions
 
     def _captured(self, images: Tensor, labels: Tensor) -> Captured:
         """Capture the step for this shape; the warm-up steps that capturing needs leave no trace."""
@@ -358,11 +374,15 @@ class TrainStep:
         self.defense.backward(terms, self.model, self.scaler.scale, views)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.one_pass:
+            self._seen = [p._version for p in self.optimizer.copies]
         if pushed:
             with torch.no_grad():
                 torch._foreach_sub_(*pushed)
         self.steps += 1
         self.defense.after_step(self.companions, self.model, self.steps)
+        # Here, inside the graph: weights pulled back, or written by the defense, are not what the optimiser cast.
+        self._cast_if_written()
         terms = {name: term.detach() for name, term in terms.items()}
         self.meter.add(terms, views)
         return terms
@@ -403,6 +423,7 @@ class TrainStep:
         def logits(points: Tensor) -> Tensor:
             return self.forward(points, "adv", updates=updates, training=mode != "eval")[0]
 
+        self._cast_if_written()
         with mode_of(self.model, mode != "eval"), frozen(self.model), self._attack_weights(mode):
             target = labels
             if self.objective == "kl":
@@ -425,9 +446,10 @@ class TrainStep:
             if not low:
                 stack.enter_context(held(self.model))
             else:
-                own = dict(self.model.named_parameters())
-                with torch.no_grad():
-                    torch._foreach_copy_(list(low.values()), [own[name] for name in low])
+                if not self.one_pass:
+                    own = dict(self.model.named_parameters())
+                    with torch.no_grad():
+                        torch._foreach_copy_(list(low.values()), [own[name] for name in low])
                 self.forward.weights = low
                 stack.callback(setattr, self.forward, "weights", None)
             yield
@@ -469,6 +491,7 @@ class TrainStep:
         self.model.load_state_dict(state["model"])
         self.companions.load_state_dict(state["companions"])
         self.optimizer.load_state_dict(state["optimizer"])
+        lay_out_state(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.steps.copy_(state["steps"])
         for group in self.optimizer.param_groups:

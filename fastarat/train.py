@@ -39,6 +39,7 @@ from fastarat.errors import UserError
 from fastarat.evaluate import evaluate
 from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
+from fastarat.optim import SGD
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
 from fastarat.schedules import RECIPES, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
@@ -196,7 +197,9 @@ def sgd(config: Config, device: torch.device):
         return lambda parameters: FusedSGD(parameters, **options)
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UserError("optim.nesterov needs optim.momentum above 0")
-    return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
+    if config.optim.optimizer == "torch":
+        return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
+    return lambda parameters: SGD(parameters, backend=config.kernels, **options)
 
 
 class _Training:
@@ -548,7 +551,9 @@ class _Training:
             "schedule": f"{optim.recipe}{scaled}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
             f"{config.batch_size}, "
             f"lr {optim.lr:g}, momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
-            "optimiser": "NVIDIA Apex FusedSGD" if optim.optimizer == "apex" else "torch SGD, fused",
+            "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}.get(
+                optim.optimizer, "SGD, fused" + (", writing the attack's weights too" if self.step.one_pass else "")
+            ),
             "precision": self.precision_note,
             "device": _device_name(self.device) + f", torch {torch.__version__}",
         }

@@ -3,6 +3,7 @@
 from .backend import interpreting, why_not_triton
 from .conv import conv_bias_relu, why_not_conv_bias_relu, why_not_fold
 from .pgd_update import pgd_update
+from .sgd import sgd_update
 from .split_bn import SplitBN, split_bn
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "conv_bias_relu",
     "interpreting",
     "pgd_update",
+    "sgd_update",
     "split_bn",
     "why_not_conv_bias_relu",
     "why_not_fold",

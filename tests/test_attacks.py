@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastarat
-from fastarat.attacks import OBJECTIVES, kl, margin, pgd, random_start, strongest
+from fastarat.attacks import OBJECTIVES, PGD, kl, margin, pgd, random_start, strongest
 
 
 def linear_model() -> tuple[nn.Module, torch.Tensor]:
@@ -154,3 +154,38 @@ def test_tensor_budgets_give_the_same_points():
 def test_unknown_objective():
     with pytest.raises(fastarat.UserError, match="ce"):
         pgd(None, torch.rand(1, 1, 1, 1), None, None, torch.rand(1, 1, 1, 1), epsilon=0.1, step_size=0.1, num_steps=1, objective="cee")  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl"])
+def test_an_attack_in_bf16_is_autocasts_and_leaves_the_weights_alone(objective):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    images, labels = torch.rand(6, 3, 8, 8), torch.randint(4, (6,))
+    with torch.no_grad():
+        model(images)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    options = {"epsilon": 0.1, "step_size": 0.05, "num_steps": 3, "objective": objective}
+    attack = PGD(model, precision="bf16", count=True, **options)
+    seen = []
+    hook = model[0].register_forward_hook(lambda m, args, out: seen.append((m.weight.dtype, out.dtype)))
+    found = attack(images, labels)
+    hook.remove()
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    model.eval()
+
+    def forward(points):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            return model(points)
+
+    start = random_start(images, epsilon=0.1, generator=torch.Generator().manual_seed(0))
+    target = forward(images).detach() if objective == "kl" else labels
+    wanted = pgd(forward, images, labels, target, start, count=True, **options)
+    assert torch.equal(found.images, wanted.images)
+    assert torch.equal(found.kappa, wanted.kappa)
+    assert found.images.dtype == torch.float32
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_precision_nobody_knows():
+    with pytest.raises(fastarat.UserError, match="fp32"):
+        PGD(nn.Linear(2, 2), epsilon=0.1, precision="half")

@@ -47,20 +47,24 @@ def assert_equal_state(a, b, exact=True):
         torch.testing.assert_close(p, q, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5, msg=name)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_captured_attack_equals_eager_also_after_the_weights_change(mode):
+def test_captured_attack_equals_eager_also_after_the_weights_change(mode, precision):
     device = where(mode)
     model = small_model(device).to(memory_format=torch.channels_last)
     images, labels = batch(device=device)
     eager, inner = (
-        PGD(model, epsilon=0.1, num_steps=3, generator=torch.Generator(device).manual_seed(5)) for _ in "ab"
-    )
+        PGD(model, epsilon=0.1, num_steps=3, precision=precision, count=True,
+            generator=torch.Generator(device).manual_seed(5)) for _ in "ab"
+    )  # fmt: skip
     fast = fastarat.capture(inner, (images, labels), mode=mode, warmup=1)
     inner.generator.manual_seed(9)
     eager.generator.manual_seed(9)
     for seed in (1, 2, 3):
         images, labels = batch(seed=seed, device=device)
-        torch.testing.assert_close(fast(images, labels).images, eager(images, labels).images, rtol=0, atol=1e-6)
+        found, wanted = fast(images, labels), eager(images, labels)
+        torch.testing.assert_close(found.images, wanted.images, rtol=0, atol=1e-6)
+        assert torch.equal(found.kappa, wanted.kappa)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * torch.randn_like(p))

@@ -67,7 +67,7 @@ def climbed(tmp_path_factory):
 def test_a_ladder_times_every_rung_this_machine_has(climbed):
     (found,) = climbed["results"]
     names = [r["name"] for r in found["rungs"]]
-    assert names == ["plain", "step", "channels-last", "bf16", "triton", "graph", "fold", "compile"]
+    assert names == ["plain", "step", "channels-last", "bf16", "triton", "graph", "fold", "sgd", "compile"]
     timed = [r for r in found["rungs"] if "ms" in r]
     assert {"plain", "step", "channels-last", "graph", "fold"} <= {r["name"] for r in timed}
     for r in found["rungs"]:

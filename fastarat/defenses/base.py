@@ -192,7 +192,10 @@ class Defense:
         scale(sum(terms.values())).backward()
 
     def after_step(self, companions: nn.ModuleDict, model: nn.Module, step: Tensor) -> None:
-        """Follow an optimiser step. step: 0-d int64, steps done so far."""
+        """Follow an optimiser step. step: 0-d int64, steps done so far.
+
+        What it writes to the model's weights, it writes in place, not through `.data`: nobody would notice.
+        """
 
 
 _RESUMING: ContextVar[bool] = ContextVar("resuming", default=False)
