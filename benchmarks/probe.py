@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastarat.kernels import split_bn, why_not_triton
+from fastarat.kernels import split_bn, stem_applies, stem_input_grad, why_not_triton
 from torch import Tensor, nn
 
 from benchmarks import cases
@@ -273,7 +273,18 @@ def stem(on: Ground) -> list[dict[str, Any]]:
         needed = Layer("stem", 3, 64, 3, 1, cases.IMAGE_SIZE).flop(batch)
         what = f"{name}, {_name(dtype)}, batch {batch}"
         rows.append({"what": what, **row, "tflops": needed / _median_s(row) / 1e12})
-    return rows
+    dy = torch.randn(batch, 64, cases.IMAGE_SIZE, cases.IMAGE_SIZE, device=on.device).to(on.dtype)
+    dy, weight = (
+        dy.contiguous(memory_format=torch.channels_last),
+        torch.randn(64, 3, 3, 3, device=on.device).to(on.dtype),
+    )
+    ours: dict[str, Any] = {"what": f"fastarat's kernel, {_name(on.dtype)}, batch {batch}"}
+    if stem_applies(dy, weight):
+        ours |= timed(lambda: stem_input_grad(dy, weight), on)
+        ours["tflops"] = needed / _median_s(ours) / 1e12
+    else:
+        ours["skipped"] = "it is for half precision on a GPU"
+    return [*rows, ours]
 
 
 def _name(dtype: torch.dtype) -> str:

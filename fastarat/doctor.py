@@ -149,7 +149,11 @@ def _triton(device: torch.device) -> tuple[Status, str, str]:
     reason = why_not_triton(device)
     version = _version("triton")
     if reason is None:
-        return "used", f"{version}: split BatchNorm and the PGD update are fused", ""
+        return (
+            "used",
+            f"{version}: fused split BatchNorm and PGD update, the stem's input gradient, SGD that writes bf16 weights",
+            "",
+        )
     if device.type != "cuda":
         return "not used", reason, "run on an NVIDIA GPU; on a CPU the plain PyTorch twins are the fast way"
     return ("not used" if version else "missing"), reason, "pip install 'triton>=3.6' (Linux)"

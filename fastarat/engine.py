@@ -20,12 +20,12 @@ from torch.func import functional_call
 
 from fastarat import attacks
 from fastarat.attacks import frozen, mode_of
-from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, set_backend, split_batchnorm
+from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, split_batchnorm
 from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_fold, why_not_triton
-from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features
+from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels
 from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
 
@@ -172,12 +172,12 @@ class TrainStep:
         if defense.splits:
             model = model if branches_of(model) else split_batchnorm(model)
         model = grouped_batchnorm(model)
-        set_backend(model, kernels)
+        set_kernels(model, kernels)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
         self.companions = defense.companions(model, torch.rand_like(example[:2], device=self.device)).to(self.device)
         self.companions = self.companions.to(memory_format=self.memory_format).train()
-        set_backend(self.companions, kernels)
+        set_kernels(self.companions, kernels)
         for module in (self.model, self.companions):
             set_winograd(module, winograd)
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]

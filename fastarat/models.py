@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastarat.batchnorm import BatchNorm2d
+from fastarat.batchnorm import BatchNorm2d, set_backend
 from fastarat.errors import UserError, unknown
-from fastarat.kernels import conv_bias_relu, why_not_conv_bias_relu
+from fastarat.kernels import conv_bias_relu, stem_applies, stem_conv, why_not_conv_bias_relu
 from fastarat.winograd import Conv2d, convolve, qualifies, transformed
 
 PENULTIMATE = "penultimate"
@@ -117,6 +117,32 @@ def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residua
     y = bn(x)
     taps.record(name, y)
     return F.relu(y if residual is None else y + residual)
+
+
+class Stem(Conv2d):
+    """A network's first convolution, 3x3: on a GPU in half precision its input gradient has a kernel of its own."""
+
+    backend = "auto"
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kind, weight = x.device.type, self.weight
+            if torch.is_autocast_enabled(kind):
+                weight = weight.to(torch.get_autocast_dtype(kind))
+            if stem_applies(x, weight, self.backend):
+                return stem_conv(x, weight, self.backend)
+        return super().forward(x)
+
+
+def set_kernels(model: nn.Module, backend: str) -> None:
+    """Choose "auto", "triton" or "plain" for every layer of `model` that has a kernel."""
+    set_backend(model, backend)
+    for m in model.modules():
+        if isinstance(m, Stem):
+            m.backend = backend
 
 
 class BasicBlock(nn.Module):
@@ -248,7 +274,7 @@ class ResNet(Network):
         self, widths: Sequence[int], blocks: int, strides: Sequence[int], num_classes: int, in_channels: int = 3
     ) -> None:
         super().__init__()
-        self.conv1 = Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+        self.conv1 = Stem(in_channels, widths[0])
         self.bn1 = BatchNorm2d(widths[0])
         planes = widths[0]
         self.num_stages = len(widths)
@@ -277,7 +303,7 @@ class PreActResNet18(Network):
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+        self.conv1 = Stem(in_channels, 64)
         planes = 64
         for i, (width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
             setattr(self, f"layer{i}", nn.Sequential(PreActBlock(planes, width, stride), PreActBlock(width, width, 1)))
@@ -304,7 +330,7 @@ class WideResNet(Network):
             )
         blocks = (depth - 4) // 6
         planes = 16
-        self.conv1 = Conv2d(in_channels, planes, 3, 1, 1, bias=False)
+        self.conv1 = Stem(in_channels, planes)
         for i, (width, stride) in enumerate(((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)), 1):
             stage = [WideBlock(planes if b == 0 else width, width, stride if b == 0 else 1) for b in range(blocks)]
             setattr(self, f"block{i}", _Stage(stage))

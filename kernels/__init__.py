@@ -5,6 +5,7 @@ from .conv import conv_bias_relu, why_not_conv_bias_relu, why_not_fold
 from .pgd_update import pgd_update
 from .sgd import sgd_update
 from .split_bn import SplitBN, split_bn
+from .stem import stem_applies, stem_conv, stem_input_grad
 
 __all__ = [
     "SplitBN",
@@ -13,6 +14,9 @@ __all__ = [
     "pgd_update",
     "sgd_update",
     "split_bn",
+    "stem_applies",
+    "stem_conv",
+    "stem_input_grad",
     "why_not_conv_bias_relu",
     "why_not_fold",
     "why_not_triton",

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .stem import stem_applies, stem_input_grad
+
 
 def why_not_conv_bias_relu(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Say why `conv_bias_relu` cannot serve tensors on `device`, or None when it can.
@@ -98,7 +100,9 @@ class _ConvBiasReLU(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
         dx = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.stride == ctx.padding == (1, 1) and stem_applies(dy, weight):
+            dx = stem_input_grad(dy, weight).to(x.dtype)
+        elif ctx.needs_input_grad[0]:
             dx = torch.ops.aten.convolution_backward(
                 dy, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
             )[0]
