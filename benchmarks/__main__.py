@@ -29,6 +29,7 @@ from benchmarks import tables
 from benchmarks.cases import CASES, Case, Pair, Size, Unavailable
 from fastarat.bench import FORMAT, Clock, machine, quartiles
 from fastarat.errors import UserError, unknown
+from fastarat.train import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 _SHORTEST_S = 0.01  # a sample is at least this long: below it, clocks and launches are what is measured
@@ -130,18 +131,8 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _size(args: argparse.Namespace) -> Size:
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    device = pick_device(args.device)
     if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if precision not in ("fp32", "tf32", "bf16"):

@@ -68,6 +68,7 @@ PLAINEST: dict[str, Any] = {
 """Options of our step with every fast path off."""
 _BUILT_FIRST = ("graph", "plain", "bf16", "step", "triton", "fold", "sgd", "channels-last", "compile")
 _FEW = 8  # images of the equality checks
+_COMPILING_S = 45
 
 
 class Predicted(NamedTuple):
@@ -417,7 +418,9 @@ def climb(
     work: float | None = None
     for rung in sorted(ladder, key=lambda rung: _BUILT_FIRST.index(rung.name)):
         result = results[rung.name]
-        if rung.skipped or (calls and time.monotonic() > deadline):
+        # Inductor alone takes most of a minute, and the rounds of the others must still fit.
+        least = _COMPILING_S if rung.name == "compile" and not rung.skipped and not dry else 0
+        if rung.skipped or (calls and time.monotonic() + least > deadline):
             result["skipped"] = rung.skipped or "out of time"
             continue
         try:
@@ -440,33 +443,36 @@ def climb(
     calls = {rung.name: calls[rung.name] for rung in ladder if rung.name in calls}
     if not calls or work is None:
         return found
-    samples, peaks, inner = _rounds(calls, clock, device, repeats, deadline, dry)
     ceiling = bench.matmul_ceiling(device, small=dry)
-    rates = [ceiling.amount / s for s in peaks]
-    found |= {
-        "cost": cost._asdict() | {"forwards": cost.forwards, "flop_per_image": work / setup.batch_size},
-        "peak": {"name": ceiling.name, "samples_s": peaks, "tflops": quartiles(rates, 1e-12)},
-        "rounds": len(peaks),
-    }
-    previous: list[float] | None = None
-    for result in found["rungs"]:
-        times = samples.get(result["name"])
-        if times is None:
-            continue
-        result |= {
-            "steps_per_sample": inner[result["name"]],
-            "samples_s": times,
-            "ms": quartiles(times, 1e3),
-            "epoch_s": quartiles(times, EPOCH_IMAGES / setup.batch_size),
-            "images_per_s": setup.batch_size / statistics.median(times),
-            "tflops": work / statistics.median(times) / 1e12,
-            "mfu": statistics.median(work / s / r for s, r in zip(times, rates, strict=True)),
-        }
-        if previous is not None:
-            result["gain_ms"] = quartiles([a - b for a, b in zip(previous, times, strict=True)], 1e3)
-        if result["name"] in PREDICTED and _predictions_hold(setup, num_steps):
-            result["predicted"] = PREDICTED[result["name"]]._asdict()
-        previous = previous if "unequal" in result else times
+    found |= {"cost": cost._asdict() | {"forwards": cost.forwards, "flop_per_image": work / setup.batch_size}}
+
+    def on_round(samples: dict[str, list[float]], peaks: list[float], inner: dict[str, int]) -> None:
+        """Put into `found` what is known after a round, so that a run stopped by the clock leaves its last one."""
+        rates = [ceiling.amount / s for s in peaks]
+        found["peak"] = {"name": ceiling.name, "samples_s": peaks, "tflops": quartiles(rates, 1e-12)}
+        found["rounds"] = len(peaks)
+        previous: list[float] | None = None
+        for result in found["rungs"]:
+            times = samples.get(result["name"])
+            if times is None:
+                continue
+            result |= {
+                "steps_per_sample": inner[result["name"]],
+                "samples_s": times,
+                "ms": quartiles(times, 1e3),
+                "epoch_s": quartiles(times, EPOCH_IMAGES / setup.batch_size),
+                "images_per_s": setup.batch_size / statistics.median(times),
+                "tflops": work / statistics.median(times) / 1e12,
+                "mfu": statistics.median(work / s / r for s, r in zip(times, rates, strict=True)),
+            }
+            if previous is not None:
+                result["gain_ms"] = quartiles([a - b for a, b in zip(previous, times, strict=True)], 1e3)
+            if result["name"] in PREDICTED and _predictions_hold(setup, num_steps):
+                result["predicted"] = PREDICTED[result["name"]]._asdict()
+            previous = previous if "unequal" in result else times
+        on_rung(found)
+
+    _rounds(calls, clock, ceiling, repeats, deadline, on_round)
     return found
 
 
@@ -511,15 +517,14 @@ def _built(
 def _rounds(
     calls: dict[str, Callable[[], object]],
     clock: Clock,
-    device: torch.device,
+    ceiling: bench.Ceiling,
     repeats: int,
     deadline: float,
-    dry: bool,
-) -> tuple[dict[str, list[float]], list[float], dict[str, int]]:
+    on_round: Callable[[dict[str, list[float]], list[float], dict[str, int]], None],
+) -> None:
     """Time every call in each round, in an order that rotates; also the machine's matrix rate."""
-    shortest = 0.1 if device.type == "cuda" else 0.0
+    shortest = 0.1 if clock.device.type == "cuda" else 0.0
     inner = {name: max(1, math.ceil(shortest / clock(call, 1))) for name, call in calls.items()}
-    ceiling = bench.matmul_ceiling(device, small=dry)
     peak_calls = max(1, math.ceil(0.01 / min(clock(ceiling.call, 1) for _ in range(3))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     peaks: list[float] = []
@@ -527,11 +532,12 @@ def _rounds(
     for number in range(repeats):
         if time.monotonic() > deadline and number >= min(3, repeats):
             break
-        peaks.append(clock(ceiling.call, peak_calls))
+        peak = clock(ceiling.call, peak_calls)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             samples[name].append(clock(calls[name], inner[name]))
-    return samples, peaks, inner
+        peaks.append(peak)
+        on_round(samples, peaks, inner)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

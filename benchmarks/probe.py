@@ -33,6 +33,7 @@ from fastarat.attacks import PGD
 from fastarat.bench import Clock, cell, quartiles
 from fastarat.doctor import bf16_support
 from fastarat.errors import UserError, unknown
+from fastarat.graphs import no_collection
 from fastarat.models import build_model
 from fastarat.optim import SGD
 
@@ -105,7 +106,7 @@ def _captured(calls: Sequence[Callable[[], object]], count: int, device: torch.d
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with no_collection(), torch.cuda.graph(graph, stream=stream):
         for i in range(count):
             calls[i % len(calls)]()
     return graph.replay

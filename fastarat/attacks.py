@@ -28,10 +28,13 @@ class Attacked(NamedTuple):
 
     images: float32 [B, C, H, W], within epsilon of the centre and within [0, 1].
     kappa: int64 [B], steps whose current point (before that step) was still classified correctly, or None.
+    objective: float [], what was maximised, summed over images and steps, or None. Where it is not finite the attack
+        has stood still at some step, since a NaN has no sign: a caller that does not look trains on weak attacks.
     """
 
     images: Tensor
     kappa: Tensor | None
+    objective: Tensor | None = None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -137,25 +140,26 @@ def pgd(
             onto the ball, then clip to [0, 1].
         count: also count kappa, the steps at which each image was still classified correctly (GAIRAT).
         backend: of the update kernel: "auto", "triton", "plain".
-    Returns: Attacked(images, kappa).
+    Returns: Attacked(images, kappa, objective).
     Source: Madry et al., ICLR 2018, equation 2.
     """
     loss_of = objective_of(objective)
     kappa = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device) if count else None
-    points = start
+    points, losses = start, []
     for _ in range(num_steps):
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = forward(points)
             loss = loss_of(logits, target).sum()
         (grad,) = torch.autograd.grad(loss, points)
+        losses.append(loss.detach())
         if count:
             kappa += logits.detach().argmax(1) == labels
         if norm == "linf":
             points = pgd_update(points.detach(), grad, images, epsilon=epsilon, step_size=step_size, backend=backend)
         else:
             points = _l2_update(points.detach(), grad, images, epsilon, step_size)
-    return Attacked(points.detach(), kappa)
+    return Attacked(points.detach(), kappa, torch.stack(losses).sum() if losses else None)
 
 
 def strongest(
@@ -170,8 +174,10 @@ def strongest(
     """
     loss_of = objective_of(objective)
     best: Tensor | None = None
+    objectives = []
     for attack in attacks:
-        images, kappa = attack()
+        images, kappa, objective = attack()
+        objectives.append(objective)
         with torch.no_grad():
             loss = loss_of(forward(images), target)
         if best is None:
@@ -180,7 +186,7 @@ def strongest(
         better = (loss > best)[:, None, None, None]
         kept, best = torch.where(better, images, kept), torch.maximum(best, loss)
         fewest = None if kappa is None else torch.minimum(kappa, fewest)
-    return Attacked(kept, fewest)
+    return Attacked(kept, fewest, None if None in objectives else torch.stack(objectives).sum())
 
 
 class PGD:

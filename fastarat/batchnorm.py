@@ -268,8 +268,12 @@ def _apply_updates(pending: list) -> None:
         torch._foreach_add_([s.num_batches_tracked for s, *_ in wave], 1)
         by_momentum: dict[float, list] = {}
         for s, mean, var, unbias in wave:
-            momentum = s.momentum if s.momentum is not None else 1.0 / float(s.num_batches_tracked)
-            by_momentum.setdefault(momentum, []).append((s, mean, var, unbias))
+            if s.momentum is None:  # the cumulative mean, its weight read on the device
+                share = 1.0 / s.num_batches_tracked
+                s.running_mean.lerp_(mean.to(s.running_mean.dtype), share.to(s.running_mean.dtype))
+                s.running_var.lerp_((var * unbias).to(s.running_var.dtype), share.to(s.running_var.dtype))
+            else:
+                by_momentum.setdefault(s.momentum, []).append((s, mean, var, unbias))
         for momentum, entries in by_momentum.items():
             means = [mean.to(s.running_mean.dtype) for s, mean, _, _ in entries]
             variances = torch._foreach_mul(

@@ -233,6 +233,7 @@ class TrainStep:
             own = dict(self.model.named_parameters())
             self.optimizer.keep_copies({own[name]: copy for name, copy in self._low.items()})
         self._seen: list[int] = []
+        self._trained = self.model
         convs = {id(conv.weight) for conv, _ in self.model.foldable()} if self.fold else set()
         self._folded = {name for name, p in self.model.named_parameters() if id(p) in convs}
         self._terms = self._heads_and_loss
@@ -384,7 +385,10 @@ class TrainStep:
         # Here, inside the graph: weights pulled back, or written by the defense, are not what the optimiser cast.
         self._cast_if_written()
         terms = {name: term.detach() for name, term in terms.items()}
-        self.meter.add(terms, views)
+        watched = {}
+        if attacked is not None and attacked.objective is not None:
+            watched["the attack's objective"] = attacked.objective
+        self.meter.add(terms, views, watched)
         return terms
 
     def _heads_and_loss(self, views: Views) -> dict[str, Tensor]:
@@ -446,10 +450,12 @@ class TrainStep:
             if not low:
                 stack.enter_context(held(self.model))
             else:
-                if not self.one_pass:
+                # The optimiser has written the copies, unless another network stands in for its own (an average).
+                if not (self.one_pass and self.model is self._trained):
                     own = dict(self.model.named_parameters())
                     with torch.no_grad():
                         torch._foreach_copy_(list(low.values()), [own[name] for name in low])
+                    self._seen = []
                 self.forward.weights = low
                 stack.callback(setattr, self.forward, "weights", None)
             yield
@@ -529,11 +535,15 @@ def _check_terms(terms: object, where: str) -> None:
 
 
 class Meter:
-    """Sums of terms and correct predictions on the device, and the first step at which a term was not finite."""
+    """Sums of terms and correct predictions on the device, and the first step at which a term was not finite.
+
+    What is watched beside the terms is not summed.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.names: list[str] = []
+        self.watched: list[str] = []
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
         self.steps: Tensor | None = None
@@ -548,21 +558,21 @@ class Meter:
             self.steps.zero_()
             self.first_bad.fill_(_NEVER)
 
-    def add(self, terms: dict[str, Tensor], views: Views) -> None:
+    def add(self, terms: dict[str, Tensor], views: Views, watched: dict[str, Tensor]) -> None:
         values = {**terms}
         size = views.labels.shape[0]
         for key, logits in (("clean_acc", views.logits_clean), ("robust_acc", views.logits_adv)):
             if logits is not None:
                 values[key] = (logits.detach().argmax(1) == views.labels).float().mean()
-        row = torch.stack([v.float() for v in values.values()])
+        row = torch.stack([v.float() for v in (*values.values(), *watched.values())])
         if self.sums is None:
-            self.names, self.num_terms = list(values), len(terms)
+            self.names, self.num_terms, self.watched = list(values), len(terms), list(watched)
             self.sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
-            self.first_bad = torch.full((len(values),), _NEVER, dtype=torch.int64, device=self.device)
+            self.first_bad = torch.full((len(row),), _NEVER, dtype=torch.int64, device=self.device)
             self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
         bad = torch.where(torch.isfinite(row), _NEVER, self.steps)
         torch.minimum(self.first_bad, bad, out=self.first_bad)
-        self.sums[:-1] += torch.nan_to_num(row).double() * size
+        self.sums[:-1] += torch.nan_to_num(row[: len(values)]).double() * size
         self.sums[-1] += size
         self.steps += 1
 
@@ -578,6 +588,7 @@ class Meter:
         """Step (from 0, since the last reset) and name of the first term that was not finite, or None."""
         if self.first_bad is None:
             return None
-        steps = self.first_bad.tolist()[: self.num_terms]
-        first = min(steps)
-        return None if first == _NEVER else (first, self.names[steps.index(first)])
+        steps = dict(zip((*self.names, *self.watched), self.first_bad.tolist(), strict=True))
+        looked_at = (*self.watched, *self.names[: self.num_terms])  # what went wrong first in the step comes first
+        name = min(looked_at, key=steps.get)
+        return None if steps[name] == _NEVER else (steps[name], name)

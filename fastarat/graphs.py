@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,6 +15,24 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fastarat.errors import UserError
 
 Mode = Literal["cuda", "fake"]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector still: the end of an old graph, should it find one, would break the capture."""
+    gc.collect()
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 class Captured:
@@ -47,8 +68,9 @@ class Captured:
             return
         device = self.inputs[0].device
         # Lazy work (cuDNN plans, Triton and Inductor compilation, momentum buffers) must happen before capture, and
-        # on a side stream, so that no autograd node remembers the default one.
-        stream = torch.cuda.Stream(device)
+        # on a side stream, so that no autograd node remembers the default one. One stream for all captures: a memory
+        # pool gives a block back only to the stream that freed it.
+        stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(warmup):
@@ -59,7 +81,10 @@ class Captured:
         for generator in generators:
             self.graph.register_generator_state(generator)
         # Other threads (a loader pinning memory) may call CUDA meanwhile; only this one's calls are captured.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            no_collection(),
+            torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._outputs = self.fn(*self.inputs)
 
     @property

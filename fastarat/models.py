@@ -64,7 +64,9 @@ class Folded(NamedTuple):
 
     def convolved(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         if self.fused and relu:
-            return conv_bias_relu(x, self.weight, self.bias, residual, stride=conv.stride, padding=conv.padding)
+            backend = getattr(conv, "backend", "plain")
+            options = {"stride": conv.stride, "padding": conv.padding, "backend": backend}
+            return conv_bias_relu(x, self.weight, self.bias, residual, **options)
         y = convolve(conv, x, self.weight, self.bias, self.transform)
         if residual is not None:
             y = y + residual

@@ -109,9 +109,9 @@ def _resumed_config(run: Path, config: Config | None, overrides: dict[str, Any])
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises: UserError when it is not there."""
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device; a CUDA one has its number. Raises: UserError without it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -122,6 +122,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use --device cpu"
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # what torch.cuda.set_device and others insist on
     return device
 
 
@@ -436,14 +438,15 @@ class _Training:
         bad = self.step.meter.bad()
         if bad is None:
             return
-        index, term = bad
+        index, name = bad
+        what = name if name in self.step.meter.watched else f"loss term {name!r}"
         last = (
             f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {epoch - 1})"
             if (self.folder.path / "last.pt").exists()
             else "no checkpoint was written yet"
         )
         raise Diverged(
-            f"training stopped: loss term {term!r} became NaN or infinite at epoch {epoch}, step {index + 1} of "
+            f"training stopped: {what} became NaN or infinite at epoch {epoch}, step {index + 1} of "
             f"{self.steps_per_epoch}; {last}. A smaller --optim.lr is the usual mend"
         )
 

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import Backend
 from .stem import stem_applies, stem_input_grad
+
+_LAST = torch.channels_last
 
 
 def why_not_conv_bias_relu(device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -44,14 +47,18 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
     def draw(*shape: int) -> Tensor:
         drawn = torch.randn(shape, device=device, generator=generator).to(dtype)
-        return drawn.contiguous(memory_format=torch.channels_last) if drawn.dim() == 4 else drawn
+        return drawn.contiguous(memory_format=_LAST) if drawn.dim() == 4 else drawn
 
-    x, z, weight, bias = draw(4, 64, 8, 8), draw(4, 64, 8, 8), draw(64, 64, 3, 3) / 24, draw(64)
     try:
-        for residual in (None, z):
-            wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        for channels, stride, add in ((64, 1, False), (64, 1, True), (64, 2, False), (3, 1, False)):
+            x, weight, bias = draw(4, channels, 8, 8), draw(64, channels, 3, 3) / (9 * channels) ** 0.5, draw(64)
+            wanted = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding=1)
+            residual = draw(*wanted.shape) if add else None
             wanted = F.relu(wanted if residual is None else wanted + residual.double())
-            found = _fused(x, weight, bias, residual, (1, 1), (1, 1))
+            # PyTorch hands cuDNN the output, as yet unwritten, as an addend times 0. Let it hold the worst there is.
+            poison = torch.full_like(wanted, float("nan"), dtype=dtype)
+            del poison
+            found = _fused(x, weight.contiguous(memory_format=_LAST), bias, residual, (stride, stride), (1, 1))
             error = (found.double() - wanted).abs().max().item()
             if not error <= 0.05:  # bfloat16 and TF32 keep three digits of numbers up to 5
                 return f"cuDNN's fused convolution is off by {error:.2g} on a small example"
@@ -76,22 +83,24 @@ def conv_bias_relu(
     *,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
+    backend: Backend = "auto",
 ) -> Tensor:
     """relu(conv2d(x, weight) + bias [+ residual]), differentiable by x and residual alone: weights are constants.
 
     x: float [B, I, H, W], cast to the weight's dtype. weight: [O, I, k, k]; bias: [O]; residual: [B, O, H', W']; all of
     one dtype, on a CUDA device for which `why_not_conv_bias_relu` gives None. Returns: [B, O, H', W'].
     Backward is the ReLU's mask, which is the residual's gradient too, and the convolution's input gradient.
+    backend: of that of a stem, as in `stem_conv`.
     """
-    return _ConvBiasReLU.apply(x.to(weight.dtype), weight, bias, residual, tuple(stride), tuple(padding))
+    return _ConvBiasReLU.apply(x.to(weight.dtype), weight, bias, residual, tuple(stride), tuple(padding), backend)
 
 
 class _ConvBiasReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, stride, padding):
+    def forward(ctx, x, weight, bias, residual, stride, padding, backend):
         y = _fused(x, weight, bias, residual, stride, padding)
         ctx.save_for_backward(x, weight, y)
-        ctx.stride, ctx.padding = stride, padding
+        ctx.stride, ctx.padding, ctx.backend = stride, padding, backend
         return y
 
     @staticmethod
@@ -100,10 +109,10 @@ class _ConvBiasReLU(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
         dx = None
-        if ctx.needs_input_grad[0] and ctx.stride == ctx.padding == (1, 1) and stem_applies(dy, weight):
-            dx = stem_input_grad(dy, weight).to(x.dtype)
+        if ctx.needs_input_grad[0] and ctx.stride == ctx.padding == (1, 1) and stem_applies(dy, weight, ctx.backend):
+            dx = stem_input_grad(dy, weight, ctx.backend).to(x.dtype)
         elif ctx.needs_input_grad[0]:
             dx = torch.ops.aten.convolution_backward(
                 dy, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
             )[0]
-        return dx, None, None, dy if ctx.needs_input_grad[3] else None, None, None
+        return dx, None, None, dy if ctx.needs_input_grad[3] else None, None, None, None

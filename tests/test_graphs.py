@@ -14,6 +14,13 @@ CUDA = torch.cuda.is_available()
 MODES = ["fake", "cuda"] if CUDA else ["fake"]
 
 
+@pytest.fixture(autouse=True)
+def _repeatable(monkeypatch):
+    """On a GPU eager and captured steps are compared: let no plan of cuDNN's, nor rounding to TF32, part them."""
+    for name, value in (("deterministic", True), ("benchmark", False), ("allow_tf32", False)):
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+
+
 def where(mode: str) -> torch.device:
     return torch.device("cuda" if mode == "cuda" else "cpu")
 
@@ -36,7 +43,13 @@ def steps(mode, count=2, defense=None, **options):
         made.append(
             fastarat.TrainStep(
                 small_model(where(mode)), defense or fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2,
-                capture=False if i == 0 else (mode if mode == "fake" else True), **options,
+                capture=False if i == 0 else (mode if mode == "fake" else True),
+                # On a GPU, as in a captured step: a Python number has other digits.
+                optimizer=lambda p: torch.optim.SGD(
+                    p, lr=torch.tensor(0.1, device=where(mode)) if mode == "cuda" else 0.1, momentum=0.9,
+                    weight_decay=5e-4, fused=True,
+                ),
+                **options,
             )
         )  # fmt: skip
     return made
@@ -216,7 +229,7 @@ def test_a_captured_run_has_the_weights_of_an_eager_one(tmp_path):
     results = []
     for capture in ("off", "fake"):
         options = {"limit_train": 150, "epochs": 2, "capture": capture, "optim": OptimConfig(lr=0.05)}
-        result = train(small(tmp_path / capture, **options), progress=False)
+        result = train(small(tmp_path / capture, device="cpu", **options), progress=False)
         results.append(load_file(result.run / "last.safetensors"))
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
@@ -362,3 +375,50 @@ def test_awp_warmup_changes_nothing():
     plain(images, labels), warm(images, labels)
     assert not torch.allclose(plain.model.conv1.weight, warm.model.conv1.weight, atol=1e-6)
     assert plain.model.bn1.num_batches_tracked == warm.model.bn1.num_batches_tracked
+
+
+@pytest.mark.parametrize("capture", [False, "fake"])
+@pytest.mark.parametrize("defense", ["at", "fat"])
+def test_an_attack_that_stands_still_is_noticed(capture, defense):
+    """A NaN gradient has no sign: the images stay fine, the training terms too, and the attack is none."""
+    step = fastarat.TrainStep(
+        small_model(), fastarat.DEFENSES[defense](), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, capture=capture
+    )
+    images, labels = batch()
+    step(images, labels)
+    assert step.meter.bad() is None
+    run = step.forward.__class__.__call__
+    sick = []
+
+    def logits(self, points, *branches, **options):
+        out, features = run(self, points, *branches, **options)
+        return (out + float("nan") if sick and points.requires_grad else out), features
+
+    step.forward.__class__ = type("Sick", (step.forward.__class__,), {"__call__": logits})
+    sick.append(1)
+    terms = step(images, labels)
+    assert all(v.isfinite() for v in terms.values())
+    assert step.meter.bad() == (1, "the attack's objective")
+    assert "the attack's objective" not in step.meter.read()
+
+
+def test_the_objective_is_the_sum_over_steps_and_restarts():
+    model, (images, labels) = small_model().eval(), batch()
+    seen = []
+
+    def objective(logits, target):
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        seen.append(loss.sum().item())
+        return loss
+
+    options = {"epsilon": 0.1, "step_size": 0.05, "objective": objective}
+    found = fastarat.attacks.pgd(model, images, labels, labels, images, num_steps=3, **options)
+    assert found.objective.item() == pytest.approx(sum(seen))
+    runs = [
+        lambda n=n: fastarat.attacks.pgd(model, images, labels, labels, images, num_steps=n, **options) for n in (1, 2)
+    ]
+    del seen[:]
+    both = fastarat.attacks.strongest(model, runs, labels)
+    assert both.objective.item() == pytest.approx(sum(seen))
+    none = fastarat.attacks.pgd(model, images, labels, labels, images, num_steps=0, **options)
+    assert none.objective is None

@@ -1,5 +1,6 @@
 """`fastarat.SGD`: torch.optim.SGD's numbers and checkpoints, and copies that are never stale."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from test_graphs import batch, small_model
 
 import fastarat
+from fastarat.data import Batch
 from fastarat.optim import SGD, lay_out_state
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -214,3 +216,33 @@ def test_a_defense_that_writes_weights_after_the_step():
     for i in range(2):
         step(*batch(seed=i))
         assert_fresh(step)
+
+
+def test_an_averaged_network_is_attacked_with_its_own_weights():
+    """averaged_model puts another network in the step's place; the copies the optimiser writes are not its weights."""
+    from fastarat.swa import averaged_model
+
+    step = step_with(lambda p: SGD(p, backend="plain", **OPTIONS))
+    images, labels = batch()
+    step(images, labels)
+    average = fastarat.swa.WeightAverage(step.model)
+    average.update(step.model)
+    for mean in average.parameters:
+        mean.add_(1.0)
+    seen = []
+    weights_of = step._attack_weights
+
+    @contextlib.contextmanager
+    def looked_at(mode):
+        with weights_of(mode):
+            own = dict(step.model.named_parameters())
+            seen.append(all(torch.equal(c, own[n].detach().bfloat16()) for n, c in step.forward.weights.items()))
+            yield
+
+    step._attack_weights = looked_at
+    averaged = averaged_model(step, average, [Batch(images, labels, torch.arange(len(labels)))])
+    assert seen == [True]
+    assert averaged is not step.model
+    step._attack_weights = weights_of
+    step._cast_if_written()
+    assert_fresh(step)

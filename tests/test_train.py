@@ -454,3 +454,14 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(fastarat.UserError, match="cannot write"):
         train(small(tmp_path / "file" / "run"), progress=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_cuda_device_has_its_number(monkeypatch, name):
+    """torch.cuda.set_device refuses one without."""
+    from fastarat.train import pick_device
+
+    for function, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, function, lambda value=value: value)
+    assert pick_device(name) == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0)

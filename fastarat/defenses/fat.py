@@ -41,14 +41,16 @@ def early_stopped(
     points, slack = start, slack.expand(len(images)).clone()
     moving = torch.ones(len(images), dtype=torch.bool, device=images.device)
     kappa = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    objectives = []
     for _ in range(pgd.keywords["num_steps"]):
-        moved, right = one_step(forward, images, labels, target, points)
+        moved, right, objective = one_step(forward, images, labels, target, points)
+        objectives.append(objective)
         right = right.bool()
         moving = moving & (right | (slack > 0))
         slack -= (moving & ~right).long()
         kappa += moving & right
         points = torch.where(moving[:, None, None, None], moved, points)
-    return Attacked(points, kappa)
+    return Attacked(points, kappa, torch.stack(objectives).sum() if objectives else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ STEPS_OF_TENTH = partial(pgd, epsilon=1.0, step_size=0.1, num_steps=4, backend="
 def attacked(slack, starts, forward=towards_one, attack=STEPS_OF_TENTH):
     images = torch.tensor(starts).view(-1, 1, 1, 1)
     labels = torch.zeros(len(starts), dtype=torch.int64)
-    images, kappa = early_stopped(attack, forward, images, labels, labels, images, torch.tensor(slack))
+    images, kappa, _ = early_stopped(attack, forward, images, labels, labels, images, torch.tensor(slack))
     return images.flatten().tolist(), kappa.tolist()
 
 

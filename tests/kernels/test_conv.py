@@ -111,3 +111,22 @@ def test_on_a_gpu(dtype):
         crafted.append(step.attack(images, labels).images)
     differ = ((crafted[0] - crafted[1]).abs() > 1e-5).float().mean().item()
     assert differ < (0.02 if dtype == torch.float32 else 0.2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_captured_on_a_gpu():
+    losses = []
+    for fold in (False, True):
+        torch.manual_seed(0)
+        model = build_model("resnet18", num_classes=10).cuda()
+        step = fastarat.TrainStep(
+            model, fastarat.TRADES(), torch.empty(8, 3, 32, 32), precision="bf16", num_steps=3, fold=fold, capture=True,
+            optimizer=lambda p: fastarat.SGD(p, lr=0.01, momentum=0.9),
+        )  # fmt: skip
+        assert (step.fold, step.one_pass) == (fold, True)
+        generator = torch.Generator("cuda").manual_seed(0)
+        for _ in range(3):
+            images = torch.rand(8, 3, 32, 32, device="cuda", generator=generator)
+            losses.append(sum(v.item() for v in step(images, torch.arange(8, device="cuda")).values()))
+        assert step.meter.bad() is None
+    assert losses[:3] == pytest.approx(losses[3:], rel=0.1)
