@@ -141,7 +141,12 @@ def rungs(setup: Setup, device: torch.device, *, dry: bool = False) -> list[Rung
     add("channels-last", "channels-last", channels_last=True)
     able, why = bf16_support(device)
     add("bf16", "bf16 with weights cast once per step", "" if able else why, precision="bf16")
-    add("triton", "fused BN + add + ReLU, PGD update and stem gradient in Triton", why_not_triton(device), kernels="auto")
+    add(
+        "triton",
+        "fused BN + add + ReLU, PGD update and stem gradient in Triton",
+        why_not_triton(device),
+        kernels="auto",
+    )
     if cuda or not dry:
         add("graph", "the whole step as one CUDA graph", "" if cuda else "a CPU has no CUDA graphs", capture=True)
     else:

@@ -5,6 +5,7 @@ Source: Madry et al., ICLR 2018 (L-infinity PGD); the starts are those of each m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -189,6 +190,20 @@ def strongest(
     return Attacked(kept, fewest, None if None in objectives else torch.stack(objectives).sum())
 
 
+def starts_flat(objective: str | Callable, start: str) -> bool:
+    """Whether an attack begins where half precision sees no gradient but rounding: KL a thousandth from its minimum.
+
+    A first step in float32 (on a GPU, in TF32) leaves the place; from there on half precision attacks as well.
+    """
+    return objective == "kl" and start == "gaussian"
+
+
+def first_then(first: Callable[[Tensor], Tensor], rest: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a forward that is `first` when it is called for the first time, and `rest` from then on."""
+    forwards = itertools.chain((first,), itertools.repeat(rest))
+    return lambda points: next(forwards)(points)
+
+
 class PGD:
     """PGD on a network as one function (images, labels) -> Attacked, ready to be captured.
 
@@ -201,7 +216,8 @@ class PGD:
         mode: "eval" or "train" for the attack (the latter moves running statistics, as the model's own forward does),
             None leaves the model's own.
         precision: "fp32" leaves the model as it is; "bf16" and "fp16" cast its weights once per attack and run its
-            forwards under autocast. Images, update and objective stay float32.
+            forwards under autocast. Images, update and objective stay float32, and with objective="kl" from
+            start="gaussian" the first step too.
         count: also count kappa.
         generator: source of the random start, on the model's device; default a new one with seed 0.
     Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked.
@@ -249,10 +265,13 @@ class PGD:
             mode_of(self.model, self.model.training if self.mode is None else self.mode == "train"),
         ):
             forward = self._forward()
+            flat = self.dtype is not None and starts_flat(self.objective, self.start)
             target = labels
             if self.objective == "kl":
                 with torch.no_grad():
-                    target = forward(images)
+                    target = (self.model if flat else forward)(images)
+            if flat:
+                forward = first_then(self.model, forward)
             start = random_start(
                 images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
             )

@@ -25,7 +25,7 @@ from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_fold, why_not_triton
-from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels
+from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels, unfolded_batchnorm
 from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
 
@@ -131,6 +131,7 @@ class TrainStep:
             only where cuDNN adds bias and ReLU to a convolution itself).
         winograd: on a CPU, Winograd convolutions where they are faster (built-in networks, float32).
         awp: gamma_w of adversarial weight perturbation (Wu et al., NeurIPS 2020), or None; awp_warmup: epochs without.
+    careful: whether the attack's first step is float32, and the clean logits of its KL, though the rest of it is not.
     one_pass: whether the optimiser's step also writes the attack's low-precision weights.
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
         captured step overwrites at its next call.
@@ -191,6 +192,7 @@ class TrainStep:
         self.start = start or defense.start_kind(norm)
         self.objective = objective or defense.objective
         attacks.objective_of(self.objective)
+        self.careful = precision in _DTYPES and attacks.starts_flat(self.objective, self.start)
         self.num_steps, self.num_restarts = num_steps, num_restarts
         self._pgd = partial(
             attacks.pgd,
@@ -427,13 +429,18 @@ class TrainStep:
         def logits(points: Tensor) -> Tensor:
             return self.forward(points, "adv", updates=updates, training=mode != "eval")[0]
 
+        def exact(points: Tensor) -> Tensor:
+            with self._in_float32():
+                return logits(points)
+
         self._cast_if_written()
         with mode_of(self.model, mode != "eval"), frozen(self.model), self._attack_weights(mode):
+            first = exact if self.careful else logits
             target = labels
             if self.objective == "kl":
                 with torch.no_grad():
-                    target = logits(images)
-            runs = [partial(self._one_attack, logits, images, labels, target) for _ in range(self.num_restarts)]
+                    target = first(images)
+            runs = [partial(self._one_attack, first, logits, images, labels, target) for _ in range(self.num_restarts)]
             if len(runs) == 1:
                 return runs[0]()
             return attacks.strongest(logits, runs, target, self.objective)
@@ -460,11 +467,23 @@ class TrainStep:
                 stack.callback(setattr, self.forward, "weights", None)
             yield
 
-    def _one_attack(self, logits, images: Tensor, labels: Tensor, target: Tensor) -> attacks.Attacked:
+    @contextlib.contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        """Take the weights as they are, without autocast (on a GPU in TF32 still, where that is allowed)."""
+        held = self.forward.precision, self.forward.weights
+        self.forward.precision, self.forward.weights = "fp32", None
+        try:
+            with unfolded_batchnorm(self.model):
+                yield
+        finally:
+            self.forward.precision, self.forward.weights = held
+
+    def _one_attack(self, first, logits, images: Tensor, labels: Tensor, target: Tensor) -> attacks.Attacked:
         start = attacks.random_start(
             images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
         )
-        return self.defense.attack(self._pgd, logits, images, labels, target, start, run=self.forward)
+        forward = logits if first is logits else attacks.first_then(first, logits)
+        return self.defense.attack(self._pgd, forward, images, labels, target, start, run=self.forward)
 
     def at(self, *, epoch: float, progress: float) -> None:
         """Say where the run is, for defenses that change with it: epoch from 1, progress in [0, 1]."""

@@ -102,6 +102,17 @@ def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterat
             del conv.folded
 
 
+@contextmanager
+def unfolded_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Undo `folded_batchnorm` inside the block."""
+    aside = [(m, m.__dict__.pop("folded")) for m in model.modules() if "folded" in m.__dict__]
+    try:
+        yield
+    finally:
+        for m, folded in aside:
+            m.folded = folded
+
+
 def _conv_norm_relu(
     conv: Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
 ) -> Tensor:

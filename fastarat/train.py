@@ -557,7 +557,7 @@ class _Training:
             "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}.get(
                 optim.optimizer, "SGD, fused" + (", writing the attack's weights too" if self.step.one_pass else "")
             ),
-            "precision": self.precision_note,
+            "precision": self.precision_note + ("; the attack's first step float32" if self.step.careful else ""),
             "device": _device_name(self.device) + f", torch {torch.__version__}",
         }
         if config.awp is not None:
