@@ -484,8 +484,6 @@ def _prepared(folder: Path, image_size: int | None) -> _Stored:
 
 def _unpacked(path: Path, data_dir: Path) -> Path:
     """Unpack an archive into data_dir once and return the image folder in it."""
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(f"this Python unpacks archives unsafely: unpack {path} yourself, or use Python 3.11.4 or later")
     stat = path.stat()
     key = derive_seed(0, str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     folder = data_dir / "unpacked" / f"{path.name.split('.')[0]}-{key:016x}"
@@ -494,7 +492,10 @@ def _unpacked(path: Path, data_dir: Path) -> Path:
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             with tarfile.open(path) as tar:
-                tar.extractall(unfinished, filter="data")
+                if hasattr(tarfile, "data_filter"):
+                    tar.extractall(unfinished, filter="data")
+                else:  # Python before 3.11.4, Debian 12's among them
+                    tar.extractall(unfinished, members=_harmless(tar, unfinished))
             unfinished.rename(folder)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise UserError(f"cannot unpack {path} ({error}): it is damaged, or {folder.parent} is full") from error
@@ -502,6 +503,17 @@ def _unpacked(path: Path, data_dir: Path) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
     inside = _subfolders(folder)
     return inside[0] if len(inside) == 1 else folder  # an archive of one folder, which is the usual way to pack
+
+
+def _harmless(tar: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
+    """Members of `tar`, all of them files and folders inside `folder`. Raises: TarError for any other."""
+    for member in tar:
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
+        if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+            raise tarfile.TarError(f"{member.name} would lie outside")
+        member.mode = 0o755 if member.isdir() else 0o644
+        yield member
 
 
 def _subfolders(path: Path) -> list[Path]:
