@@ -423,7 +423,7 @@ def climb(
     work: float | None = None
     for rung in sorted(ladder, key=lambda rung: _BUILT_FIRST.index(rung.name)):
         result = results[rung.name]
-        # Inductor alone takes most of a minute, and the rounds of the others must still fit.
+        # Inductor may take most of a minute, and the rounds of the others must still fit.
         least = _COMPILING_S if rung.name == "compile" and not rung.skipped and not dry else 0
         if rung.skipped or (calls and time.monotonic() + least > deadline):
             result["skipped"] = rung.skipped or "out of time"
