@@ -20,7 +20,8 @@ from fastarat.errors import unknown
 from fastarat.kernels import pgd_update
 
 Norm = Literal["linf", "l2"]
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions that store weights and activations in 16 bits, by name."""
 Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
 
 
@@ -221,6 +222,7 @@ class PGD:
         count: also count kappa.
         generator: source of the random start, on the model's device; default a new one with seed 0.
     Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked.
+    Raises: UserError for an unknown precision.
     """
 
     def __init__(
@@ -239,9 +241,9 @@ class PGD:
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> None:
-        if precision not in _PRECISIONS:
-            raise unknown("precision", precision, _PRECISIONS)
-        self.dtype = _PRECISIONS[precision]
+        if precision not in ("fp32", *HALF):
+            raise unknown("precision", precision, ("fp32", *HALF))
+        self.dtype = HALF.get(precision)
         self.model, self.epsilon, self.norm, self.start, self.mode = model, epsilon, norm, start, mode
         self.objective = objective
         device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastarat import attacks
-from fastarat.attacks import frozen, mode_of
+from fastarat.attacks import HALF, frozen, mode_of
 from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, split_batchnorm
 from fastarat.defenses import Defense, Views
 from fastarat.errors import UserError
@@ -30,7 +30,6 @@ from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
 
 Precision = str
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NEVER = 2**62
 # Inductor must not wrap its own CUDA graphs inside ours.
 _INDUCTOR = {"triton.cudagraphs": False}
@@ -73,10 +72,10 @@ class Forward:
             return module(images)
 
     def autocast(self, images: Tensor) -> contextlib.AbstractContextManager:
-        if self.precision not in _DTYPES:
+        if self.precision not in HALF:
             return contextlib.nullcontext()
         # Parameters change between steps: a cached cast would make the attack differentiate stale weights.
-        return torch.autocast(images.device.type, dtype=_DTYPES[self.precision], cache_enabled=False)
+        return torch.autocast(images.device.type, dtype=HALF[self.precision], cache_enabled=False)
 
     def __call__(
         self,
@@ -192,7 +191,7 @@ class TrainStep:
         self.start = start or defense.start_kind(norm)
         self.objective = objective or defense.objective
         attacks.objective_of(self.objective)
-        self.careful = precision in _DTYPES and attacks.starts_flat(self.objective, self.start)
+        self.careful = precision in HALF and attacks.starts_flat(self.objective, self.start)
         self.num_steps, self.num_restarts = num_steps, num_restarts
         self._pgd = partial(
             attacks.pgd,
@@ -218,14 +217,14 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter(self.device)
         self.awp, self.awp_warmup = awp, awp_warmup
-        dtype = _DTYPES.get(precision, torch.float32)
+        dtype = HALF.get(precision, torch.float32)
         self.fold = fold and self.attack_bn == "eval" and isinstance(self.model, Network)
         self.fold = self.fold and why_not_fold(self.device, dtype) is None
         self._low: dict[str, Tensor] = {}
-        if precision in _DTYPES:
+        if precision in HALF:
             # Cast once per step instead of once per forward: the attack runs eleven of them on the same weights.
             self._low = {
-                name: torch.empty_like(p, dtype=_DTYPES[precision], requires_grad=False)
+                name: torch.empty_like(p, dtype=HALF[precision], requires_grad=False)
                 for name, p in self.model.named_parameters()
                 if p.dim() >= 2
             }
@@ -448,7 +447,7 @@ class TrainStep:
     @contextlib.contextmanager
     def _attack_weights(self, mode: str) -> Iterator[None]:
         """Weights as the attack reads them: cast or transformed once, and in eval mode with BatchNorm folded in."""
-        dtype = _DTYPES.get(self.forward.precision)
+        dtype = HALF.get(self.forward.precision)
         with contextlib.ExitStack() as stack:
             low = self._low
             if mode == "eval" and self.fold:

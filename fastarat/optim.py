@@ -22,6 +22,10 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
+def _dense(p: Tensor) -> bool:
+    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+
+
 class SGD(torch.optim.SGD):
     """torch.optim.SGD, fused, whose step can also write copies of weights: same numbers, state and checkpoints.
 
@@ -114,7 +118,7 @@ class SGD(torch.optim.SGD):
             if not group["momentum"] or group["dampening"] or group["maximize"]:
                 return None
             params = [p for p in group["params"] if p in self.copies and p.grad is not None]
-            if any(p.dtype != torch.float32 for p in params):
+            if not all(p.dtype == torch.float32 and _dense(p) for p in params):
                 return None
             parts.append((group, params))
         return parts

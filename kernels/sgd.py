@@ -70,7 +70,9 @@ def _check(weights, grads, buffers, copies) -> None:
         for name, tensor in (("buffer", buffer), ("copy", copy)):
             if tensor.stride() != weight.stride():
                 raise ValueError(f"{name} {i} has strides {tensor.stride()}: expected the weight's, {weight.stride()}")
-        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+        if not (
+            weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+        ):
             raise ValueError(f"weight {i} has strides {weight.stride()}: expected a contiguous or channels-last tensor")
 
 

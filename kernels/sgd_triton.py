@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-# More make the kernel slower to compile (2 s for 32) and its list of arguments longer, to no end.
+# More make the kernel slower to compile and its list of arguments longer, to no end.
 MAX_TENSORS = 32
 
 

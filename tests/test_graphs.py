@@ -1,5 +1,6 @@
 """Captured functions and steps. Without a GPU the fake twin runs: same buffers, checks and ownership, replay = call."""
 
+import contextlib
 import copy
 
 import pytest
@@ -270,6 +271,18 @@ def test_a_step_with_a_compiled_loss_equals_the_eager_step():
     assert_equal_state(eager, fast, exact=False)
 
 
+def assert_folding_changes_nothing(model, x):
+    """Logits and input gradients of an eval-mode network in float64, folded and not."""
+    grads, logits = [], []
+    for folding in (contextlib.nullcontext(), folded_batchnorm(model)):
+        point = x.clone().requires_grad_()
+        with folding:
+            logits.append(model(point))
+        grads.append(torch.autograd.grad(logits[-1].square().sum(), point)[0])
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "resnet-small"])
 @pytest.mark.parametrize("split", [True, False])
 def test_folding_changes_nothing_but_rounding(name, split):
@@ -283,18 +296,7 @@ def test_folding_changes_nothing_but_rounding(name, split):
         for m in model.modules():
             if hasattr(m, "running_mean") and m.running_mean is not None:
                 m.running_mean.add_(0.1 * torch.rand_like(m.running_mean))
-    grads, logits = [], []
-    for folded in (False, True):
-        point = x.clone().requires_grad_()
-        if folded:
-            with folded_batchnorm(model):
-                out = model(point)
-        else:
-            out = model(point)
-        logits.append(out)
-        grads.append(torch.autograd.grad(out.square().sum(), point)[0])
-    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+    assert_folding_changes_nothing(model, x)
     assert not any(hasattr(m, "folded") for m in model.modules())
     assert len(list(model.foldable())) >= 6
 

@@ -87,11 +87,13 @@ def test_a_resumed_step_minds_the_memory_format():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("why", ["momentum", "scaled", "closure", "float64", "one has no gradient"])
+@pytest.mark.parametrize("why", ["momentum", "scaled", "closure", "float64", "transposed", "one has no gradient"])
 def test_what_the_kernel_does_not_know_is_pytorchs(why, monkeypatch):
     model = network()
     if why == "float64":
         model.double()
+    if why == "transposed":
+        model[3].weight = torch.nn.Parameter(torch.randn(8 * 36, 4).T)
     options = OPTIONS | ({"momentum": 0.0} if why == "momentum" else {})
     optimizer = SGD(model.parameters(), backend="triton", **options)
     kept = copies_of(model)
