@@ -186,29 +186,41 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
+_COMPARE = ("defenses", "seeds", "test_attack", "limit", "parallel", "tune", "tune_seeds", "config")
+
+
 def _compare(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
-    from fastarat.compare import compare
+    from fastarat.compare import compare, parse_tune
 
     parser.add_argument("--defenses", required=True, help="comma-separated names; NAME+swa averages weights")
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     parser.add_argument("--test-attack", default="clean,pgd-20,autoattack", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="evaluate on this many test images")
-    parser.add_argument("--parallel", type=int, default=1, help="trainings at once (default: 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="trainings and evaluations at once (default: 1)")
+    parser.add_argument(
+        "--tune", action="append", default=[], metavar="NAME=V,V", help="choose a row's settings on validation images: "
+        "optim.lr=0.03,0.1 for every row, ar-at:defense.gamma=5,30 for one; may be repeated"
+    )  # fmt: skip
+    parser.add_argument("--tune-seeds", default="100,101,102", help="seeds for tuning (default: %(default)s)")
     parser.add_argument("--config", metavar="FILE", help="YAML common to all runs; flags win over it")
     c.add_flags(parser, c.Config)
     flags = vars(parser.parse_args(argv))
-    own = {name: flags.pop(name) for name in ("defenses", "seeds", "test_attack", "limit", "parallel", "config")}
+    own = {name: flags.pop(name) for name in _COMPARE}
     for name in ("seed", "defense.name"):
         if name in flags:
             raise UserError(f"compare takes --{name.removesuffix('.name')}s, a comma-separated list")
     base = c.merge(c.read_yaml(own["config"]) if own["config"] else {}, c.nest(flags))
-    seeds = [c.coerce(s, int, "--seeds", "flags") for s in own["seeds"].split(",")]
+    seeds, tune_seeds = (
+        [c.coerce(s, int, f"--{name}", "flags") for s in own[name.replace("-", "_")].split(",")]
+        for name in ("seeds", "tune-seeds")
+    )
     if own["limit"] is not None and own["limit"] < 1:
         raise UserError(f"--limit {own['limit']}: expected 1 or more")
     table = compare(
         [d.strip() for d in own["defenses"].split(",")], seeds, base=base, out=base.pop("out", None) or "runs/compare",
-        attack=own["test_attack"], limit=own["limit"], parallel=own["parallel"],
+        attack=own["test_attack"], limit=own["limit"], parallel=own["parallel"], tune=parse_tune(own["tune"]),
+        tune_seeds=tune_seeds,
     )  # fmt: skip
     print("\n" + table.markdown())
     print(f"saved: {table.out}/table.md, .tex, .csv, .json")

@@ -1,192 +1,62 @@
 """The baselines row of a table: train and evaluate several defenses and seeds, and write one table.
 
-Every run is an ordinary run folder. What is finished is not repeated, what was interrupted is resumed.
+Every run is an ordinary run folder. What is finished is not repeated, what was interrupted is resumed. With `tune`,
+each row's settings are first chosen on validation images, by one rule and with seeds of their own.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
+import hashlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fastarat.config import Config, from_dict, read_yaml, resolve_defense, to_dict, write_yaml
+from fastarat.config import Config, from_dict, merge, nest, read_yaml, resolve_defense, to_dict, write_yaml
 from fastarat.data import load_dataset
-from fastarat.errors import UserError
+from fastarat.errors import UserError, nearest
 from fastarat.evaluate import evaluate, parse_attacks
 from fastarat.record import RunFolder, load_checkpoint, load_weights, write_atomic
-from fastarat.train import load_run, pick_device, pixels, train
+from fastarat.schedules import ends_at, in_words, recipe_of
+from fastarat.table import PUBLISHED, Comparison
+from fastarat.train import Diverged, load_run, pick_device, train
 
-
-class Published(NamedTuple):
-    """Accuracies in percent as printed in a paper. Baselines differ by source: compare within one table only."""
-
-    clean: float
-    autoattack: float
-    source: str
-
-
-_ARAT = "Waseda et al., ICLR 2025, main table"
-_CURE = "Gowda et al., ICLR 2024, its CIFAR-10 table"
-PUBLISHED: dict[tuple[str, str, str], Published] = {
-    (dataset, model, defense): Published(clean, robust, source)
-    for dataset, model, defense, clean, robust, source in (
-        ("cifar10", "resnet18", "at", 83.77, 42.42, _ARAT),
-        ("cifar10", "resnet18", "trades", 81.25, 48.54, _ARAT),
-        ("cifar10", "resnet18", "mart", 82.15, 47.83, _ARAT),
-        ("cifar10", "resnet18", "lbgat", 85.00, 48.85, _ARAT),
-        ("cifar10", "resnet18", "arrest", 86.63, 46.14, _ARAT + ", copied there from its paper"),
-        ("cifar10", "resnet18", "ar-at", 87.82, 49.02, _ARAT),
-        ("cifar10", "resnet18", "ar-at+swa", 86.44, 50.28, _ARAT),
-        ("cifar10", "resnet18", "cure", 86.76, 49.69, _CURE),
-        ("cifar10", "wrn-34-10", "at", 86.06, 46.26, _ARAT),
-        ("cifar10", "wrn-34-10", "trades", 84.33, 51.75, _ARAT),
-        ("cifar10", "wrn-34-10", "mart", 86.10, 49.11, _ARAT),
-        ("cifar10", "wrn-34-10", "lbgat", 88.19, 52.56, _ARAT),
-        ("cifar10", "wrn-34-10", "arrest", 90.24, 50.20, _ARAT + ", copied there from its paper"),
-        ("cifar10", "wrn-34-10", "ar-at", 90.89, 50.77, _ARAT),
-        ("cifar10", "wrn-34-10", "ar-at+swa", 90.06, 54.03, _ARAT),
-        ("cifar10", "wrn-34-10", "cure", 87.05, 52.10, _CURE),
-        ("cifar100", "resnet18", "at", 55.82, 19.50, _ARAT),
-        ("cifar100", "resnet18", "trades", 54.74, 23.60, _ARAT),
-        ("cifar100", "resnet18", "mart", 54.54, 26.04, _ARAT),
-        ("cifar100", "resnet18", "lbgat", 65.87, 23.19, _ARAT),
-        ("cifar100", "resnet18", "ar-at", 67.51, 23.38, _ARAT),
-        ("cifar100", "resnet18", "ar-at+swa", 67.17, 24.36, _ARAT),
-        ("cifar100", "wrn-34-10", "at", 59.83, 23.94, _ARAT),
-        ("cifar100", "wrn-34-10", "trades", 57.61, 26.88, _ARAT),
-        ("cifar100", "wrn-34-10", "mart", 57.75, 24.89, _ARAT),
-        ("cifar100", "wrn-34-10", "lbgat", 68.17, 26.92, _ARAT),
-        ("cifar100", "wrn-34-10", "arrest", 73.05, 24.32, _ARAT + ", copied there from its paper"),
-        ("cifar100", "wrn-34-10", "ar-at", 72.51, 24.18, _ARAT),
-        ("cifar100", "wrn-34-10", "ar-at+swa", 72.37, 27.31, _ARAT),
-    )
-}
 _BUDGET = 8 / 255
+FINALISTS = 2
+"""Settings of a row that get all tuning seeds; the others get the first one only."""
 
 
 class Plan(NamedTuple):
-    """One run of the comparison. needs: name of the run whose weights it starts from, or None."""
+    """One run of the comparison. needs: the run whose weights it starts from, or None."""
 
     name: str
     defense: str
     seed: int
     config: Config
-    needs: str | None
+    needs: Plan | None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The table. rows: one dict per defense, accuracies as fractions: mean, deviation and the values per seed."""
+class Failure(NamedTuple):
+    """Why a run has no final network. diverged: by itself, rather than for a mistake or an interruption."""
 
-    rows: list[dict[str, Any]]
+    why: str
+    diverged: bool
+
+
+class Choice(NamedTuple):
+    """What tuning chose for a row, as flags would say it, and every setting that was tried."""
+
     settings: dict[str, Any]
-    out: Path
-
-    def markdown(self) -> str:
-        head, body = self._cells("±", "–")
-        lines = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"], *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + self.note()
-
-    def latex(self) -> str:
-        head, body = self._cells("$\\pm$", "--")
-        rows = [" & ".join(c.replace("%", "\\%").replace("_", "\\_") for c in line) + " \\\\" for line in [head, *body]]
-        rows.insert(1, "\\midrule")
-        table = "\n".join(
-            ["\\begin{tabular}{l" + "r" * (len(head) - 2) + "l}", "\\toprule", *rows, "\\bottomrule", "\\end{tabular}"]
-        )
-        return f"% {self.note()}\n{table}\n"
-
-    def csv(self) -> str:
-        keys = self.settings["keys"]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                "defense",
-                "seeds",
-                *(f"{k}_{s}" for k in [*keys, "sum", "nrr"] for s in ("mean", "std")),
-                "epoch_s",
-                "published_clean",
-                "published_aa",
-                "published_source",
-            ]
-        )
-        for row in self.rows:
-            published = row["published"] or {}
-            cells = [row["defense"], len(row["seeds"])]
-            for key in [*keys, "sum", "nrr"]:
-                value = row.get(key) or {"mean": "", "std": ""}
-                cells += [value["mean"], "" if value["std"] is None else value["std"]]
-            writer.writerow(
-                [*cells, row["epoch_s"], *(published.get(k, "") for k in ("clean", "autoattack", "source"))]
-            )
-        return file.getvalue()
-
-    def to_json(self) -> str:
-        return json.dumps({"settings": self.settings, "rows": self.rows}, indent=2) + "\n"
-
-    def note(self) -> str:
-        """One sentence that says what the numbers are."""
-        s = self.settings
-        ended = (
-            f"mean ± standard deviation over seeds {', '.join(map(str, s['seeds']))}"
-            if len(s["seeds"]) > 1
-            else f"seed {s['seeds'][0]}"
-        )
-        return (
-            f"{s['dataset']}, {s['model']}, {s['epochs']} epochs, {s['norm']} epsilon {pixels(s['epsilon'])}, "
-            f"{s['num_images']:,} test images, last checkpoint, {ended}; accuracies in %. Sum = clean + AutoAttack, "
-            "NRR = their harmonic mean. s/epoch on " + s["device"] + "."
-        )
-
-    def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
-        keys = self.settings["keys"]
-        shown = [*keys, *(("sum", "nrr") if "robust_acc_aa" in keys else ())]
-        titles = {"clean_acc": "clean", "robust_acc_aa": "AutoAttack", "sum": "Sum", "nrr": "NRR"}
-        head = [
-            "defense",
-            *(titles.get(k, k.removeprefix("robust_acc_").upper().replace("PGD", "PGD-")) for k in shown),
-        ]
-        head += ["s/epoch", "published clean / AutoAttack"]
-        body = []
-        for row in self.rows:
-            cells = [row["defense"]]
-            for key in shown:
-                value = row.get(key)
-                spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
-                cells.append(empty if value is None else f"{100 * value['mean']:.2f}{spread}")
-            published = row["published"]
-            cells.append(f"{row['epoch_s']:.1f}")
-            cells.append(
-                f"{published['clean']:.2f} / {published['autoattack']:.2f} ({published['source']})"
-                if published
-                else empty
-            )
-            body.append(cells)
-        return head, body
-
-    def save(self) -> Path:
-        """Write table.md, .tex, .csv and .json into the comparison's folder."""
-        for suffix, text in (
-            ("md", self.markdown() + "\n"),
-            ("tex", self.latex()),
-            ("csv", self.csv()),
-            ("json", self.to_json()),
-        ):
-            write_atomic(self.out / f"table.{suffix}", lambda p, text=text: p.write_text(text))
-        return self.out / "table.md"
+    tried: list[dict[str, Any]]
 
 
 def compare(
@@ -197,10 +67,16 @@ def compare(
     out: str | Path = "runs/compare",
     attack: str = "clean,pgd-20,autoattack",
     limit: int | None = None,
+    tune: Mapping[str, Sequence[Any]] | None = None,
+    tune_seeds: Sequence[int] = (100, 101, 102),
     parallel: int = 1,
     progress: bool = True,
 ) -> Comparison:
     """Train each defense with each seed, evaluate, and tabulate.
+
+    Rows of one seed share data, validation split, batch order, augmentation and initial weights. A value in `base` such
+    as `optim.recipe` puts all rows on one schedule; without it each follows its own release, and the table warns where
+    their learning rates end differently.
 
     Args:
         defenses: names, or FILE.py:CLASS; `NAME+swa` averages weights and reports the averaged network.
@@ -209,76 +85,338 @@ def compare(
             the rest.
         out: holds one run folder per defense and seed, and the tables.
         attack: as in `evaluate`. limit: test images.
-        parallel: trainings at once, each a process of its own (several seeds share a GPU).
-    Returns: Comparison, already saved.
+        tune: values to choose from, by name as in flags: {"optim.lr": [0.03, 0.1], "ar-at:defense.gamma": [5, 30]}; a
+            name that starts with a row applies to that row alone. A row tries every combination of what applies to it
+            with the first of `tune_seeds`, and the best two with all of them; the highest mean of clean + PGD
+            accuracy (clean alone for a defense without an attack) on validation images after the last epoch wins. Test
+            images are not looked at. tune.md and tune.json list everything that was tried.
+        tune_seeds: seeds for tuning, none of them in `seeds`.
+        parallel: trainings, and evaluations, at once, each a process of its own (several seeds share a GPU).
+    Returns: Comparison, already saved. A seed that diverges is counted in its row, not in its means.
     Raises: UserError before any training for a mistake, or a folder of other settings; after the others are done for
         runs that failed.
     """
-    out, base = Path(out), dict(base or {})
+    out, base, tune = Path(out), dict(base or {}), dict(tune or {})
     if not defenses or not seeds:
         raise UserError("compare needs at least one defense and one seed")
     if len(set(defenses)) != len(defenses) or len(set(seeds)) != len(seeds):
         raise UserError("a defense or seed is named twice")
     if parallel < 1:
         raise UserError(f"parallel={parallel}: expected 1 or more")
-    parse_attacks(attack)
-    plans = _plans(defenses, seeds, base, out)
-    pick_device(next(iter(plans.values())).config.device)
-    todo = {name: state for name, plan in plans.items() if (state := _state_of(plan)) != "finished"}
-    if progress:
-        print(f"{len(plans)} runs, {len(plans) - len(todo)} finished already", flush=True)
-    waves = [[p for p in plans.values() if p.needs is None], [p for p in plans.values() if p.needs is not None]]
-    failed: dict[str, str] = {}
-    for wave in waves:
-        pending = [(p, todo[p.name]) for p in wave if p.name in todo]
-        failed |= _train_all(pending, parallel, failed, progress)
-    wanted = [p for p in plans.values() if p.defense in defenses and p.name not in failed]
-    results = {p.name: _evaluated(p, attack, limit, progress) for p in wanted}
-    if failed:
-        first = "; ".join(f"{name}: {why}" for name, why in failed.items())
+    if tune and (not tune_seeds or set(tune_seeds) & set(seeds) or len(set(tune_seeds)) != len(tune_seeds)):
         raise UserError(
-            f"{len(failed)} of {len(plans)} runs failed ({first}); the others are kept, call again to go on"
+            f"tune_seeds={list(tune_seeds)}: expected different seeds, none of those reported ({list(seeds)})"
         )
-    comparison = _tabulate(defenses, seeds, plans, results, out)
+    parse_attacks(attack)
+    grids = _grids(defenses, tune)
+    runner = _Runner(out, base, parallel, progress)
+    for row, grid in grids.items():  # every mistake before any training
+        for settings in grid:
+            runner.plan(row, seeds[0], settings, out)
+    pick_device(runner.plan(defenses[0], seeds[0], {}, out).config.device)
+    shared: dict[str, str] = {}
+    for row in defenses:
+        other = shared.setdefault(name := runner.plan(row, seeds[0], {}, out).name, row)
+        if other != row:
+            raise UserError(f"{row} and {other} would share the folder {name}: rename one")
+
+    chosen = runner.tuned(grids, list(tune_seeds)) if tune else {}
+    plans = [runner.plan(d, s, chosen[d].settings if d in chosen else {}, out) for s in seeds for d in defenses]
+    if progress:
+        done = sum(_state_of(p) == "finished" for p in plans)
+        print(f"{len(plans)} runs, {done} finished already", flush=True)
+    failed = runner.train(plans)
+    results = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
+    broken = {name: f.why for name, f in failed.items() if not f.diverged}
+    if broken:
+        first = "; ".join(f"{name}: {why}" for name, why in broken.items())
+        raise UserError(
+            f"{len(broken)} of {len(plans)} runs failed ({first}); the others are kept, call again to go on"
+        )
+    if not results:
+        raise UserError(f"every run diverged ({next(iter(failed.values())).why}): lower --optim.lr, or tune it")
+    comparison = _tabulate(defenses, seeds, plans, results, chosen, list(tune_seeds), out)
     comparison.save()
     return comparison
 
 
-def _plans(defenses: Sequence[str], seeds: Sequence[int], base: dict[str, Any], out: Path) -> dict[str, Plan]:
-    plans: dict[str, Plan] = {}
-    for seed in seeds:
-        for name in defenses:
-            bare, plus, addon = name.partition("+")
-            if plus and addon != "swa":
-                raise UserError(f"unknown add-on {addon!r} in {name!r}: only +swa")
-            kind = resolve_defense(bare)
-            path, _, cls = bare.partition(":")
-            label = f"{Path(path).stem}-{cls}" if cls else bare
-            label = f"{label}{plus}{addon}-seed{seed}"
-            if label in plans and plans[label].defense != name:
-                raise UserError(f"{name} and {plans[label].defense} would share the folder {label}: rename one")
-            needs = None
-            defense: dict[str, Any] = {"name": bare}
-            if kind.starts_from:
-                needs = f"standard-seed{seed}"
-                defense[kind.starts_from] = str(out / needs)
-            values = {**base, "defense": defense, "seed": seed, "out": str(out / label), "swa": bool(plus)}
-            plans[label] = Plan(label, name, seed, from_dict(values, source="compare"), needs)
-            if needs and needs not in plans:
-                values = {**base, "defense": "standard", "seed": seed, "out": str(out / needs)}
-                plans[needs] = Plan(needs, "standard", seed, from_dict(values, source="compare"), None)
-    return plans
+def parse_tune(flags: Sequence[str]) -> dict[str, list[str]]:
+    """Turn `["optim.lr=0.03,0.1", "ar-at:defense.gamma=5,30"]` into what `compare` takes as `tune`."""
+    tune: dict[str, list[str]] = {}
+    for flag in flags:
+        key, equals, values = flag.partition("=")
+        chosen = [v.strip() for v in values.split(",") if v.strip()]
+        if not equals or not chosen:
+            raise UserError(f"--tune {flag}: expected NAME=VALUE,VALUE, such as optim.lr=0.03,0.1")
+        if key in tune:
+            raise UserError(f"--tune names {key} twice: give all its values at once")
+        tune[key] = chosen
+    return tune
+
+
+def _grids(defenses: Sequence[str], tune: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Every combination of the values that apply to each row, in the order given."""
+    axes: dict[str, dict[str, list[Any]]] = {d: {} for d in defenses}
+    for name, values in tune.items():
+        row, colon, key = name.rpartition(":")
+        key = key.removeprefix("--").replace("-", "_")
+        if colon and row not in axes:
+            raise UserError(f"tune: {name}: no such row {row!r}{nearest(row, axes)} Rows: {', '.join(axes)}.")
+        if isinstance(values, str) or not values:
+            raise UserError(f"tune: {name}={values!r}: expected a list of values")
+        if key.split(".")[0] in ("seed", "out", "dataset", "data_dir", "limit_train") or key == "eval.val_images":
+            raise UserError(f"tune: {name}: rows would no longer share their data; give it to all of them instead")
+        for d in [row] if colon else defenses:
+            axes[d][key] = list(values)
+    return {
+        d: [dict(zip(a, values, strict=True)) for values in itertools.product(*a.values())] for d, a in axes.items()
+    }
+
+
+class _Runner:
+    """Plans, trains and evaluates the runs of one comparison."""
+
+    def __init__(self, out: Path, base: dict[str, Any], parallel: int, progress: bool) -> None:
+        self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
+        # What a `standard` run that others start from is trained with: its row's choice, once there is one.
+        self.standard: dict[str, Any] = {}
+
+    def plan(self, row: str, seed: int, settings: dict[str, Any], folder: Path, tag: str = "") -> Plan:
+        """Return the run of `row` with `seed`. Raises: UserError for settings that are not a Config."""
+        bare, plus, addon = row.partition("+")
+        if plus and addon != "swa":
+            raise UserError(f"unknown add-on {addon!r} in {row!r}: only +swa")
+        kind = resolve_defense(bare)
+        path, _, cls = bare.partition(":")
+        label = f"{f'{Path(path).stem}-{cls}' if cls else bare}{plus}{addon}"
+        name = f"{label}{tag}-seed{seed}"
+        needs = self.plan("standard", seed, self.standard, self.out) if kind.starts_from else None
+        defense: dict[str, Any] = {"name": bare}
+        if needs is not None:
+            defense[kind.starts_from] = str(needs.config.out)
+        values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": bool(plus)}
+        source = "compare" if not settings else f"compare, {row} with {settings}"
+        return Plan(name, row, seed, from_dict(merge(values, nest(settings)), source=source), needs)
+
+    def tuned(self, grids: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Choice]:
+        """Choose each row's settings on validation images, rows that others start from first."""
+        first = [row for row in grids if not resolve_defense(row.partition("+")[0]).starts_from]
+        chosen: dict[str, Choice] = {}
+        for rows in (first, [row for row in grids if row not in first]):
+            tried = {
+                row: [{"settings": settings, "runs": [], "chosen": False} for settings in grids[row]]
+                for row in rows
+                if len(grids[row]) > 1
+            }
+            self._try(tried, seeds[:1])
+            finals = {row: sorted(all_, key=lambda t: -t["mean"])[:FINALISTS] for row, all_ in tried.items()}
+            self._try(finals, seeds[1:])
+            for row in rows:
+                best = max(finals[row], key=lambda t: t["mean"]) if row in finals else {"settings": grids[row][0]}
+                best["chosen"] = True
+                chosen[row] = Choice(best["settings"], tried.get(row, []))
+            if "standard" in chosen:
+                self.standard = chosen["standard"].settings
+        self._save_tuning(chosen, seeds)
+        return chosen
+
+    def _try(self, tried: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> None:
+        """Train every setting of `tried` with these seeds, and add what each reached on validation images."""
+        runs = [
+            (t, seed, self._tuning_plan(row, seed, t["settings"]))
+            for row, settings in tried.items()
+            for t in settings
+            for seed in seeds
+        ]
+        failed = self.train([plan for _, _, plan in runs])
+        broken = next((f"{name}: {f.why}" for name, f in failed.items() if not f.diverged), None)
+        if broken:
+            raise UserError(f"tuning stopped ({broken}); what is finished is kept, call again to go on")
+        for t, seed, plan in runs:
+            t["runs"].append({"seed": seed, **_score(plan, plan.name in failed)})
+            t["mean"] = statistics.fmean(r["score"] for r in t["runs"])
+
+    def _tuning_plan(self, row: str, seed: int, settings: dict[str, Any]) -> Plan:
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+        return self.plan(row, seed, settings, self.out / "tune", f"-{digest}")
+
+    def _save_tuning(self, chosen: dict[str, Choice], seeds: list[int]) -> None:
+        record = {"rule": rule(seeds), "seeds": seeds, "rows": {row: c._asdict() for row, c in chosen.items()}}
+        write_atomic(self.out / "tune.json", lambda p: p.write_text(json.dumps(record, indent=2) + "\n"))
+        lines = ["| row | settings | seeds | clean | PGD | score | |", "| --- | --- |" + " ---: |" * 4 + " --- |"]
+        for row, choice in chosen.items():
+            words = ", ".join(f"{k} {v}" for k, v in choice.settings.items())
+            if self.progress:
+                print(f"chosen for {row}: {words or 'nothing to choose'}", flush=True)
+            for t in sorted(choice.tried, key=lambda t: (-len(t["runs"]), -t["mean"])):
+                cells = [row, ", ".join(f"{k} {v}" for k, v in t["settings"].items()), str(len(t["runs"]))]
+                for key in ("clean_acc", "robust_acc"):
+                    values = [r[key] for r in t["runs"] if key in r]
+                    cells.append(f"{100 * statistics.fmean(values):.1f}" if values else "–")
+                diverged = sum(r["diverged"] for r in t["runs"])
+                said = ["chosen"] * t["chosen"] + [f"{diverged} diverged"] * bool(diverged)
+                lines.append("| " + " | ".join([*cells, f"{100 * t['mean']:.1f}", ", ".join(said)]) + " |")
+        text = "\n".join([*lines, "", record["rule"], ""])
+        write_atomic(self.out / "tune.md", lambda p: p.write_text(text))
+
+    def train(self, plans: Sequence[Plan]) -> dict[str, Failure]:
+        """Train what is left, first what others start from; return why, for the runs without a final network."""
+        needed = {p.needs.name: p.needs for p in plans if p.needs is not None}
+        waves = [[*needed.values(), *(p for p in plans if p.needs is None and p.name not in needed)],
+                 [p for p in plans if p.needs is not None]]  # fmt: skip
+        failed: dict[str, Failure] = {}
+        for wave in waves:
+            pending = [(p, state) for p in wave if (state := _state_of(p)) != "finished"]
+            failed |= self._train_wave(pending, dict(failed))
+        return failed
+
+    def _train_wave(self, pending: list[tuple[Plan, str]], failed: dict[str, Failure]) -> dict[str, Failure]:
+        def one(job: tuple[Plan, str]) -> tuple[str, Failure | None]:
+            plan, state = job
+            if plan.needs is not None and plan.needs.name in failed:
+                return plan.name, Failure(f"it starts from {plan.needs.name}, which failed", False)
+            if state == "diverged":
+                return plan.name, Failure(_diverged_file(plan).read_text().strip(), True)
+            failure = self._in_a_process(plan, state) if self.parallel > 1 else self._here(plan, state)
+            if failure is not None and failure.diverged:
+                write_atomic(_diverged_file(plan), lambda p: p.write_text(failure.why + "\n"))
+            return plan.name, failure
+
+        done = _at_once(one, pending, self.parallel, self.progress and self.parallel > 1)
+        return {name: why for name, why in done if why is not None}
+
+    def _here(self, plan: Plan, state: str) -> Failure | None:
+        if self.progress:
+            print(f"\n--- {plan.name}", flush=True)
+        try:
+            if state == "new":
+                train(plan.config, progress=self.progress)
+            else:
+                train(resume=plan.config.out, progress=self.progress)
+        except UserError as error:
+            return Failure(str(error), isinstance(error, Diverged))
+        return None
+
+    def _in_a_process(self, plan: Plan, state: str) -> Failure | None:
+        folder = Path(plan.config.out)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / f"{folder.name}.log"
+        if state == "new":
+            asked = folder.parent / f"{folder.name}.yaml"
+            write_yaml(plan.config, asked)
+            code = self._call(["train", "--config", str(asked)], log)
+        else:
+            code = self._call(["train", "--resume", str(folder)], log)
+        if code == 0:
+            return None
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        why = last[0].removeprefix("fastarat: ") if last else f"exit code {code}"
+        return Failure(why if code == 1 and why.startswith("training stopped") else f"{why} (log: {log})",
+                       code == 1 and why.startswith("training stopped"))  # fmt: skip
+
+    def _call(self, command: list[str], log: Path) -> int:
+        threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
+        with open(log, "a") as file:
+            return subprocess.run(
+                [sys.executable, "-m", "fastarat.cli", *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+                check=False,
+            ).returncode
+
+    def evaluated(self, plans: Sequence[Plan], attack: str, limit: int | None) -> dict[str, dict[str, Any]]:
+        """Evaluate each run, or read what an earlier call found with the same settings."""
+
+        def one(plan: Plan) -> tuple[str, dict[str, Any]]:
+            saved = _saved_evaluation(plan, attack, limit)
+            if saved is None:
+                saved = self._evaluate(plan, attack, limit)
+            return plan.name, saved
+
+        return dict(_at_once(one, plans, self.parallel, False))
+
+    def _evaluate(self, plan: Plan, attack: str, limit: int | None) -> dict[str, Any]:
+        folder = Path(plan.config.out)
+        which = "swa" if plan.config.swa else "last"
+        # A file of its own: `fastarat eval` on this run, with another budget perhaps, writes eval.json.
+        file = folder / f"compare-{which}.json"
+        own = folder / ("eval.json" if which == "last" else f"eval-{which}.json")
+        if self.progress:
+            print(f"{plan.name}: evaluating", flush=True)
+        if self.parallel > 1:
+            log = folder / "eval.log"
+            flags = ["--attack", attack, "--weights", which, "--device", plan.config.device, "--out", str(file)]
+            if self._call(["eval", str(folder), *flags, *(["--limit", str(limit)] if limit else [])], log):
+                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise UserError(f"evaluating {folder} failed: {''.join(last).removeprefix('fastarat: ')} (log: {log})")
+            table = file.read_text()
+            if not own.exists():
+                write_atomic(own, lambda p: p.write_text(table))  # for `fastarat report`
+            return json.loads(table)
+        model, meta, config = load_run(folder, which)
+        data = load_dataset(
+            config.dataset, data_dir=config.data_dir, val_images=config.eval.val_images, image_size=config.image_size
+        )
+        result = evaluate(
+            model.to(pick_device(config.device)),
+            data.test,
+            attack,
+            epsilon=meta["epsilon"],
+            norm=meta["norm"],
+            limit=limit,
+            state_dir=folder / "eval",
+            progress=self.progress,
+        )
+        result = dataclasses.replace(
+            result, settings={**result.settings, "weights": which, "epoch": meta["epoch"], "limit": limit}
+        )
+        result.save(file)
+        if not own.exists():
+            result.save(own)
+        if self.progress:
+            print(result.table(), flush=True)
+        return json.loads(result.to_json())
+
+
+def _at_once(call: Callable[[Any], tuple[str, Any]], jobs: Sequence[Any], parallel: int, report: bool) -> list:
+    """Call `call` on every job, so many at a time; say each one's name when it is done."""
+    if parallel == 1:
+        return [call(job) for job in jobs]
+    done = []
+    with ThreadPoolExecutor(parallel) as pool:
+        for name, result in pool.map(call, jobs):
+            done.append((name, result))
+            if report:
+                print(f"{name}: {result.why if isinstance(result, Failure) else 'done'}", flush=True)
+    return done
+
+
+def rule(seeds: Sequence[int]) -> str:
+    """How a row's settings were chosen, in one sentence."""
+    return (
+        "Chosen on validation images by the same rule in every row: highest mean of clean + PGD accuracy after the "
+        f"last epoch; every combination with seed {seeds[0]}"
+        + (f", the best {FINALISTS} with seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "")
+        + ". The test images chose nothing."
+    )
+
+
+def _diverged_file(plan: Plan) -> Path:
+    return Path(plan.config.out).with_name(f"{Path(plan.config.out).name}.diverged")
 
 
 def _state_of(plan: Plan) -> str:
-    """ "new", "started" or "finished". Raises: UserError when the folder holds a run of other settings."""
+    """ "new", "started", "finished" or "diverged". Raises: UserError when the folder holds a run of other settings."""
     folder = Path(plan.config.out)
     if not (folder / "config.yaml").is_file():
-        return "new"
+        return "diverged" if _diverged_file(plan).is_file() else "new"
     saved = from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml"))
     asked, found = to_dict(plan.config), to_dict(saved)
     for key, other in _differences(asked, found):
         raise UserError(f"{folder} was run with {key}={other!r}, not as asked now: choose another --out, or remove it")
+    if _diverged_file(plan).is_file():
+        return "diverged"
     if not (folder / "last.pt").is_file():
         return "started"
     done = load_checkpoint(folder / "last.pt")["epoch"] >= saved.epochs
@@ -300,68 +438,34 @@ def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "")
             yield prefix + key, other
 
 
-def _train_all(
-    pending: list[tuple[Plan, str]], parallel: int, failed: dict[str, str], progress: bool
-) -> dict[str, str]:
-    """Train what is left; return {run: reason} for those that failed."""
-
-    def one(job: tuple[Plan, str]) -> tuple[str, str]:
-        plan, state = job
-        if plan.needs in failed:
-            return plan.name, f"it starts from {plan.needs}, which failed"
-        if parallel > 1:
-            return plan.name, _train_in_a_process(plan, state, parallel)
-        if progress:
-            print(f"\n--- {plan.name}", flush=True)
-        try:
-            if state == "new":
-                train(plan.config, progress=progress)
-            else:
-                train(resume=plan.config.out, progress=progress)
-        except UserError as error:
-            return plan.name, str(error)
-        return plan.name, ""
-
-    if parallel == 1:
-        done = [one(job) for job in pending]
-    else:
-        with ThreadPoolExecutor(parallel) as pool:
-            done = []
-            for name, why in pool.map(one, pending):
-                done.append((name, why))
-                if progress:
-                    print(f"{name}: {why or 'done'}", flush=True)
-    return {name: why for name, why in done if why}
+def _last_validation(plan: Plan) -> dict[str, float]:
+    """Validation accuracies after the last epoch: clean_acc and robust_acc, those there are."""
+    rows = RunFolder(plan.config.out, resume=True).metrics()
+    last = {} if not rows else rows[-1]
+    found = {"clean_acc": last.get("val/clean_acc")}
+    found["robust_acc"] = next((v for k, v in last.items() if k.startswith("val/robust_acc_pgd")), None)
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _train_in_a_process(plan: Plan, state: str, parallel: int) -> str:
-    folder = Path(plan.config.out)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.parent / f"{folder.name}.log"
-    command = [sys.executable, "-m", "fastarat.cli", "train"]
-    if state == "new":
-        asked = folder.parent / f"{folder.name}.yaml"
-        write_yaml(plan.config, asked)
-        command += ["--config", str(asked)]
-    else:
-        command += ["--resume", str(folder)]
-    threads = str(max(1, (os.cpu_count() or 1) // parallel))
-    with open(log, "a") as file:
-        done = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False
-        )
-    if done.returncode == 0:
-        return ""
-    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-    return (last[0].removeprefix("fastarat: ") if last else f"exit code {done.returncode}") + f" (log: {log})"
+def _score(plan: Plan, diverged: bool) -> dict[str, Any]:
+    """What tuning maximises for one run; a diverged one has 0."""
+    if diverged:
+        return {"score": 0.0, "diverged": True}
+    found = _last_validation(plan)
+    if "clean_acc" not in found:
+        raise UserError("tuning chooses on validation images, and there are none: give --eval.val-images")
+    attacks = plan.config.defense.attacks
+    return {"score": found["clean_acc"] + (found["robust_acc"] if attacks else 0.0), "diverged": False, **found}
 
 
-def _evaluated(plan: Plan, attack: str, limit: int | None, progress: bool) -> dict[str, Any]:
-    folder = Path(plan.config.out)
+def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:
     which = "swa" if plan.config.swa else "last"
-    # A file of its own: `fastarat eval` on this run, with another budget perhaps, writes eval.json.
-    file = folder / f"compare-{which}.json"
-    meta = load_weights(folder / f"{which}.safetensors")[1]
+    file = Path(plan.config.out) / f"compare-{which}.json"
+    if not file.is_file():
+        return None
+    meta = load_weights(Path(plan.config.out) / f"{which}.safetensors")[1]
+    saved = json.loads(file.read_text())
+    found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
     asked = {
         "attacks": [a.name for a in parse_attacks(attack)],
         "limit": limit,
@@ -369,40 +473,12 @@ def _evaluated(plan: Plan, attack: str, limit: int | None, progress: bool) -> di
         "epsilon": meta["epsilon"],
         "norm": meta["norm"],
     }
-    if file.is_file():
-        saved = json.loads(file.read_text())
-        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
-        if all(found.get(key) == value for key, value in asked.items()):
-            return saved
-    if progress:
-        print(f"\n--- {plan.name}: evaluating", flush=True)
-    model, meta, config = load_run(folder, which)
-    data = load_dataset(
-        config.dataset, data_dir=config.data_dir, val_images=config.eval.val_images, image_size=config.image_size
-    )
-    result = evaluate(
-        model.to(pick_device(config.device)),
-        data.test,
-        attack,
-        epsilon=meta["epsilon"],
-        norm=meta["norm"],
-        limit=limit,
-        state_dir=folder / "eval",
-        progress=progress,
-    )
-    result = dataclasses.replace(
-        result, settings={**result.settings, "weights": which, "epoch": meta["epoch"], "limit": limit}
-    )
-    result.save(file)
-    own = folder / ("eval.json" if which == "last" else f"eval-{which}.json")
-    if not own.exists():
-        result.save(own)  # for `fastarat report`
-    if progress:
-        print(result.table(), flush=True)
-    return json.loads(result.to_json())
+    return saved if all(found.get(key) == value for key, value in asked.items()) else None
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
@@ -410,35 +486,57 @@ def _spread(values: list[float]) -> dict[str, Any]:
     }
 
 
+def _collapsed(plans: Sequence[Plan]) -> list[int]:
+    """Seeds whose last robust accuracy on validation images is under half of the best of these runs."""
+    robust = {p.seed: _last_validation(p).get("robust_acc", 0.0) for p in plans if p.config.defense.attacks}
+    return [seed for seed, value in robust.items() if value < max(robust.values()) / 2]
+
+
+def _schedule(config: Config) -> str:
+    optim = config.optim
+    lr = in_words(recipe_of(optim.recipe), epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
+    return f"{optim.recipe}: {config.epochs} epochs, {lr}; weight decay {optim.weight_decay:g}"
+
+
 def _tabulate(
-    defenses: Sequence[str], seeds: Sequence[int], plans: dict[str, Plan], results: dict[str, dict], out: Path
+    defenses: Sequence[str],
+    seeds: Sequence[int],
+    plans: Sequence[Plan],
+    results: dict[str, dict],
+    chosen: dict[str, Choice],
+    tune_seeds: list[int],
+    out: Path,
 ) -> Comparison:
     rows = []
     keys = list(next(iter(results.values()))["accuracy"])
+    configs: dict[str, Config] = {}
     for name in defenses:
-        mine = [p for p in plans.values() if p.defense == name and p.seed in seeds]
-        evals = [results[p.name] for p in mine]
-        row: dict[str, Any] = {"defense": name, "seeds": [p.seed for p in mine]}
+        mine = [p for p in plans if p.defense == name]
+        done = [p for p in mine if p.name in results]
+        evals = [results[p.name] for p in done]
+        row: dict[str, Any] = {"defense": name, "seeds": list(seeds)}
         for key in keys:
             row[key] = _spread([e["accuracy"][key] for e in evals])
         if {"clean_acc", "robust_acc_aa"} <= set(keys):
             pairs = [(e["accuracy"]["clean_acc"], e["accuracy"]["robust_acc_aa"]) for e in evals]
             row["sum"] = _spread([c + r for c, r in pairs])
             row["nrr"] = _spread([2 * c * r / (c + r) if c + r else 0.0 for c, r in pairs])
-        walls = [m["wall_s"] for p in mine for m in RunFolder(p.config.out, resume=True).metrics()]
-        row["epoch_s"] = statistics.median(walls)
-        first = load_run_config(Path(mine[0].config.out))
+        walls = [m["wall_s"] for p in done for m in RunFolder(p.config.out, resume=True).metrics()]
+        row["epoch_s"] = statistics.median(walls) if walls else float("nan")
+        configs[name] = first = load_run_config(Path((done or mine)[0].config.out))
         published = PUBLISHED.get((first.dataset, first.model, name))
         same_budget = first.attack.norm == "linf" and abs(first.attack.epsilon - _BUDGET) < 1e-9
         row["published"] = published._asdict() if published and same_budget else None
+        row["schedule"] = _schedule(first)
+        row["chosen"] = chosen[name].settings if name in chosen else None
+        row["collapsed"] = _collapsed(done)
+        row["diverged"] = [p.seed for p in mine if p.name not in results]
         row["warnings"] = sorted({w for e in evals for w in e["warnings"]})
         rows.append(row)
-    shown = [load_run_config(Path(p.config.out)) for p in plans.values() if p.defense in defenses]
-    epochs = sorted({c.epochs for c in shown})
     settings = {
         "dataset": first.dataset,
         "model": first.model,
-        "epochs": " / ".join(map(str, epochs)),
+        "epochs": " / ".join(map(str, sorted({c.epochs for c in configs.values()}))),
         "seeds": list(seeds),
         "epsilon": first.attack.epsilon,
         "norm": first.attack.norm,
@@ -446,8 +544,28 @@ def _tabulate(
         "num_images": next(iter(results.values()))["num_images"],
         "device": _device(),
         "torch": torch.__version__,
+        "rule": rule(tune_seeds),
+        "warnings": _unequal(configs),
     }
     return Comparison(rows, settings, out)
+
+
+def _unequal(configs: dict[str, Config]) -> list[str]:
+    """Say where rows are trained so differently that a short run's order may be the schedule's."""
+    ends: dict[float, list[str]] = {}
+    for name, c in configs.items():
+        ends.setdefault(ends_at(recipe_of(c.optim.recipe), epochs=c.epochs), []).append(name)
+    found = []
+    if len(ends) > 1:
+        said = "; ".join(f"{', '.join(names)} at {share:.2g} of it" for share, names in ends.items())
+        found.append(
+            f"the rows end at different shares of their base learning rate ({said}), so part of a difference between "
+            "them may be the schedule's; --optim.recipe NAME puts all on one"
+        )
+    lengths = sorted({c.epochs for c in configs.values()})
+    if len(lengths) > 1:
+        found.append(f"the rows were trained for {' / '.join(map(str, lengths))} epochs; --epochs N gives all the same")
+    return found
 
 
 def load_run_config(folder: Path) -> Config:

@@ -50,6 +50,9 @@ class OptimConfig:
 
     recipe: str | None = _f(None, "named schedule (default: the defense's)")
     lr: float | None = _f(None, "base learning rate")
+    warmup: int | None = _f(
+        None, "epochs in which the learning rate rises along a line; 0: none (default: the recipe's first epoch)"
+    )
     momentum: float | None = _f(None, "of SGD")
     weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released")
     nesterov: bool | None = _f(None, "Nesterov momentum")
@@ -142,6 +145,7 @@ class Config:
             ("attack.num_steps", self.attack.num_steps, 1),
             ("attack.num_restarts", self.attack.num_restarts, 1),
             ("epochs", self.epochs, 1),
+            ("optim.warmup", self.optim.warmup, 0),
             ("eval.every", self.eval.every, 1),
             ("eval.num_steps", self.eval.num_steps, 1),
             ("limit_train", self.limit_train, 1),
@@ -168,7 +172,14 @@ class Config:
             raise UserError(f"ema={self.ema:g} is outside (0, 1): it is the decay of the average, such as 0.995")
         if self.awp is not None and not 0 < self.awp < 1:
             raise UserError(f"awp={self.awp:g} is outside (0, 1): it is a share of each weight's norm, such as 0.005")
-        recipe_of(self.optim.recipe or self.defense.recipe)
+        recipe = recipe_of(self.optim.recipe or self.defense.recipe)
+        if recipe.one_cycle and self.optim.warmup is not None:
+            raise UserError(
+                f"optim.warmup={self.optim.warmup}: the recipe {self.optim.recipe or self.defense.recipe} warms up by "
+                "itself; leave it out, or choose another --optim.recipe"
+            )
+        if self.epochs is not None and (self.optim.warmup or 0) > self.epochs:
+            raise UserError(f"optim.warmup={self.optim.warmup} is longer than the run of {self.epochs} epochs")
 
 
 def check_epsilon(name: str, value: float, norm: str = "linf") -> None:

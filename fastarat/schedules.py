@@ -18,7 +18,8 @@ class Recipe:
     epochs: run length of the release. lr, weight_decay: its values (weight decay on every parameter).
     drops: (first epoch, factor) pairs, the factor of `lr` from that epoch on. warmup: factor in epoch 1.
     per_step: a drop takes effect at the first step whose fractional epoch (t + 1)/steps reaches it.
-    unscaled: run lengths for which the milestones stay as published; at any other they scale with the length.
+    unscaled: run lengths for which the milestones stay as published; at any other they scale with the length, to the
+    nearest epoch.
     momentum, nesterov: of SGD.
     one_cycle: share of the run in which the learning rate rises from lr/25 to lr, to fall to lr/250000 in the rest;
     along cosines, one step per epoch, momentum going from 0.95 to 0.85 and back. 0: no such cycle.
@@ -36,18 +37,31 @@ class Recipe:
     one_cycle: float = 0.0
     source: str = ""
 
-    def factor(self, epoch: int, step: int, steps: int, epochs: int) -> float:
+    def factor(self, epoch: int, step: int, steps: int, epochs: int, warmup: int | None = None) -> float:
         if self.one_cycle:
             return self.cycled(epoch, epochs, first=1 / 25, top=1.0, last=1 / 250_000)
-        if epoch == 1 and self.warmup != 1.0:
+        if warmup is None and epoch == 1 and self.warmup != 1.0:
             return self.warmup
-        stretch = 1.0 if epochs in (self.epochs, *self.unscaled) else epochs / self.epochs
         position = (epoch - 1) + ((step + 1) / steps if self.per_step else 0.0)
         current = 1.0
-        for first, factor in self.drops:
-            if position >= (first - 1) * stretch - 1e-9:
+        for first, factor in self.drops_in(epochs):
+            if position >= first - 1 - 1e-9:
                 current = factor
+        if warmup and epoch <= warmup:
+            current *= (epoch - 1 + (step + 1) / steps) / warmup
         return current
+
+    def drops_in(self, epochs: int) -> tuple[tuple[float, float], ...]:
+        """The drops of a run of `epochs` epochs: (first epoch, factor) pairs, those it never comes to left out.
+
+        A milestone between two epochs moves to the nearest, so that recipes whose published milestones differ by an
+        epoch in a hundred (AR-AT's 77, TRADES' 75) still drop in the same epoch of a short run.
+        """
+        stretch = 1.0 if epochs in (self.epochs, *self.unscaled) else epochs / self.epochs
+        scaled = [((first - 1) * stretch, factor) for first, factor in self.drops]
+        if not self.per_step:
+            scaled = [(math.floor(at + 0.5 + 1e-9), factor) for at, factor in scaled]
+        return tuple((at + 1, factor) for at, factor in scaled if at < epochs)
 
     def cycled(self, epoch: int, epochs: int, *, first: float, top: float, last: float) -> float:
         """Value at `epoch` of what goes from `first` to `top` and on to `last`, as torch's OneCycleLR does it."""
@@ -141,12 +155,42 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def lr_at(epoch: int, step: int, *, steps: int, epochs: int, recipe: Recipe, lr: float | None = None) -> float:
+def lr_at(
+    epoch: int,
+    step: int,
+    *,
+    steps: int,
+    epochs: int,
+    recipe: Recipe,
+    lr: float | None = None,
+    warmup: int | None = None,
+) -> float:
     """Return the learning rate of `step` (from 0) in `epoch` (from 1) of a run of `epochs` epochs of `steps` steps.
+
+    warmup: epochs in which it rises to its value along a line, step by step, in place of the recipe's own first epoch;
+    0: none.
 
     The S-ARAT recipe as executed, at its own 100 epochs: 0.02 in epoch 1, 0.1 in 2-76, 0.01 in 77-91, 0.001 after.
     """
-    return (recipe.lr if lr is None else lr) * recipe.factor(epoch, step, steps, epochs)
+    return (recipe.lr if lr is None else lr) * recipe.factor(epoch, step, steps, epochs, warmup)
+
+
+def in_words(recipe: Recipe, *, epochs: int, lr: float, warmup: int | None = None) -> str:
+    """Say the learning rates of a run: `lr 0.02, 0.1 from epoch 2, 0.01 from 24, 0.001 from 29`."""
+    if recipe.one_cycle:
+        return f"lr {lr / 25:.4g} up to {lr:.4g} and down to {lr / 250_000:.2g}"
+    first, rest = f"lr {lr:.4g}", [f"{lr * f:.4g} from {'epoch ' if not i else ''}{at:.4g}"
+                                   for i, (at, f) in enumerate(recipe.drops_in(epochs))]  # fmt: skip
+    if warmup:
+        first = f"lr 0 to {lr:.4g} in {warmup} epoch{'s' * (warmup > 1)}"
+    elif warmup is None and recipe.warmup != 1.0:
+        first = f"lr {lr * recipe.warmup:.4g} in epoch 1, then {lr:.4g}"
+    return ", ".join([first, *rest])
+
+
+def ends_at(recipe: Recipe, *, epochs: int) -> float:
+    """The share of its base learning rate that a run of `epochs` epochs ends with."""
+    return recipe.factor(epochs, 0, 1, epochs, 0)
 
 
 def momentum_at(

@@ -41,7 +41,7 @@ from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
 from fastarat.optim import SGD
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
-from fastarat.schedules import RECIPES, lr_at, momentum_at, recipe_of
+from fastarat.schedules import RECIPES, in_words, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 from fastarat.winograd import qualifies
 
@@ -372,7 +372,13 @@ class _Training:
             if index >= self.steps_per_epoch:
                 break
             lr = lr_at(
-                epoch, index, steps=self.steps_per_epoch, epochs=config.epochs, recipe=self.recipe, lr=config.optim.lr
+                epoch,
+                index,
+                steps=self.steps_per_epoch,
+                epochs=config.epochs,
+                recipe=self.recipe,
+                lr=config.optim.lr,
+                warmup=config.optim.warmup,
             )
             step.set_lr(lr)
             if self.recipe.one_cycle:
@@ -553,7 +559,8 @@ class _Training:
             "loader": f"{self.loader.kind}: {self.loader.reason}",
             "schedule": f"{optim.recipe}{scaled}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
             f"{config.batch_size}, "
-            f"lr {optim.lr:g}, momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
+            f"{in_words(self.recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)}, "
+            f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
             "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}.get(
                 optim.optimizer, "SGD, fused" + (", writing the attack's weights too" if self.step.one_pass else "")
             ),

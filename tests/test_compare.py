@@ -1,14 +1,18 @@
 """The table: every run once, interrupted calls resumed, mean and deviation right, four formats."""
 
+import csv
 import json
 import statistics
 
 import pytest
+import torch
 
 import fastarat
 from fastarat import compare as module
 from fastarat.cli import main
-from fastarat.compare import PUBLISHED, compare
+from fastarat.compare import PUBLISHED, compare, parse_tune
+from fastarat.config import from_dict
+from fastarat.schedules import ends_at, recipe_of
 
 BASE = {
     "limit_train": 64, "batch_size": 32, "epochs": 2, "tensorboard": False,
@@ -51,10 +55,11 @@ def test_four_formats(table):
     assert "mean ± standard deviation over seeds 0, 1" in text["md"]
     assert "\\toprule" in text["tex"]
     assert json.loads(text["json"])["rows"] == table.rows
-    lines = text["csv"].splitlines()
-    assert lines[0].startswith("defense,seeds,clean_acc_mean,clean_acc_std")
+    lines = list(csv.reader(text["csv"].splitlines()))
+    assert lines[0][:5] == ["defense", "seeds", "images", "clean_acc_mean", "clean_acc_std"]
     assert len(lines) == 3
-    assert all(len(line.split(",")) == len(lines[0].split(",")) for line in lines)
+    assert all(len(line) == len(lines[0]) for line in lines)
+    assert lines[1][2] == "40"
 
 
 def test_a_repeated_call_repeats_nothing(table, monkeypatch):
@@ -172,6 +177,173 @@ def test_published_numbers_are_shown_only_for_their_setting(table):
     assert PUBLISHED["cifar10", "resnet18", "ar-at"].autoattack == 49.02
     assert PUBLISHED["cifar100", "wrn-34-10", "ar-at+swa"].clean == 72.37
     assert all("published" in row for row in table.rows)
+
+
+def test_rows_of_one_seed_share_data_order_and_initial_weights(tmp_path, monkeypatch):
+    from fastarat.train import _Training
+
+    seen = {}
+    for name in ("standard", "trades", "mart", "lbgat", "ar-at"):
+        config = from_dict({**BASE, "defense": name, "seed": 3, "out": str(tmp_path / name)})
+        training = _Training(config, False, False)
+        weights = {k: v for k, v in training.step.model.state_dict().items() if "weight" in k and v.dim() > 1}
+        batch = next(iter(training.loader.epoch(1)))
+        seen[name] = training.dataset, weights, batch
+    data, weights, batch = seen.pop("standard")
+    for other_data, other_weights, other_batch in seen.values():
+        assert torch.equal(other_data.train.indices, data.train.indices)
+        assert torch.equal(other_data.val.indices, data.val.indices)
+        assert torch.equal(other_batch.index, batch.index)
+        assert torch.equal(other_batch.images, batch.images)
+        assert other_weights.keys() == weights.keys()
+        assert all(torch.equal(other_weights[k], w) for k, w in weights.items())
+
+
+@pytest.mark.parametrize("epochs", [4, 10, 20, 30, 50])
+def test_the_recipes_of_trades_and_ar_at_end_alike_in_short_runs(epochs):
+    ends = {name: ends_at(recipe_of(name), epochs=epochs) for name in ("arat", "trades", "lbgat")}
+    assert len(set(ends.values())) == 1, ends
+
+
+def test_rows_with_other_schedules_are_told_apart_and_warned_of(tmp_path):
+    base = {**BASE, "epochs": 4, "limit_train": 40, "eval": {"val_images": 20, "num_steps": 1, "every": 4}}
+    own = run(tmp_path / "own", ("at", "mart"), (0,), base=base)
+    head = own.markdown().splitlines()[0]
+    assert "| schedule |" in head
+    assert "mart: 4 epochs, lr 0.01" in own.markdown()
+    (warning,) = own.settings["warnings"]
+    assert "at at 0.1 of it; mart at 0.001 of it" in warning
+    assert "Warning: the rows end at different shares of their base learning rate" in own.markdown()
+    same = run(tmp_path / "same", ("at", "mart"), (0,), base={**base, "optim": {"recipe": "arat"}})
+    assert same.settings["warnings"] == []
+    assert "| schedule |" not in same.markdown()
+    assert "Schedule of every row: arat: 4 epochs, lr 0.02 in epoch 1, then 0.1, 0.01 from epoch 4" in same.markdown()
+    rates = [
+        [json.loads(line)["lr"] for line in (same.out / f"{name}-seed0" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("at", "mart")
+    ]
+    assert rates[0] == rates[1] == pytest.approx([0.02, 0.1, 0.1, 0.01])
+
+
+def test_settings_are_chosen_on_validation_images_by_one_rule(tmp_path, monkeypatch):
+    looked_at = []
+    own = module.evaluate
+
+    def watched(model, data, *args, **options):
+        looked_at.append(data)
+        return own(model, data, *args, **options)
+
+    monkeypatch.setattr(module, "evaluate", watched)
+    tune = {"optim.lr": ["0.05", "0.001", "1e-6"], "ar-at:defense.gamma": [5, 30]}
+    options = {"tune": tune, "tune_seeds": (7, 8), "base": {**BASE, "epochs": 4}}
+    table = run(tmp_path / "runs", ("at", "ar-at"), (0,), **options)
+    record = json.loads((table.out / "tune.json").read_text())
+    assert record["seeds"] == [7, 8]
+    assert {row: len(r["tried"]) for row, r in record["rows"].items()} == {"at": 3, "ar-at": 6}
+    for row, found in record["rows"].items():
+        full = [t for t in found["tried"] if len(t["runs"]) == 2]
+        assert len(full) == module.FINALISTS
+        assert min(t["runs"][0]["score"] for t in full) >= max(
+            t["runs"][0]["score"] for t in found["tried"] if len(t["runs"]) == 1
+        )
+        for t in found["tried"]:
+            for r in t["runs"]:
+                assert r["score"] == r["clean_acc"] + r["robust_acc"]
+        (best,) = (t for t in found["tried"] if t["chosen"])
+        assert best["mean"] == max(t["mean"] for t in full)
+        assert found["settings"] == best["settings"]
+        config = (table.out / f"{row}-seed0" / "config.yaml").read_text()
+        assert f"lr: {float(best['settings']['optim.lr'])}" in config
+    assert len(looked_at) == 2  # the two reported runs: no test image before the choice
+    assert "| chosen on validation |" in table.markdown().splitlines()[0]
+    assert "The test images chose nothing." in table.markdown()
+    assert "gamma" in (table.out / "tune.md").read_text()
+
+    monkeypatch.setattr(module, "train", None)
+    assert run(table.out, ("at", "ar-at"), (0,), **options).rows == table.rows
+
+
+def test_the_teachers_of_a_row_are_trained_with_what_was_chosen_for_standard(tmp_path):
+    table = run(
+        tmp_path / "runs",
+        ("standard", "arrest"),
+        (0,),
+        base={**BASE, "limit_train": 400, "epochs": 5},
+        tune={"standard:optim.lr": [1e-7, 0.05]},
+        tune_seeds=(7,),
+    )
+    assert table.rows[0]["chosen"] == {"optim.lr": 0.05}
+    assert table.rows[1]["chosen"] == {}
+    assert "lr: 0.05" in (table.out / "standard-seed0" / "config.yaml").read_text()
+    assert str(table.out / "standard-seed0") in (table.out / "arrest-seed0" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tune": {"optim.lr": [0.1, 0.2]}, "tune_seeds": (0, 5)}, "none of those reported"),
+        ({"tune": {"att:optim.lr": [0.1, 0.2]}}, "no such row 'att'; did you mean 'at'"),
+        ({"tune": {"optim.lrr": [0.1, 0.2]}}, "did you mean 'lr'"),
+        ({"tune": {"optim.lr": ["a", "b"]}}, "expected a number"),
+        ({"tune": {"optim.lr": []}}, "expected a list of values"),
+        ({"tune": {"limit_train": [10, 20]}}, "no longer share their data"),
+        ({"tune": {"at:defense.gamma": [10, 20]}}, "unknown key 'defense.gamma'"),
+    ],
+)
+def test_mistakes_in_tuning_come_before_any_training(options, words, tmp_path):
+    with pytest.raises(fastarat.UserError, match=words):
+        run(tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tune_flags():
+    assert parse_tune(["optim.lr=0.1, 0.3", "ar-at:defense.center=clean"]) == {
+        "optim.lr": ["0.1", "0.3"],
+        "ar-at:defense.center": ["clean"],
+    }
+    for flags, words in ((["optim.lr"], "expected NAME=VALUE"), (["a=1", "a=2"], "twice")):
+        with pytest.raises(fastarat.UserError, match=words):
+            parse_tune(flags)
+
+
+def test_collapsed_and_diverged_seeds_are_counted_in_the_open(tmp_path, monkeypatch):
+    own = module.train
+
+    def train(config=None, **options):
+        if config.seed == 2:
+            raise module.Diverged("training stopped: loss became NaN")
+        return own(config, **options)
+
+    monkeypatch.setattr(module, "train", train)
+    robust = {0: 0.4, 1: 0.1}
+    monkeypatch.setattr(module, "_last_validation", lambda plan: {"clean_acc": 0.9, "robust_acc": robust[plan.seed]})
+    table = run(tmp_path / "runs", ("at",), (0, 1, 2))
+    (row,) = table.rows
+    assert (row["collapsed"], row["diverged"], row["seeds"]) == ([1], [2], [0, 1, 2])
+    assert len(row["clean_acc"]["values"]) == 2
+    text = table.markdown()
+    assert "| collapsed |" in text
+    assert "| 2 of 3 |" in text
+    assert "Collapsed: a seed that diverged" in text
+    monkeypatch.setattr(module, "train", None)  # nothing is trained again, the diverged seed neither
+    assert run(table.out, ("at",), (0, 1, 2)).rows == table.rows
+
+
+@pytest.mark.parametrize(
+    ("attack", "titles"),
+    [
+        ("clean,pgd-2,pgd-2-2,apgd-ce", ["clean", "PGD-2", "PGD-2 (2 restarts)", "APGD-CE"]),
+        ("clean,fab-t,square", ["clean", "FAB-T", "Square"]),
+    ],
+)
+def test_titles_and_captions_say_what_is_there_and_nothing_else(table, attack, titles):
+    keys = [a.key for a in module.parse_attacks(attack)]
+    cell = {"mean": 0.5, "std": None, "values": [0.5]}
+    rows = [{**table.rows[0], **dict.fromkeys(keys, cell)}]
+    shown = module.Comparison(rows, {**table.settings, "keys": keys, "seeds": [0]}, table.out)
+    assert shown.markdown().splitlines()[0] == "| " + " | ".join(["defense", *titles, "s/epoch"]) + " |"
+    assert "Sum" not in shown.note()
+    assert "40 test images in every cell" in shown.note()
 
 
 def test_command_line(table, capsys):

@@ -26,7 +26,8 @@ LAYERS = [
     {"config", "engine", "evaluate"},
     {"swa"},
     {"train"},
-    {"report", "interchange", "compare", "bench"},
+    {"report", "interchange", "table", "bench"},
+    {"compare"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,198 @@
+"""The table of a comparison: what it holds, its four formats, and the published numbers beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastarat.record import write_atomic
+from fastarat.train import pixels
+
+
+class Published(NamedTuple):
+    """Accuracies in percent as printed in a paper. Baselines differ by source: compare within one table only."""
+
+    clean: float
+    autoattack: float
+    source: str
+
+
+_ARAT = "Waseda et al., ICLR 2025, main table"
+_CURE = "Gowda et al., ICLR 2024, its CIFAR-10 table"
+PUBLISHED: dict[tuple[str, str, str], Published] = {
+    (dataset, model, defense): Published(clean, robust, source)
+    for dataset, model, defense, clean, robust, source in (
+        ("cifar10", "resnet18", "at", 83.77, 42.42, _ARAT),
+        ("cifar10", "resnet18", "trades", 81.25, 48.54, _ARAT),
+        ("cifar10", "resnet18", "mart", 82.15, 47.83, _ARAT),
+        ("cifar10", "resnet18", "lbgat", 85.00, 48.85, _ARAT),
+        ("cifar10", "resnet18", "arrest", 86.63, 46.14, _ARAT + ", copied there from its paper"),
+        ("cifar10", "resnet18", "ar-at", 87.82, 49.02, _ARAT),
+        ("cifar10", "resnet18", "ar-at+swa", 86.44, 50.28, _ARAT),
+        ("cifar10", "resnet18", "cure", 86.76, 49.69, _CURE),
+        ("cifar10", "wrn-34-10", "at", 86.06, 46.26, _ARAT),
+        ("cifar10", "wrn-34-10", "trades", 84.33, 51.75, _ARAT),
+        ("cifar10", "wrn-34-10", "mart", 86.10, 49.11, _ARAT),
+        ("cifar10", "wrn-34-10", "lbgat", 88.19, 52.56, _ARAT),
+        ("cifar10", "wrn-34-10", "arrest", 90.24, 50.20, _ARAT + ", copied there from its paper"),
+        ("cifar10", "wrn-34-10", "ar-at", 90.89, 50.77, _ARAT),
+        ("cifar10", "wrn-34-10", "ar-at+swa", 90.06, 54.03, _ARAT),
+        ("cifar10", "wrn-34-10", "cure", 87.05, 52.10, _CURE),
+        ("cifar100", "resnet18", "at", 55.82, 19.50, _ARAT),
+        ("cifar100", "resnet18", "trades", 54.74, 23.60, _ARAT),
+        ("cifar100", "resnet18", "mart", 54.54, 26.04, _ARAT),
+        ("cifar100", "resnet18", "lbgat", 65.87, 23.19, _ARAT),
+        ("cifar100", "resnet18", "ar-at", 67.51, 23.38, _ARAT),
+        ("cifar100", "resnet18", "ar-at+swa", 67.17, 24.36, _ARAT),
+        ("cifar100", "wrn-34-10", "at", 59.83, 23.94, _ARAT),
+        ("cifar100", "wrn-34-10", "trades", 57.61, 26.88, _ARAT),
+        ("cifar100", "wrn-34-10", "mart", 57.75, 24.89, _ARAT),
+        ("cifar100", "wrn-34-10", "lbgat", 68.17, 26.92, _ARAT),
+        ("cifar100", "wrn-34-10", "arrest", 73.05, 24.32, _ARAT + ", copied there from its paper"),
+        ("cifar100", "wrn-34-10", "ar-at", 72.51, 24.18, _ARAT),
+        ("cifar100", "wrn-34-10", "ar-at+swa", 72.37, 27.31, _ARAT),
+    )
+}
+_BUDGET = 8 / 255
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table. rows: one dict per defense, accuracies as fractions: mean, deviation and the values per seed."""
+
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+    out: Path
+
+    def markdown(self) -> str:
+        head, body = self._cells("±", "–")
+        lines = [head, ["---", *("---:" if self._is_number(h) else "---" for h in head[1:])], *body]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + self.note()
+
+    def latex(self) -> str:
+        head, body = self._cells("$\\pm$", "--")
+        rows = [" & ".join(c.replace("%", "\\%").replace("_", "\\_") for c in line) + " \\\\" for line in [head, *body]]
+        rows.insert(1, "\\midrule")
+        columns = "l" + "".join("r" if self._is_number(h) else "l" for h in head[1:])
+        table = "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *rows, "\\bottomrule", "\\end{tabular}"])
+        return "".join(f"% {line}\n" for line in self.note().splitlines() if line) + f"{table}\n"
+
+    def csv(self) -> str:
+        keys = [*self.settings["keys"], "sum", "nrr"]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            [
+                *("defense", "seeds", "images"),
+                *(f"{k}_{s}" for k in keys for s in ("mean", "std")),
+                *("epoch_s", "schedule", "chosen", "collapsed", "diverged"),
+                *("published_clean", "published_aa", "published_source"),
+            ]
+        )
+        for row in self.rows:
+            cells = [row["defense"], len(row["seeds"]), self.settings["num_images"]]
+            for key in keys:
+                value = row.get(key) or {"mean": "", "std": ""}
+                cells += [value["mean"], "" if value["std"] is None else value["std"]]
+            cells += [row["epoch_s"], row["schedule"], _in_words(row["chosen"] or {})]
+            cells += [" ".join(map(str, row[kind])) for kind in ("collapsed", "diverged")]
+            writer.writerow([*cells, *((row["published"] or {}).get(k, "") for k in ("clean", "autoattack", "source"))])
+        return file.getvalue()
+
+    def to_json(self) -> str:
+        return json.dumps({"settings": self.settings, "rows": self.rows}, indent=2) + "\n"
+
+    def note(self) -> str:
+        """What the numbers are, how the rows were trained, and what keeps them from being compared."""
+        s = self.settings
+        ended = (
+            f"mean ± standard deviation over seeds {', '.join(map(str, s['seeds']))}"
+            if len(s["seeds"]) > 1
+            else f"seed {s['seeds'][0]}"
+        )
+        lines = [
+            f"{s['dataset']}, {s['model']}, {s['epochs']} epochs, {s['norm']} epsilon {pixels(s['epsilon'])}, "
+            f"{s['num_images']:,} test images in every cell, last checkpoint, {ended}; accuracies in %."
+            + (" Sum = clean + AutoAttack, NRR = their harmonic mean." if "sum" in self.rows[0] else "")
+            + f" s/epoch on {s['device']}. Rows of one seed share data, batch order and initial weights."
+        ]
+        if len({row["schedule"] for row in self.rows}) == 1:
+            lines.append(f"Schedule of every row: {self.rows[0]['schedule']}.")
+        if any(row["chosen"] is not None for row in self.rows):
+            lines.append(s["rule"])
+        if self._shows_collapsed():
+            lines.append(
+                "Collapsed: a seed that diverged, or whose last robust accuracy on validation images is under half of "
+                "its row's best seed's; counted in the means unless it diverged."
+            )
+        lines += [f"Warning: {text}" for text in s["warnings"]]
+        return "\n\n".join(lines)
+
+    def _shows_collapsed(self) -> bool:
+        return len(self.settings["seeds"]) > 1 and any(row["collapsed"] or row["diverged"] for row in self.rows)
+
+    @staticmethod
+    def _is_number(title: str) -> bool:
+        return not title.startswith(("published", "schedule", "chosen"))
+
+    def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
+        keys = self.settings["keys"]
+        shown = [*keys, *(("sum", "nrr") if "sum" in self.rows[0] else ())]
+        head = ["defense", *(_title(key) for key in shown), "s/epoch"]
+        optional = {
+            "collapsed": self._shows_collapsed(),
+            "schedule": len({row["schedule"] for row in self.rows}) > 1,
+            "chosen on validation": any(row["chosen"] for row in self.rows),
+            "published clean / AutoAttack": any(row["published"] for row in self.rows),
+        }
+        head += [title for title, there in optional.items() if there]
+        body = []
+        for row in self.rows:
+            cells = {"defense": row["defense"], "s/epoch": f"{row['epoch_s']:.1f}"}
+            for key in shown:
+                value = row.get(key)
+                spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
+                cells[_title(key)] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
+            bad = len({*row["collapsed"], *row["diverged"]})
+            cells["collapsed"] = f"{bad} of {len(row['seeds'])}" if bad else "0"
+            cells["schedule"] = row["schedule"]
+            cells["chosen on validation"] = _in_words(row["chosen"] or {}) or empty
+            p = row["published"]
+            cells["published clean / AutoAttack"] = (
+                f"{p['clean']:.2f} / {p['autoattack']:.2f} ({p['source']})" if p else empty
+            )
+            body.append([cells[title] for title in head])
+        return head, body
+
+    def save(self) -> Path:
+        """Write table.md, .tex, .csv and .json into the comparison's folder."""
+        for suffix, text in (
+            ("md", self.markdown() + "\n"),
+            ("tex", self.latex()),
+            ("csv", self.csv()),
+            ("json", self.to_json()),
+        ):
+            write_atomic(self.out / f"table.{suffix}", lambda p, text=text: p.write_text(text))
+        return self.out / "table.md"
+
+
+def _title(key: str) -> str:
+    """The heading of an accuracy: `robust_acc_apgd_ce` is APGD-CE, `robust_acc_pgd20_r5` PGD-20 (5 restarts)."""
+    titles = {"clean_acc": "clean", "robust_acc_aa": "AutoAttack", "sum": "Sum", "nrr": "NRR"}
+    titles |= {"robust_acc_square": "Square"}
+    if key in titles:
+        return titles[key]
+    name = key.removeprefix("robust_acc_")
+    if name.startswith("pgd"):
+        steps, _, restarts = name.removeprefix("pgd").partition("_r")
+        return f"PGD-{steps}" + (f" ({restarts} restarts)" if restarts else "")
+    return name.replace("_", "-").upper()
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    """`{"optim.lr": 0.03, "defense.gamma": 5}` as `lr 0.03, gamma 5`."""
+    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items())
