@@ -617,6 +617,14 @@ def _contents(runs: list[_Run], examples: list[Examples], dataset: Dataset) -> l
                 "covers the choice of test images, not the choice of seed."
             )
         )
+    counts = sorted({result["num_images"] for run in runs for result in run.evaluations.values()})
+    if len(counts) > 1:
+        blocks.append(
+            _Paragraph(
+                f"Warning: the rows above are not all of the same test images ({', '.join(f'{n:,}' for n in counts)}): "
+                "compare rows of one number only, or call `fastarat eval` again with the same --limit."
+            )
+        )
     if len({_budget(run.meta) for run in runs}) > 1:
         blocks.append(
             _Paragraph(

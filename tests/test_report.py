@@ -109,6 +109,17 @@ def test_text_escapes_names_and_names_attack_images_and_budget(trained, tmp_path
     assert f"<td>{last['train/loss']:.4g}</td>" in page
 
 
+def test_rows_of_different_numbers_of_images_are_warned_of(run, tmp_path):
+    model, *_ = load_run(run)
+    test = load_dataset("digits").test
+    for weights, limit in (("eval", 20), ("eval-best", 30)):
+        evaluate(model, test, "clean", limit=limit, progress=False).save(run / f"{weights}.json")
+    words = "not all of the same test images (20, 30): compare rows of one number only"
+    assert words in report([run], tmp_path / "two", num_images=1, device="cpu").read_text()
+    evaluate(model, test, "clean", limit=20, progress=False).save(run / "eval-best.json")
+    assert "not all of the same" not in report([run], tmp_path / "one", num_images=1, device="cpu").read_text()
+
+
 def test_default_folder_and_a_run_named_twice(run):
     assert report([run, str(run)], num_images=1, device="cpu") == run / "report" / "report.html"
     assert (run / "report" / "report.md").read_text().startswith("# fastarat report: run\n")
