@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views
-from fastarat.losses import Align, Distance, ar_at_invariance
+from fastarat.defenses.base import Defense, Run, Views, network_dtype
+from fastarat.losses import Align, Distance, ar_at_invariance, wide
 from fastarat.models import Network, Taps, forward_with_features, tap_names
 
 
@@ -34,12 +34,13 @@ class Predictor(nn.Module):
 
 
 class Balance(nn.Module):
-    """Holds the loss weights a (adversarial) and b (clean) on the device, where a captured step reads them."""
+    """Holds the loss weights a (adversarial), b (clean) and gamma on the device, where a captured step reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gamma: float) -> None:
         super().__init__()
         self.register_buffer("adv", torch.ones(()))
         self.register_buffer("clean", torch.ones(()))
+        self.register_buffer("gamma", torch.tensor(float(gamma), dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +120,15 @@ class ARAT(Defense):
             forward_with_features(model.eval(), example, taps)
         model.train(mode)
         widths = [z.shape[1] for z in taps.ordered()]
-        built = nn.ModuleDict({"balance": Balance()})
+        gamma = self.gamma
+        if gamma is None:
+            gamma = model.invariance_weight if isinstance(model, Network) else 30.0
+        built = nn.ModuleDict({"balance": Balance(gamma)})
         if self.predictor_adv or self.shared_predictor:
             built["predictor_adv"] = nn.ModuleList([Predictor(d) for d in widths])
         if self.predictor_clean and not self.shared_predictor:
             built["predictor_clean"] = nn.ModuleList([Predictor(d) for d in widths])
-        gamma = self.gamma
-        if gamma is None:
-            gamma = model.invariance_weight if isinstance(model, Network) else 30.0
-        built["balance"].register_buffer("gamma", torch.tensor(float(gamma)))
-        return built
+        return built.to(network_dtype(model))
 
     def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
         if not self._noisy(norm):
@@ -168,9 +168,7 @@ class ARAT(Defense):
         h_clean = companions["predictor_clean"] if self.predictor_clean and not self.shared_predictor else none
         h_clean = h_adv if self.shared_predictor else h_clean
         distances = [
-            ar_at_invariance(
-                a.float(), c.float(), distance=self.metric, align=self.align, predictor=p, predictor_clean=q
-            )
+            ar_at_invariance(wide(c), wide(a), distance=self.metric, align=self.align, predictor=p, predictor_clean=q)
             for a, c, p, q in zip(views.features_adv, views.features_clean, h_adv, h_clean, strict=True)
         ]
         weights = companions["balance"]
@@ -179,7 +177,7 @@ class ARAT(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {
-            "ce_adv": views.extra["a"] * F.cross_entropy(views.logits_adv.float(), views.labels),
-            "ce_clean": views.extra["b"] * F.cross_entropy(views.logits_clean.float(), views.labels),
+            "ce_adv": views.extra["a"] * F.cross_entropy(wide(views.logits_adv), views.labels),
+            "ce_clean": views.extra["b"] * F.cross_entropy(wide(views.logits_clean), views.labels),
             "invariance": views.extra["gamma"] * views.extra["distances"].mean(),
         }

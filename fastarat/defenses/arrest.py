@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views, load_standard
+from fastarat.defenses.base import Defense, Run, Views, load_standard, network_dtype
 from fastarat.errors import UserError
-from fastarat.losses import angular_distance
+from fastarat.losses import angular_distance, wide
 from fastarat.models import PENULTIMATE, Network, Taps, forward_with_features
 
 
@@ -26,7 +26,7 @@ class Frozen(nn.Module):
     def __init__(self, network: nn.Module, lam: float) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("lam", torch.tensor(float(lam)))
+        self.register_buffer("lam", torch.tensor(float(lam), dtype=network_dtype(network)))
         self.requires_grad_(False)
         self.eval()
 
@@ -115,6 +115,6 @@ class ARREST(Defense):
     def loss(self, views: Views) -> dict[str, Tensor]:
         (z,), (z_std,) = views.features_adv, views.features_clean
         return {
-            "ce_adv": F.cross_entropy(views.logits_adv.float(), views.labels),
+            "ce_adv": F.cross_entropy(wide(views.logits_adv), views.labels),
             "angle": views.extra["lam"] * angular_distance(z, z_std.detach()).mean(),
         }

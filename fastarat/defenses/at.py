@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastarat.defenses.base import Defense, Views
+from fastarat.losses import wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,4 +27,4 @@ class AT(Defense):
     attack_bn: ClassVar[str] = "train"
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return {"ce_adv": F.cross_entropy(views.logits_adv.float(), views.labels)}
+        return {"ce_adv": F.cross_entropy(wide(views.logits_adv), views.labels)}

@@ -21,8 +21,9 @@ class Views(NamedTuple):
     """What a loss sees: tensors only, so that it can be compiled whole and worked out by hand.
 
     labels: int64 [B]. logits_clean, logits_adv: float [B, K] or None. features_clean, features_adv: tuples of
-    float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float32 in [0, 1], share of the run
-    that is done. epoch: 0-d float32, the current epoch from 1. extra: further tensors of the defense, by name.
+    float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float in [0, 1], share of the run that
+    is done. epoch: 0-d float, the current epoch from 1. Both are float32, or float64 beside a float64 network.
+    extra: further tensors of the defense, by name.
     """
 
     labels: Tensor
@@ -35,6 +36,12 @@ class Views(NamedTuple):
     progress: Tensor | None = None
     epoch: Tensor | None = None
     extra: dict[str, Tensor] = {}
+
+
+def network_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of what is computed beside a network: float64 for a float64 one, float32 for any other."""
+    first = next(model.parameters(), None)
+    return torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
 
 
 class Run(Protocol):
@@ -239,4 +246,4 @@ def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise
         raise UserError(f"{field}={run}: {error}. {needs}: {how}") from error
 
 
-__all__ = ["Attacked", "Defense", "Run", "Views", "load_standard", "random_start", "resuming"]
+__all__ = ["Attacked", "Defense", "Run", "Views", "load_standard", "network_dtype", "random_start", "resuming"]

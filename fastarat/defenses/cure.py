@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
 from fastarat.batchnorm import branch
-from fastarat.defenses.base import Defense, Run, Views, load_standard
+from fastarat.defenses.base import Defense, Run, Views, load_standard, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
 
@@ -57,15 +57,16 @@ def maskable(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
 class Revision(nn.Module):
     """The slow copy of the student, always in train mode and without gradients.
 
-    due, warm: 0-d float32, 1 when this step's update is drawn, and during the natural epochs.
+    due, warm: 0-d float, 1 when this step's update is drawn, and during the natural epochs.
     forward: images float32 [2B, C, H, W], [clean; adv], each half normalised by itself -> logits [2B, K].
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
-        self.register_buffer("due", torch.zeros(()))
-        self.register_buffer("warm", torch.zeros(()))
+        dtype = network_dtype(network)
+        self.register_buffer("due", torch.zeros((), dtype=dtype))
+        self.register_buffer("warm", torch.zeros((), dtype=dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         with branch(self.network, "clean", "adv"):
@@ -74,7 +75,7 @@ class Revision(nn.Module):
     @torch.no_grad()
     def follow(self, student: nn.Module, step: Tensor, rate: float) -> None:
         """Move the parameters towards the student's: by max(rate, 1/(step + 1)) if due, wholly while warm."""
-        towards = self.due * torch.clamp(1 / (step + 1), min=rate)
+        towards = self.due * torch.clamp(1 / (step + 1).to(self.due), min=rate)
         towards = torch.maximum(towards, self.warm)
         own, theirs = list(self.network.parameters()), list(student.parameters())
         moves = torch._foreach_sub(theirs, own)

@@ -87,6 +87,7 @@ class GAIRAT(Defense):
         return views._replace(extra={"lam": lam, "weighted": weighted})
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        weights = gairat_weights(views.kappa, views.num_steps, views.extra["lam"], self.kind)
+        each = cross_entropy(views.logits_adv, views.labels)
+        weights = gairat_weights(views.kappa, views.num_steps, views.extra["lam"], self.kind, dtype=each.dtype)
         weights = torch.where(views.extra["weighted"], weights, 1.0)
-        return {"ce_adv": (weights * cross_entropy(views.logits_adv, views.labels)).mean()}
+        return {"ce_adv": (weights * each).mean()}

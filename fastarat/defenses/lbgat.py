@@ -83,8 +83,8 @@ class LBGAT(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return losses.lbgat(
-            views.logits_adv,
             views.logits_clean,
+            views.logits_adv,
             views.extra["logits_teacher"],
             views.labels,
             self.beta,
