@@ -271,8 +271,7 @@ def conflict_aware(
         per_tensor: apply the rule to each tensor by itself instead of to all of them flattened together.
         normalize: scale both gradients to unit length first.
     Returns: list of tensors like `grads_adv`. Where g_c is zero the result is g_a.
-    Source: Xue, Wang, Qin and Pedarsani, 2024 (arXiv 2410.16579), and the released code; its replacing of NaN by 0 is
-        left out, because it would hide a diverged run.
+    Source: Xue, Wang, Qin and Pedarsani, 2024 (arXiv 2410.16579), and the released code.
     """
     clean, adv = [wide(g) for g in grads_clean], [wide(g) for g in grads_adv]
     dot = torch.stack([(a * c).sum() for a, c in zip(adv, clean, strict=True)])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
 from fastarat.losses import Align, Distance, ar_at_invariance, wide
 from fastarat.models import Network, Taps, forward_with_features, tap_names
 
@@ -56,6 +56,7 @@ class ARAT(Defense):
     name: ClassVar[str] = "ar-at"
     formula: ClassVar[str] = "a CE(f_A(x'), y) + b CE(f_N(x), y) + gamma/|S| sum_l D(h_l(z'_l), sg z_l)"
     attack_bn: ClassVar[str] = "train"
+    under_l2: ClassVar[str] = ""
     needs_clean: ClassVar[bool] = True
 
     gamma: float | None = field(
@@ -100,9 +101,38 @@ class ARAT(Defense):
     def bn_mode(self, norm: str) -> str:
         return "eval" if norm == "l2" else self.attack_bn
 
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if run.norm == "l2":
+            found += (
+                "L2 is the research version's, whose attack runs in eval mode around the image itself, with "
+                "epsilon 128/255 and step 32/255; the current release sets neither (--attack.epsilon 128/255 "
+                "--attack.step-size 32/255)",
+            )
+        elif self.center == "clean":
+            found += (
+                "centre and clean branch are the image itself, as in the paper; in the release the image plus "
+                "uniform noise (--defense.center noisy)",
+            )
+        heads = self.predictor_adv + self.predictor_clean + 2 * self.shared_predictor
+        if self.align in ("y->x", "x->y,y->x") and heads:
+            found += (
+                f"with {self.align} and one predictor the release forgets a stop-gradient, with two it fails in "
+                "x->y,y->x: here the target is always stopped and each predictor acts on the side that moves",
+            )
+        if self.metric == "kl":
+            found += ("the release's temperature of the metric kl is not known: 1 is our choice",)
+        if self.layers is None and run.model not in ("resnet18", "wrn-34-10"):
+            found += (
+                f"the release aligns layers of ResNet-18 and WRN-34-10; those of {run.model} are chosen by "
+                "analogy (--defense.layers)",
+            )
+        return found
+
     def describe(self, norm: str) -> dict[str, str]:
         centre = (
-            "noisy (x + U(-eps, eps), as released: training images lie up to 2 epsilon from the data)"
+            "noisy (x + U(-eps, eps), as released: training images lie up to 2 epsilon from the data, those of an "
+            "evaluation within one, unlike in the release's own PGD test)"
             if self._noisy(norm)
             else "clean (x itself, the threat model as written)"
         )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views, load_standard, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
 from fastarat.models import PENULTIMATE, Network, Taps, forward_with_features
@@ -47,8 +47,7 @@ class ARREST(Defense):
     turned by more than phi from the standard one. Every image is attacked and the choice made on the device: leaving
     the replayed ones out would make the host wait and the shapes vary.
 
-    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), without public code; lam, phi, tau, the replay test, the
-    attack's mode and the schedule are our choices.
+    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), without public code.
     """
 
     name: ClassVar[str] = "arrest"
@@ -79,6 +78,13 @@ class ARREST(Defense):
                 "arrest's noisy replay draws from the L-infinity ball: with --attack.norm l2 write --defense.phi none"
             )
         return super().start_kind(norm)
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        return (
+            *super().departures(run),
+            "no code is public: lam, phi, tau, the replay test, the attack's BatchNorm mode and the schedule are our "
+            "choices (--defense.lam, --defense.phi, --defense.nr-batch, --attack.bn, --optim.recipe)",
+        )
 
     def describe(self, norm: str) -> dict[str, str]:
         if self.phi is None:
