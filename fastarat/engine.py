@@ -22,6 +22,7 @@ from fastarat import attacks
 from fastarat.attacks import HALF, frozen, mode_of
 from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, split_batchnorm
 from fastarat.defenses import Defense, Views
+from fastarat.defenses.base import network_dtype
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
 from fastarat.kernels import interpreting, why_not_fold, why_not_triton
@@ -62,7 +63,9 @@ class Forward:
         self.still = False
         device = generator.device
         # Device tensors, so that a captured step sees them move.
-        self.progress, self.epoch = torch.zeros((), device=device), torch.ones((), device=device)
+        dtype = network_dtype(model)
+        self.progress = torch.zeros((), device=device, dtype=dtype)
+        self.epoch = torch.ones((), device=device, dtype=dtype)
 
     def views(self, labels: Tensor, **tensors) -> Views:
         return Views(labels, num_steps=self.num_steps, progress=self.progress, epoch=self.epoch, **tensors)
@@ -412,7 +415,7 @@ class TrainStep:
         with torch.no_grad():
             if buffers:
                 torch._foreach_copy_(buffers, kept)
-            on = (self.forward.epoch > self.awp_warmup).float() * self.awp
+            on = (self.forward.epoch > self.awp_warmup).to(self.forward.epoch) * self.awp
             moves = [on * p.norm() / (g.norm() + 1e-20) * g for p, g in zip(weights, grads, strict=True)]
             torch._foreach_add_(weights, moves)
         return [weights, moves]

@@ -1,4 +1,8 @@
-"""Losses of the defenses as pure functions of tensors, in float32 inside whatever comes in."""
+"""Losses of the defenses as pure functions of tensors: float32 inside for half precision, float64 for float64.
+
+One order everywhere: what belongs to clean images, what belongs to adversarial ones, the rest, labels, and then the
+hyper-parameters. A distance takes (moving, target), as `torch.nn.functional.kl_div` does.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +22,25 @@ WeightKind = Literal["tanh", "sigmoid", "discrete"]
 _TINY = 1e-30
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype.itemsize >= 8 else x.float()
+def wide(x: Tensor) -> Tensor:
+    """Return x as it is when it is float64, and as float32 otherwise: nothing is summed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def cosine_distance(moving: Tensor, target: Tensor) -> Tensor:
     """1 - mean cosine similarity over the last dimension. moving, target: float [B, d]. Returns a scalar."""
-    return 1 - F.cosine_similarity(_wide(moving), _wide(target), dim=-1, eps=1e-8).mean()
+    return 1 - F.cosine_similarity(wide(moving), wide(target), dim=-1, eps=1e-8).mean()
 
 
 def mse_distance(moving: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over B and d. moving, target: float [B, d]. Returns a scalar."""
-    return F.mse_loss(_wide(moving), _wide(target))
+    return F.mse_loss(wide(moving), wide(target))
 
 
 def kl_distance(moving: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(softmax(target / T) || softmax(moving / T)), batch mean. moving, target: float [B, d]."""
-    log_target = F.log_softmax(_wide(target) / temperature, -1)
-    log_moving = F.log_softmax(_wide(moving) / temperature, -1)
+    log_target = F.log_softmax(wide(target) / temperature, -1)
+    log_moving = F.log_softmax(wide(moving) / temperature, -1)
     return temperature**2 * (log_target.exp() * (log_target - log_moving)).sum(-1).mean()
 
 
@@ -47,8 +52,8 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def ar_at_invariance(
-    z_adv: Tensor,
     z_clean: Tensor,
+    z_adv: Tensor,
     *,
     distance: Distance | Callable[[Tensor, Tensor], Tensor] = "cos",
     align: Align = "x->y",
@@ -58,7 +63,7 @@ def ar_at_invariance(
     """AR-AT's invariance term for one layer: how far adversarial features are from clean ones.
 
     Args:
-        z_adv, z_clean: float [B, d], pooled features of the adversarial and the clean batch.
+        z_clean, z_adv: float [B, d], pooled features of the clean and the adversarial batch.
         distance: "cos" (1 - cosine), "mse", "kl", or a function (moving, target) -> scalar.
         align: which side moves. "x->y": D(h(z'), sg z), the asymmetric default. "y->x": D(z, sg z').
             "x->y,y->x": the mean of both, each half with its own stop-gradient. "x<->y": D(z', z) without one,
@@ -99,7 +104,7 @@ def trades(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, beta: float
     Source: Zhang et al., ICML 2019 (arXiv 1901.08573), equation 5 and the released code.
     """
     return {
-        "ce_clean": F.cross_entropy(_wide(logits_clean), labels),
+        "ce_clean": F.cross_entropy(wide(logits_clean), labels),
         "kl": beta * kl_distance(logits_adv, logits_clean),
     }
 
@@ -116,7 +121,7 @@ def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: float) -
     Returns: {"bce_adv", "kl"}, scalars already weighted, float32 (float64 for float64 logits); their sum is the loss.
     Source: Wang et al., ICLR 2020, equation 11 and the released code, whose constants do not survive half precision.
     """
-    logits_clean, logits_adv = _wide(logits_clean), _wide(logits_adv)
+    logits_clean, logits_adv = wide(logits_clean), wide(logits_adv)
     p_adv, log_p = F.softmax(logits_adv, 1), F.log_softmax(logits_clean, 1)
     p = log_p.exp()
     is_true = torch.arange(p.shape[1], device=labels.device) == labels[:, None]
@@ -128,8 +133,8 @@ def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: float) -
 
 
 def lbgat(
-    logits_adv: Tensor,
     logits_clean: Tensor | None,
+    logits_adv: Tensor,
     logits_teacher: Tensor,
     labels: Tensor,
     beta: float = 0.0,
@@ -141,7 +146,7 @@ def lbgat(
     The MSE is averaged over images and classes, and its gradient moves g as well as f.
 
     Args:
-        logits_adv, logits_clean: float [B, K] of the robust network f; logits_clean is read only when beta is not 0.
+        logits_clean, logits_adv: float [B, K] of the robust network f; logits_clean is read only when beta is not 0.
         logits_teacher: float [B, K] of g on the clean images. labels: int64 [B]. beta: weight of the KL.
         detach_teacher: stop the MSE's gradient into g (another method than the released one).
     Returns: {"mse", "ce_teacher"} and, when beta is not 0, "kl": scalars already weighted, float32 (float64 for
@@ -150,8 +155,8 @@ def lbgat(
     """
     guide = logits_teacher.detach() if detach_teacher else logits_teacher
     terms = {
-        "mse": F.mse_loss(_wide(logits_adv), _wide(guide)),
-        "ce_teacher": F.cross_entropy(_wide(logits_teacher), labels),
+        "mse": F.mse_loss(wide(logits_adv), wide(guide)),
+        "ce_teacher": F.cross_entropy(wide(logits_teacher), labels),
     }
     if beta:
         terms["kl"] = beta * kl_distance(logits_adv, logits_clean)
@@ -167,16 +172,23 @@ def angular_distance(a: Tensor, b: Tensor) -> Tensor:
     Returns: float32 [B] (float64 for float64 input), in [4.5e-4, 1 - 4.5e-4]; times 180 for degrees.
     Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454) names the distance; clipping and unit are ours.
     """
-    cosine = F.cosine_similarity(_wide(a), _wide(b), dim=-1, eps=1e-8)
+    cosine = F.cosine_similarity(wide(a), wide(b), dim=-1, eps=1e-8)
     return torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6)) / math.pi
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Per-image cross-entropy. logits: float [B, K]; labels: int64 [B]. Returns float32 [B] (float64 for float64)."""
-    return F.cross_entropy(_wide(logits), labels, reduction="none")
+    return F.cross_entropy(wide(logits), labels, reduction="none")
 
 
-def gairat_weights(kappa: Tensor, num_steps: int, lam: float | Tensor = -1.0, kind: WeightKind = "tanh") -> Tensor:
+def gairat_weights(
+    kappa: Tensor,
+    num_steps: int,
+    lam: float | Tensor = -1.0,
+    kind: WeightKind = "tanh",
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Geometry-aware instance weights: large for an image that PGD fools in few of its steps, mean 1 over the batch.
 
     With m = num_steps // 2: tanh (1 + tanh(lam + 5 (m - kappa) / m)) / 2; sigmoid sigma(lam + 5 (m - kappa) / m);
@@ -185,26 +197,26 @@ def gairat_weights(kappa: Tensor, num_steps: int, lam: float | Tensor = -1.0, ki
     Args:
         kappa: int64 [B], steps 0..num_steps whose point (before the step) was still classified correctly.
         num_steps: PGD steps, at least 2 for tanh and sigmoid. lam: float or 0-d tensor; +inf gives unit weights.
-        kind: "tanh", "sigmoid" or "discrete".
-    Returns: float32 [B], omega_i B / (sum_j omega_j + 1e-12), without gradient. Ten steps, tanh, lam -1, kappa 4 and 5:
-        0.5 and 0.1192 before normalisation.
+        kind: "tanh", "sigmoid" or "discrete". dtype: of the result: that of the losses it weighs.
+    Returns: float [B], omega_i B / sum_j omega_j, without gradient; all 0 where the sum is. Ten steps, tanh, lam -1,
+        kappa 4 and 5: 0.5 and 0.1192 before normalisation.
     Raises: UserError for an unknown kind, or too few steps.
     Source: Zhang et al., ICLR 2021 (arXiv 2010.01736), equations 6 and 7 and the released code.
     """
     if kind == "discrete":
-        weights = (num_steps + 1 - kappa).float() / (num_steps + 1)
+        weights = (num_steps + 1 - kappa).to(dtype) / (num_steps + 1)
     elif kind in ("tanh", "sigmoid"):
         if num_steps < 2:
             raise UserError(
                 f"GAIRAT weights of kind {kind} need at least 2 attack steps, got {num_steps}: use discrete"
             )
         half = num_steps // 2
-        steepness = lam + 5 * (half - kappa).float() / half
+        steepness = lam + 5 * (half - kappa).to(dtype) / half
         # (1 + tanh x) / 2 = sigma(2 x), which keeps its digits where tanh is near -1 (kappa 10: 6e-6).
         weights = torch.sigmoid(2 * steepness if kind == "tanh" else steepness)
     else:
         raise unknown("GAIRAT weight", kind, WeightKind.__args__)
-    return weights * (len(weights) / (weights.sum() + 1e-12))
+    return weights * (len(weights) / weights.sum().clamp_min(_TINY))
 
 
 def instance_kl(logits_clean: Tensor, logits_adv: Tensor) -> Tensor:
@@ -212,8 +224,8 @@ def instance_kl(logits_clean: Tensor, logits_adv: Tensor) -> Tensor:
 
     logits_clean, logits_adv: float [B, K]. Returns float32 [B] (float64 for float64 logits).
     """
-    log_p = F.log_softmax(_wide(logits_clean), 1)
-    return (log_p.exp() * (log_p - torch.log(F.softmax(_wide(logits_adv), 1) + 1e-12))).sum(1)
+    log_p = F.log_softmax(wide(logits_clean), 1)
+    return (log_p.exp() * (log_p - torch.log(F.softmax(wide(logits_adv), 1) + 1e-12))).sum(1)
 
 
 def vir_weights(
@@ -225,7 +237,7 @@ def vir_weights(
     Returns: float32 [B] (float64 for float64 logits). A clean image with p_y = 1/2 left where it is: offset.
     Source: Fakorede et al., 2023 (arXiv 2307.07167), and the released code.
     """
-    true = F.softmax(_wide(logits_clean), 1).gather(1, labels[:, None]).squeeze(1)
+    true = F.softmax(wide(logits_clean), 1).gather(1, labels[:, None]).squeeze(1)
     return (scale * torch.exp(-sharpness * true) * instance_kl(logits_clean, logits_adv) + offset).detach()
 
 
@@ -236,7 +248,7 @@ def done_weights(losses: Tensor, r: float) -> Tensor:
     Returns: float32 [B] (float64 for float64 losses), sum 1. Losses (ln 3, 0), r = 1: (3/4, 1/4).
     Source: Sow, Lin, Wang and Liang, ICLR 2024 (arXiv 2308.00311).
     """
-    return F.softmax(_wide(losses).detach() / r, 0)
+    return F.softmax(wide(losses).detach() / r, 0)
 
 
 def conflict_aware(
@@ -259,10 +271,9 @@ def conflict_aware(
         per_tensor: apply the rule to each tensor by itself instead of to all of them flattened together.
         normalize: scale both gradients to unit length first.
     Returns: list of tensors like `grads_adv`. Where g_c is zero the result is g_a.
-    Source: Xue, Wang, Qin and Pedarsani, 2024 (arXiv 2410.16579), and the released code; its replacing of NaN by 0 is
-        left out, because it would hide a diverged run.
+    Source: Xue, Wang, Qin and Pedarsani, 2024 (arXiv 2410.16579), and the released code.
     """
-    clean, adv = [_wide(g) for g in grads_clean], [_wide(g) for g in grads_adv]
+    clean, adv = [wide(g) for g in grads_clean], [wide(g) for g in grads_adv]
     dot = torch.stack([(a * c).sum() for a, c in zip(adv, clean, strict=True)])
     square_clean = torch.stack(torch._foreach_norm(clean)).square()
     square_adv = torch.stack(torch._foreach_norm(adv)).square()

@@ -41,7 +41,8 @@ from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
 from fastarat.optim import SGD
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
-from fastarat.schedules import RECIPES, in_words, lr_at, momentum_at, recipe_of
+from fastarat.released import card_rows, default_recipe
+from fastarat.schedules import in_words, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 from fastarat.winograd import qualifies
 
@@ -131,9 +132,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     """Fill what the config leaves to the defense, the recipe and the data, so that the saved form says it all."""
     size = min(dataset.shape[1:])
     model = config.model or ("resnet18" if size >= 32 else "resnet-small")
-    recipe_name = config.optim.recipe or config.defense.recipe
-    if config.optim.recipe is None and model.startswith("wrn") and f"{recipe_name}-wrn" in RECIPES:
-        recipe_name += "-wrn"  # released with another schedule for wide networks
+    recipe_name = config.optim.recipe or default_recipe(config, model)
     recipe = recipe_of(recipe_name)
     optim = dataclasses.replace(
         config.optim,
@@ -576,6 +575,7 @@ class _Training:
             rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
         if config.ema is not None:
             rows["EMA"] = f"decay {config.ema:g}, evaluated with --weights ema"
+        rows |= card_rows(config, min(self.dataset.shape[1:]), self._swa_plan()[1])
         rows |= self._fast_paths()
         rows |= {"seed": str(config.seed), "run folder": str(self.folder.path)}
         width = max(map(len, rows))

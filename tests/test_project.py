@@ -24,7 +24,7 @@ LAYERS = [
     {"models", "data"},
     {"defenses"},
     {"config", "engine", "evaluate"},
-    {"swa"},
+    {"swa", "released"},
     {"train"},
     {"report", "interchange", "table", "bench"},
     {"compare"},

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views
-from fastarat.losses import Align, Distance, ar_at_invariance
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
+from fastarat.losses import Align, Distance, ar_at_invariance, wide
 from fastarat.models import Network, Taps, forward_with_features, tap_names
 
 
@@ -34,12 +34,13 @@ class Predictor(nn.Module):
 
 
 class Balance(nn.Module):
-    """Holds the loss weights a (adversarial) and b (clean) on the device, where a captured step reads them."""
+    """Holds the loss weights a (adversarial), b (clean) and gamma on the device, where a captured step reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gamma: float) -> None:
         super().__init__()
         self.register_buffer("adv", torch.ones(()))
         self.register_buffer("clean", torch.ones(()))
+        self.register_buffer("gamma", torch.tensor(float(gamma), dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class ARAT(Defense):
     name: ClassVar[str] = "ar-at"
     formula: ClassVar[str] = "a CE(f_A(x'), y) + b CE(f_N(x), y) + gamma/|S| sum_l D(h_l(z'_l), sg z_l)"
     attack_bn: ClassVar[str] = "train"
+    under_l2: ClassVar[str] = ""
     needs_clean: ClassVar[bool] = True
 
     gamma: float | None = field(
@@ -99,9 +101,38 @@ class ARAT(Defense):
     def bn_mode(self, norm: str) -> str:
         return "eval" if norm == "l2" else self.attack_bn
 
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if run.norm == "l2":
+            found += (
+                "L2 is the research version's, whose attack runs in eval mode around the image itself, with "
+                "epsilon 128/255 and step 32/255; the current release sets neither (--attack.epsilon 128/255 "
+                "--attack.step-size 32/255)",
+            )
+        elif self.center == "clean":
+            found += (
+                "centre and clean branch are the image itself, as in the paper; in the release the image plus "
+                "uniform noise (--defense.center noisy)",
+            )
+        heads = self.predictor_adv + self.predictor_clean + 2 * self.shared_predictor
+        if self.align in ("y->x", "x->y,y->x") and heads:
+            found += (
+                f"with {self.align} and one predictor the release forgets a stop-gradient, with two it fails in "
+                "x->y,y->x: here the target is always stopped and each predictor acts on the side that moves",
+            )
+        if self.metric == "kl":
+            found += ("the release's temperature of the metric kl is not known: 1 is our choice",)
+        if self.layers is None and run.model not in ("resnet18", "wrn-34-10"):
+            found += (
+                f"the release aligns layers of ResNet-18 and WRN-34-10; those of {run.model} are chosen by "
+                "analogy (--defense.layers)",
+            )
+        return found
+
     def describe(self, norm: str) -> dict[str, str]:
         centre = (
-            "noisy (x + U(-eps, eps), as released: training images lie up to 2 epsilon from the data)"
+            "noisy (x + U(-eps, eps), as released: training images lie up to 2 epsilon from the data, those of an "
+            "evaluation within one, unlike in the release's own PGD test)"
             if self._noisy(norm)
             else "clean (x itself, the threat model as written)"
         )
@@ -119,16 +150,15 @@ class ARAT(Defense):
             forward_with_features(model.eval(), example, taps)
         model.train(mode)
         widths = [z.shape[1] for z in taps.ordered()]
-        built = nn.ModuleDict({"balance": Balance()})
+        gamma = self.gamma
+        if gamma is None:
+            gamma = model.invariance_weight if isinstance(model, Network) else 30.0
+        built = nn.ModuleDict({"balance": Balance(gamma)})
         if self.predictor_adv or self.shared_predictor:
             built["predictor_adv"] = nn.ModuleList([Predictor(d) for d in widths])
         if self.predictor_clean and not self.shared_predictor:
             built["predictor_clean"] = nn.ModuleList([Predictor(d) for d in widths])
-        gamma = self.gamma
-        if gamma is None:
-            gamma = model.invariance_weight if isinstance(model, Network) else 30.0
-        built["balance"].register_buffer("gamma", torch.tensor(float(gamma)))
-        return built
+        return built.to(network_dtype(model))
 
     def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
         if not self._noisy(norm):
@@ -168,9 +198,7 @@ class ARAT(Defense):
         h_clean = companions["predictor_clean"] if self.predictor_clean and not self.shared_predictor else none
         h_clean = h_adv if self.shared_predictor else h_clean
         distances = [
-            ar_at_invariance(
-                a.float(), c.float(), distance=self.metric, align=self.align, predictor=p, predictor_clean=q
-            )
+            ar_at_invariance(wide(c), wide(a), distance=self.metric, align=self.align, predictor=p, predictor_clean=q)
             for a, c, p, q in zip(views.features_adv, views.features_clean, h_adv, h_clean, strict=True)
         ]
         weights = companions["balance"]
@@ -179,7 +207,7 @@ class ARAT(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {
-            "ce_adv": views.extra["a"] * F.cross_entropy(views.logits_adv.float(), views.labels),
-            "ce_clean": views.extra["b"] * F.cross_entropy(views.logits_clean.float(), views.labels),
+            "ce_adv": views.extra["a"] * F.cross_entropy(wide(views.logits_adv), views.labels),
+            "ce_clean": views.extra["b"] * F.cross_entropy(wide(views.logits_clean), views.labels),
             "invariance": views.extra["gamma"] * views.extra["distances"].mean(),
         }

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Views, load_standard
+from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
 from fastarat.errors import UserError
-from fastarat.losses import angular_distance
+from fastarat.losses import angular_distance, wide
 from fastarat.models import PENULTIMATE, Network, Taps, forward_with_features
 
 
@@ -26,7 +26,7 @@ class Frozen(nn.Module):
     def __init__(self, network: nn.Module, lam: float) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("lam", torch.tensor(float(lam)))
+        self.register_buffer("lam", torch.tensor(float(lam), dtype=network_dtype(network)))
         self.requires_grad_(False)
         self.eval()
 
@@ -47,8 +47,7 @@ class ARREST(Defense):
     turned by more than phi from the standard one. Every image is attacked and the choice made on the device: leaving
     the replayed ones out would make the host wait and the shapes vary.
 
-    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), without public code; lam, phi, tau, the replay test, the
-    attack's mode and the schedule are our choices.
+    Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), without public code.
     """
 
     name: ClassVar[str] = "arrest"
@@ -79,6 +78,13 @@ class ARREST(Defense):
                 "arrest's noisy replay draws from the L-infinity ball: with --attack.norm l2 write --defense.phi none"
             )
         return super().start_kind(norm)
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        return (
+            *super().departures(run),
+            "no code is public: lam, phi, tau, the replay test, the attack's BatchNorm mode and the schedule are our "
+            "choices (--defense.lam, --defense.phi, --defense.nr-batch, --attack.bn, --optim.recipe)",
+        )
 
     def describe(self, norm: str) -> dict[str, str]:
         if self.phi is None:
@@ -115,6 +121,6 @@ class ARREST(Defense):
     def loss(self, views: Views) -> dict[str, Tensor]:
         (z,), (z_std,) = views.features_adv, views.features_clean
         return {
-            "ce_adv": F.cross_entropy(views.logits_adv.float(), views.labels),
+            "ce_adv": F.cross_entropy(wide(views.logits_adv), views.labels),
             "angle": views.extra["lam"] * angular_distance(z, z_std.detach()).mean(),
         }

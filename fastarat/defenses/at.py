@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastarat.defenses.base import Defense, Views
+from fastarat.defenses.base import Defense, Settings, Views
+from fastarat.losses import wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,26 @@ class AT(Defense):
 
     The attack runs in train mode and moves the running statistics at each of its forwards, as the robust-overfitting
     code and the AT path of AR-AT's research code do; `--attack.bn eval` gives the other convention. Schedules: "arat"
-    (the default, for comparison with AR-AT) and "rice". The robust-overfitting code also forwards the final images
-    once more in the attack and the clean ones after the update, which only moves running statistics: not offered.
+    (the default, for comparison with AR-AT) and "rice" (the robust-overfitting code's).
     """
 
     name: ClassVar[str] = "at"
     formula: ClassVar[str] = "CE(f(x'), y)"
     attack_bn: ClassVar[str] = "train"
+    under_l2: ClassVar[str] = ""
+    also_released: ClassVar[dict[str, tuple]] = {"optim.recipe": ("rice",), "normalize": (True,)}
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if run.recipe != "rice":
+            return found
+        found += (
+            "the robust-overfitting code forwards the final images once more in the attack and the clean ones after "
+            "the update, which moves the running statistics: left out",
+        )
+        if not run.normalize:
+            found += ("the robust-overfitting code normalises its input inside the model (--normalize)",)
+        return found
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return {"ce_adv": F.cross_entropy(views.logits_adv.float(), views.labels)}
+        return {"ce_adv": F.cross_entropy(wide(views.logits_adv), views.labels)}

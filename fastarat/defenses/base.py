@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,8 +22,9 @@ class Views(NamedTuple):
     """What a loss sees: tensors only, so that it can be compiled whole and worked out by hand.
 
     labels: int64 [B]. logits_clean, logits_adv: float [B, K] or None. features_clean, features_adv: tuples of
-    float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float32 in [0, 1], share of the run
-    that is done. epoch: 0-d float32, the current epoch from 1. extra: further tensors of the defense, by name.
+    float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float in [0, 1], share of the run that
+    is done. epoch: 0-d float, the current epoch from 1. Both are float32, or float64 beside a float64 network.
+    extra: further tensors of the defense, by name.
     """
 
     labels: Tensor
@@ -35,6 +37,12 @@ class Views(NamedTuple):
     progress: Tensor | None = None
     epoch: Tensor | None = None
     extra: dict[str, Tensor] = {}
+
+
+def network_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of what is computed beside a network: float64 for a float64 one, float32 for any other."""
+    first = next(model.parameters(), None)
+    return torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
 
 
 class Run(Protocol):
@@ -72,6 +80,33 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What, beside a defense's own fields, decides whether a run is as released; the defaults are most releases'.
+
+    epsilon, step_size: pixel units. model: name, as in `build_model`. image_size: pixels of the smaller side. recipe:
+    name of the schedule; lr, epochs, batch_size: in the end, whatever they come from.
+    """
+
+    norm: str = "linf"
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    model: str = "resnet18"
+    image_size: int = 32
+    recipe: str = "arat"
+    lr: float = 0.1
+    epochs: int = 100
+    batch_size: int = 128
+    normalize: bool = False
+
+
+def as_typed(value: float) -> str:
+    """Write a length in pixel units as one types it: 8/255, or 0.031 where it is no fraction of 255."""
+    top = value * 255
+    whole = math.isclose(top, round(top), rel_tol=1e-9) and round(top) > 0
+    return f"{round(top)}/255" if whole else f"{value:.5g}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Defense:
     """Base of every defense; the fields of a subclass are its hyper-parameters, with the paper's defaults.
 
@@ -103,7 +138,14 @@ class Defense:
     """Name of the schedule in `fastarat.schedules` used when none is asked for."""
     released_budget: ClassVar[tuple[float, float]] = (8 / 255, 2 / 255)
     """(epsilon, step size) of the released code, in pixel units. A run's own default stays 8/255 and 2/255 for every
-    defense, so that their numbers compare; where the release differs, the run card says so."""
+    defense, so that their numbers compare; where the release differs, `departures` says so."""
+    under_l2: ClassVar[str] = (
+        "published for L-infinity: under L2 the attack is the common one, from a random direction by steps along the "
+        "normalised gradient"
+    )
+    """What `departures` says of a run under L2; empty where the release has the same attack."""
+    also_released: ClassVar[dict[str, tuple]] = {}
+    """Values other than the default which the release has, too, by the setting's dotted name."""
 
     @property
     def splits(self) -> bool:
@@ -120,11 +162,26 @@ class Defense:
 
     def describe(self, norm: str) -> dict[str, str]:
         """Lines this defense adds to the run card; a subclass puts its own after these."""
-        epsilon, step_size = self.released_budget
-        if norm != "linf" or self.released_budget == Defense.released_budget:
-            return {}
-        flags = f"--attack.epsilon {epsilon:g} --attack.step-size {step_size:g}"
-        return {"released with": f"epsilon {epsilon:g}, step {step_size:g} (for those: {flags})"}
+        return {}
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        """Where a run with these settings departs from the release, a sentence each: what differs, and its mend.
+
+        Only what applies to this run: an option at its default is as released unless a sentence says otherwise. The
+        sentences go on the run card, and no docstring repeats them. A subclass puts its own after these.
+        """
+        if not self.attacks:
+            return ()
+        if run.norm != "linf":
+            return (self.under_l2,) if self.under_l2 else ()
+        if all(map(math.isclose, (run.epsilon, run.step_size), self.released_budget)):
+            return ()
+        epsilon, step_size = map(as_typed, self.released_budget)
+        flags = f"--attack.epsilon {epsilon} --attack.step-size {step_size}"
+        return (
+            f"epsilon {as_typed(run.epsilon)}, step {as_typed(run.step_size)}: published with {epsilon} and "
+            f"{step_size} ({flags})",
+        )
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1]."""
@@ -239,4 +296,15 @@ def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise
         raise UserError(f"{field}={run}: {error}. {needs}: {how}") from error
 
 
-__all__ = ["Attacked", "Defense", "Run", "Views", "load_standard", "random_start", "resuming"]
+__all__ = [
+    "Attacked",
+    "Defense",
+    "Run",
+    "Settings",
+    "Views",
+    "as_typed",
+    "load_standard",
+    "network_dtype",
+    "random_start",
+    "resuming",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import conflict_aware, cross_entropy
 
@@ -22,13 +22,13 @@ class CAAT(Defense):
     With phi = cos(g_a, g_c): phi >= threshold takes g_c alone; otherwise g_a + mu g_c, with mu such that its cosine to
     g_c is the threshold. Norms and phi are float32, and nothing is read on the host.
 
-    Source: Xue, Wang, Qin and Pedarsani, 2024 (arXiv 2410.16579), released CIFAR-10 script. It trains at batch 1024
-    with a peak learning rate of 0.4; the recipe's 0.1 is for batch 128.
+    Source: Xue, Wang, Qin and Pedarsani, 2024 (arXiv 2410.16579), released CIFAR-10 script.
     """
 
     name: ClassVar[str] = "ca-at"
     formula: ClassVar[str] = "CE(f(x), y) and CE(f(x'), y), their gradients combined at a bounded angle"
     recipe: ClassVar[str] = "ca-at"
+    also_released: ClassVar[dict[str, tuple]] = {"batch_size": (1024,), "optim.lr": (0.4,)}
 
     threshold: float = field(default=0.9, metadata={"help": "smallest cosine of the update to the clean gradient"})
     per_tensor: bool = field(default=False, metadata={"help": "apply the rule to each parameter tensor by itself"})
@@ -37,6 +37,15 @@ class CAAT(Defense):
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
             raise UserError(f"defense.threshold={self.threshold:g} is outside [0, 1): it is a cosine, such as 0.9")
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if (run.batch_size, run.lr) != (1024, 0.4):
+            found += (
+                f"batches of {run.batch_size} with a peak learning rate of {run.lr:g}; the release has 1024 and "
+                "0.4 (--batch-size 1024 --optim.lr 0.4)",
+            )
+        return (*found, "the release replaces NaN in the gradient by 0, which hides a diverged run: left out")
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
         # Two forwards, so that each gradient goes back through its own half only.

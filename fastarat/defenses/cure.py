@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
 from fastarat.batchnorm import branch
-from fastarat.defenses.base import Defense, Run, Views, load_standard
+from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
 
@@ -57,15 +57,16 @@ def maskable(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
 class Revision(nn.Module):
     """The slow copy of the student, always in train mode and without gradients.
 
-    due, warm: 0-d float32, 1 when this step's update is drawn, and during the natural epochs.
+    due, warm: 0-d float, 1 when this step's update is drawn, and during the natural epochs.
     forward: images float32 [2B, C, H, W], [clean; adv], each half normalised by itself -> logits [2B, K].
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
-        self.register_buffer("due", torch.zeros(()))
-        self.register_buffer("warm", torch.zeros(()))
+        dtype = network_dtype(network)
+        self.register_buffer("due", torch.zeros((), dtype=dtype))
+        self.register_buffer("warm", torch.zeros((), dtype=dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         with branch(self.network, "clean", "adv"):
@@ -74,7 +75,7 @@ class Revision(nn.Module):
     @torch.no_grad()
     def follow(self, student: nn.Module, step: Tensor, rate: float) -> None:
         """Move the parameters towards the student's: by max(rate, 1/(step + 1)) if due, wholly while warm."""
-        towards = self.due * torch.clamp(1 / (step + 1), min=rate)
+        towards = self.due * torch.clamp(1 / (step + 1).to(self.due), min=rate)
         towards = torch.maximum(towards, self.warm)
         own, theirs = list(self.network.parameters()), list(student.parameters())
         moves = torch._foreach_sub(theirs, own)
@@ -97,9 +98,8 @@ class CURE(Defense):
     from a `standard` run; without one, `warmup_epochs` of natural training come first (CURE-Eff): the attack's result
     is then replaced by the clean images and no gradient is masked, so those epochs cost what the others do.
 
-    Source: Gowda, Zonooz and Arani, ICLR 2024 (arXiv 2401.14948), p, alpha, gamma of ResNet-18 on CIFAR. Which mode
-    made the paper's numbers is not established; the released command masks nothing. For SVHN alpha 0.2; WRN-34-10
-    p 0.5, alpha 0.3, gamma 0.5; PreActResNet-18 p 0.2, alpha 0.2.
+    Source: Gowda, Zonooz and Arani, ICLR 2024 (arXiv 2401.14948), p, alpha, gamma of ResNet-18 on CIFAR (for SVHN
+    alpha 0.2). Which mode made the paper's numbers is not established.
     """
 
     name: ClassVar[str] = "cure"
@@ -111,6 +111,11 @@ class CURE(Defense):
     start: ClassVar[str] = "gaussian"
     recipe: ClassVar[str] = "cure"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
+    also_released: ClassVar[dict[str, tuple]] = {
+        "defense.mode": ("rgp", "rgp_soft"),
+        "optim.recipe": ("cure-200",),
+        "defense.p": (0.0,),
+    }
 
     mode: Literal["paper", "rgp", "rgp_soft"] = field(default="paper", metadata={"help": "which gradients are masked"})
     p: float = field(default=0.3, metadata={"help": "share of each tensor's gradients set to 0 (0.3: the paper's 30)"})
@@ -142,6 +147,27 @@ class CURE(Defense):
     @property
     def needs_clean(self) -> bool:
         return self.mode == "rgp"
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if self.mode == "paper" and self.p:
+            found += (
+                "the mask is the paper's; the released command masks nothing (--defense.p 0), and the masks in "
+                "its code are other ones (--defense.mode rgp, or rgp_soft)",
+            )
+        of_paper = {"wrn-34-10": (0.5, 0.3, 0.5), "preactresnet18": (0.2, 0.2, 1.0)}.get(run.model)
+        if of_paper and (self.p, self.alpha, self.gamma) != of_paper:
+            p, alpha, gamma = of_paper
+            found += (
+                f"p, alpha and gamma are not the paper's for {run.model} (--defense.p {p:g} --defense.alpha "
+                f"{alpha:g} --defense.gamma {gamma:g})",
+            )
+        if self.r_halved_every:
+            found += (
+                f"r is halved every {self.r_halved_every} epochs after epoch 100; the release's option halves it "
+                "at every step",
+            )
+        return found
 
     def describe(self, norm: str) -> dict[str, str]:
         begin = f"the standard run {self.pretrained}" if self.pretrained else f"{self.warmup_epochs} natural epochs"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.defenses.gairat import GAIRAT, reached, released_epochs
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy
@@ -122,8 +122,6 @@ class FAT(EarlyStopped):
 class GAIRFAT(EarlyStopped, GAIRAT):
     """GAIRAT on FAT's early-stopped images; kappa counts the steps an image took while still classified correctly.
 
-    The released code pairs reordered outputs with labels in the batch's order after the burn-in; here both keep it.
-
     Source: Zhang et al., ICLR 2021 (arXiv 2010.01736), with the released lambda 0.
     """
 
@@ -131,6 +129,13 @@ class GAIRFAT(EarlyStopped, GAIRAT):
     formula: ClassVar[str] = "sum_i omega(kappa_i) CE(f(x'_i), y_i) / sum_i omega(kappa_i), x' of early-stopped PGD"
 
     lam: float = field(default=0.0, metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter"})
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        return (
+            *super().departures(run),
+            "after the burn-in the release pairs outputs in the attack's order with labels in the batch's (a bug): "
+            "here both keep the batch's",
+        )
 
     def __post_init__(self) -> None:
         EarlyStopped.__post_init__(self)

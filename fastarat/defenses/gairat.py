@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import WeightKind, cross_entropy, gairat_weights
 from fastarat.models import WideResNet
@@ -33,9 +33,7 @@ class GAIRAT(Defense):
     Until the burn-in ends all weights are 1: the first 30 of 100 epochs, 59 of 120 for WRN, and the same share of a
     run of another length. Weighting by kappa hides gradients: AutoAttack finds far more than PGD does, so report it.
 
-    Source: Zhang et al., ICLR 2021 (arXiv 2010.01736); defaults are the released code's, with the paper's burn-in for
-    ResNet-18 (the code's own option, 60, is `--defense.begin-epoch 60`). The piecewise lambda is the intended one,
-    which the release never reaches; the linear one moves with every step instead of every epoch.
+    Source: Zhang et al., ICLR 2021 (arXiv 2010.01736), released code; for the burn-in see `departures`.
     """
 
     name: ClassVar[str] = "gairat"
@@ -43,6 +41,10 @@ class GAIRAT(Defense):
     counts_kappa: ClassVar[bool] = True
     recipe: ClassVar[str] = "gairat"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
+    also_released: ClassVar[dict[str, tuple]] = {
+        "defense.begin_epoch": (60,),
+        "defense.kind": ("sigmoid", "discrete"),
+    }
 
     kind: WeightKind = field(default="tanh", metadata={"help": "how weights fall with kappa"})
     lam: float = field(default=-1.0, metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter"})
@@ -68,6 +70,22 @@ class GAIRAT(Defense):
         if self.begin_epoch is not None and self.begin_epoch < 1:
             raise UserError(f"defense.begin_epoch={self.begin_epoch}: epochs count from 1")
 
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if self.begin_epoch is None and not run.model.startswith("wrn"):
+            found += (
+                "the burn-in is the paper's, 30 of 100 epochs; the released code weighs from epoch 60 on "
+                "(--defense.begin-epoch 60)",
+            )
+        if self.lam_schedule == "piecewise":
+            found += (
+                "lambda falls where the release means it to: there the branches are unreachable and lambda stays "
+                "(--defense.lam-schedule fixed)",
+            )
+        if self.lam_schedule == "linear":
+            found += ("lambda moves with every step, in the release with every epoch",)
+        return found
+
     def describe(self, norm: str) -> dict[str, str]:
         of_lam = "" if self.kind == "discrete" else f", lambda {self.lam:g} ({self.lam_schedule})"
         begin = "31 of 100 (WRN: 60 of 120), scaled" if self.begin_epoch is None else str(self.begin_epoch)
@@ -87,6 +105,7 @@ class GAIRAT(Defense):
         return views._replace(extra={"lam": lam, "weighted": weighted})
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        weights = gairat_weights(views.kappa, views.num_steps, views.extra["lam"], self.kind)
+        each = cross_entropy(views.logits_adv, views.labels)
+        weights = gairat_weights(views.kappa, views.num_steps, views.extra["lam"], self.kind, dtype=each.dtype)
         weights = torch.where(views.extra["weighted"], weights, 1.0)
-        return {"ce_adv": (weights * cross_entropy(views.logits_adv, views.labels)).mean()}
+        return {"ce_adv": (weights * each).mean()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastarat import losses
 from fastarat.attacks import Attacked
 from fastarat.batchnorm import BatchNorm2d, grouped_batchnorm, set_backend
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.models import Normalize, build_model
 
 
@@ -53,6 +53,7 @@ class LBGAT(Defense):
     updates: ClassVar[tuple[str, ...]] = ("adv", "clean")
     recipe: ClassVar[str] = "lbgat"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
+    also_released: ClassVar[dict[str, tuple]] = {"defense.beta": (6.0,), "defense.teacher": ("resnet18-lbgat",)}
 
     beta: float = field(default=0.0, metadata={"help": "weight of the KL: LBGAT0 and LBGAT6 are 0 and 6"})
     teacher: str | None = field(
@@ -62,6 +63,15 @@ class LBGAT(Defense):
     detach_teacher: bool = field(
         default=False, metadata={"help": "keep the MSE's gradient out of the natural network (not as released)"}
     )
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if self.teacher is None and run.image_size < 32:
+            found += (
+                "the natural network is resnet-small, for images under 32 pixels; the release's is a ResNet-18 "
+                "(--defense.teacher resnet18-lbgat)",
+            )
+        return found
 
     def describe(self, norm: str) -> dict[str, str]:
         teacher = self.teacher or "resnet18-lbgat (resnet-small for images under 32 pixels)"
@@ -83,8 +93,8 @@ class LBGAT(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return losses.lbgat(
-            views.logits_adv,
             views.logits_clean,
+            views.logits_adv,
             views.extra["logits_teacher"],
             views.labels,
             self.beta,

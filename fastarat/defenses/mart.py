@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastarat import losses
-from fastarat.defenses.base import Defense, Views
+from fastarat.attacks import Attacked
+from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.models import WideResNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class MART(Defense):
     """Minimise BCE(p(x'), y) + lam KL(p(x) || p(x')) (1 - p_y(x)), x' maximising the cross-entropy.
 
-    Source: Wang et al., ICLR 2020; the exact terms are in `losses.mart`. Defaults are the released ResNet-18 driver's;
-    the WRN-34-10 one has lam 6 and the schedule "mart-wrn".
+    Source: Wang et al., ICLR 2020; the exact terms are in `losses.mart`. Defaults are the released drivers': lam 5 and
+    the schedule "mart", or lam 6 and "mart-wrn" for a wide network.
     """
 
     name: ClassVar[str] = "mart"
@@ -26,7 +29,21 @@ class MART(Defense):
     recipe: ClassVar[str] = "mart"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
 
-    lam: float = field(default=5.0, metadata={"help": "weight of the KL (WRN-34-10 release: 6)"})
+    also_released: ClassVar[dict[str, tuple]] = {"defense.lam": (5.0, 6.0)}
+
+    lam: float | None = field(default=None, metadata={"help": "weight of the KL (default: 5; 6 for WRN, as released)"})
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found, wide = super().departures(run), run.model.startswith("wrn")
+        if self.lam == (5.0 if wide else 6.0):
+            found += (f"lam {self.lam:g} is the other driver's: the release has 5 for ResNet-18 and 6 for WRN-34-10",)
+        return found
+
+    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+        views = super().forward(run, companions, images, labels, attacked)
+        lam = (6.0 if isinstance(run.model, WideResNet) else 5.0) if self.lam is None else self.lam
+        return views._replace(extra={"lam": torch.full_like(run.progress, lam)})
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return losses.mart(views.logits_clean, views.logits_adv, views.labels, self.lam)
+        lam = views.extra.get("lam", 5.0 if self.lam is None else self.lam)
+        return losses.mart(views.logits_clean, views.logits_adv, views.labels, lam)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Views
+from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.defenses.gairat import reached, released_epochs
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, done_weights, instance_kl, vir_weights
@@ -22,8 +22,7 @@ class VIR(Defense):
     mode "at": mean omega_i CE(f(x'_i), y_i). mode "trades": mean [CE(f(x_i), y_i) + beta omega_i KL_i], attacked by
     the KL. All weights are 1 (plain AT or TRADES) in the first 76 of 115 epochs, and the same share of another run.
 
-    Source: Fakorede et al., 2023 (arXiv 2307.07167), by its formulas: the released driver asks for a mode its loss
-    does not know, so its "at" runs use the trades form and its "trades" runs the cross-entropy attack.
+    Source: Fakorede et al., 2023 (arXiv 2307.07167), by its formulas.
     """
 
     name: ClassVar[str] = "vir"
@@ -31,6 +30,7 @@ class VIR(Defense):
     start: ClassVar[str] = "gaussian"
     recipe: ClassVar[str] = "vir"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
+    also_released: ClassVar[dict[str, tuple]] = {"defense.mode": ("trades",)}
 
     mode: Literal["at", "trades"] = field(default="at", metadata={"help": "which loss is weighted"})
     scale: float | None = field(default=None, metadata={"help": "of the KL in the weight (default: at 7, trades 8)"})
@@ -61,6 +61,16 @@ class VIR(Defense):
         own = (self.scale, self.sharpness, self.offset)
         values = (r if v is None else v for v, r in zip(own, released, strict=True))
         return dict(zip(("scale", "sharpness", "offset"), values, strict=True))
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        bug = (
+            "the released driver asks for a mode its loss does not know, and so trains VIR-AT with the loss of mode "
+            "trades; here the loss is the formula's"
+            if self.mode == "at"
+            else "the attack maximises the KL, as the formula says; the released driver takes the cross-entropy "
+            "(--attack.objective ce)"
+        )
+        return (*super().departures(run), bug)
 
     def describe(self, norm: str) -> dict[str, str]:
         begin = "77 of 115, scaled" if self.begin_epoch is None else str(self.begin_epoch)
@@ -95,8 +105,7 @@ class DONE(Defense):
     The closed-form weights of the KL-regularised worst case over the batch's images; its gradient is that of
     r log mean exp(CE / r). All weights are equal until GAIRAT's burn-in ends (30 of 100 epochs; WRN 59 of 120).
 
-    Source: Sow, Lin, Wang and Liang, ICLR 2024 (arXiv 2308.00311), of which no code is public: attack, r, schedule and
-    burn-in are our choices, and its gradient through the attack and its running normaliser are left out.
+    Source: Sow, Lin, Wang and Liang, ICLR 2024 (arXiv 2308.00311), of which no code is public.
     """
 
     name: ClassVar[str] = "done"
@@ -113,6 +122,13 @@ class DONE(Defense):
             raise UserError(f"defense.r={self.r:g}: expected a number above 0, such as 0.5, 1, 2 or 5")
         if self.begin_epoch is not None and self.begin_epoch < 1:
             raise UserError(f"defense.begin_epoch={self.begin_epoch}: epochs count from 1")
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        return (
+            *super().departures(run),
+            "no code is public: attack, r, burn-in and schedule are our choices (--defense.r, --defense.begin-epoch, "
+            "--optim.recipe); the gradient through the attack and the running normaliser are left out",
+        )
 
     def describe(self, norm: str) -> dict[str, str]:
         begin = "31 of 100 (WRN: 60 of 120), scaled" if self.begin_epoch is None else str(self.begin_epoch)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastarat.defenses.base import Defense, Views
+from fastarat.losses import wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,4 +21,4 @@ class Standard(Defense):
     attacks: ClassVar[bool] = False
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return {"ce_clean": F.cross_entropy(views.logits_clean.float(), views.labels)}
+        return {"ce_clean": F.cross_entropy(wide(views.logits_clean), views.labels)}

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastarat import losses
-from fastarat.defenses.base import Defense, Views
+from fastarat.defenses.base import Defense, Settings, Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,9 @@ class TRADES(Defense):
     """Minimise CE(f(x), y) + beta KL(p(x) || p(x')), x' maximising the KL (Zhang et al., ICML 2019).
 
     The clean prediction the attack climbs away from is computed once per step: weights and statistics stand still
-    meanwhile, so recomputing it, as the release does, gives the same images. With the L2 norm the attack is the
-    common one (step as given), not the release's 2 epsilon / steps.
+    meanwhile, so recomputing it, as the release does, gives the same images. The release forwards the clean images
+    twice in training, before and after the adversarial ones: the second forward has the first one's values, and what
+    it does to the running statistics is done without it.
     """
 
     name: ClassVar[str] = "trades"
@@ -27,19 +28,38 @@ class TRADES(Defense):
     needs_clean: ClassVar[bool] = True
     recipe: ClassVar[str] = "trades"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
+    under_l2: ClassVar[str] = (
+        "the release's L2 attack takes steps of 2 epsilon / steps from 0.001 N(0, 1); here the step is as given and "
+        "the start a random direction (close to it: --attack.start gaussian and that --attack.step-size)"
+    )
+    also_released: ClassVar[dict[str, tuple]] = {"optim.recipe": ("trades-wrn",), "epochs": (76,)}
 
     beta: float = field(default=6.0, metadata={"help": "weight of the KL"})
     exact: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "move the running statistics towards the clean batch a second time after the adversarial one, "
-            "as the release's second clean forward does"
+            "help": "move the running statistics three times a step (clean, adv, clean), as released; off: twice "
+            "(clean, adv), as later re-implementations do"
         },
     )
 
     @property
     def updates(self) -> tuple[str, ...] | None:
         return ("clean", "adv", "clean") if self.exact else None
+
+    def departures(self, run: Settings) -> tuple[str, ...]:
+        found = super().departures(run)
+        if not self.exact:
+            found += (
+                "the running statistics move twice a step (clean, adv), in the release three times "
+                "(clean, adv, clean: --defense.exact)",
+            )
+        if run.recipe == "trades" and run.epochs != 76:
+            found += (
+                f"the release trains WRN-34-10, for 76 epochs; {run.epochs} for {run.model} are our choice "
+                "(--epochs 76)",
+            )
+        return found
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return losses.trades(views.logits_clean, views.logits_adv, views.labels, self.beta)

@@ -31,7 +31,7 @@ TABLE = [
     (AT, {}, Costs(11, 10, 1)),
     (ARAT, {}, Costs(12, 10, 2)),
     (TRADES, {}, Costs(13, 10, 2)),
-    (TRADES, {"exact": True}, Costs(13, 10, 2)),
+    (TRADES, {"exact": False}, Costs(13, 10, 2)),
     (MART, {}, Costs(12, 10, 2)),
     (LBGAT, {}, Costs(13, 10, 1, 1, 1)),
     (LBGAT, {"beta": 6.0}, Costs(13, 10, 2, 1, 1)),

@@ -62,14 +62,54 @@ class Literal:
         return loss.item(), adv
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "sigmoid", "lam": 0.5}, {"kind": "discrete"}, {"lam": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kind": "sigmoid"}, {"kind": "sigmoid", "lam": 0.3}, {"kind": "discrete"}, {"lam": 3.0}],
+    ids=str,
+)
 def test_three_steps_equal_the_transcription(options):
+    """Weights in float32 once rounded each image's share by 6e-8: the loss was right to 1e-7 and each tensor's update
+    to 3e-7, but an element in which the images' gradients nearly cancel was off by up to 7e-4 (sigmoid), 1e-3 (tanh)
+    and 5e-3 (discrete) of its update. They are computed in the dtype of the losses they weigh.
+    """
     defense, net = GAIRAT(**options), base_net()
     literal = Literal(net, defense)
     # The first step is still in the burn-in.
     step = three_steps(defense, net, literal, epochs=(30, 31, 32))
     assert all(len(set(kappas)) > 1 for kappas in literal.kappas[1:]), "equal kappas test no weights"
     assert step.model.net[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("lam", [-1.0, 0.3])
+@pytest.mark.parametrize("kind", ["tanh", "sigmoid", "discrete"])
+def test_terms_and_gradients_equal_the_released_reweighting(kind, lam):
+    """The released function, tensor by tensor, in float64; its weights carry no gradient and sum to the batch."""
+    torch.manual_seed(0)
+    logits = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    labels, kappa, num_steps = torch.randint(4, (11,)), torch.arange(11), 10
+    count = kappa.double()
+    if kind == "discrete":
+        reweight = ((num_steps + 1) - count) / (num_steps + 1)
+    else:
+        steepness = lam + (int(num_steps / 2) - count) * 5 / (int(num_steps / 2))
+        reweight = (steepness.tanh() + 1) / 2 if kind == "tanh" else steepness.sigmoid()
+    normalized = reweight * len(reweight) / reweight.sum()
+    released = F.cross_entropy(logits, labels, reduction="none").mul(normalized).mean()
+    extra = {"weighted": torch.tensor(True), "lam": torch.tensor(lam, dtype=torch.float64)}
+    v = fastarat.Views(labels, logits_adv=logits, kappa=kappa, num_steps=num_steps, extra=extra)
+    ours = GAIRAT(kind=kind, lam=lam).loss(v)["ce_adv"]
+    close = {"rtol": 1e-12, "atol": 1e-14}
+    # Where tanh is near -1, 1 + tanh has lost the digits that sigma(2 x) keeps: 1e-16 of 1, whatever the weight.
+    torch.testing.assert_close(gairat_weights(kappa, 10, lam, kind, dtype=torch.float64), normalized, **close)
+    torch.testing.assert_close(ours, released, **close)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits), torch.autograd.grad(released, logits), **close)
+
+
+def test_weights_of_a_batch_that_is_hardly_fooled_sum_to_it():
+    """All kappa 10 but one, lam -3: shares of 1e-7, which an epsilon in the denominator would bend."""
+    kappa = torch.tensor([10] * 5 + [9])
+    weights = gairat_weights(kappa, 10, -3.0, dtype=torch.float64)
+    assert weights.sum().item() == pytest.approx(6, rel=1e-14)
 
 
 def test_weights_by_hand():

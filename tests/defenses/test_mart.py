@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import base_net, sgd, slow_attack, three_steps
+from literal import Moment, base_net, sgd, slow_attack, three_steps
 
 import fastarat
 from fastarat import losses
 from fastarat.defenses import MART
+from fastarat.models import WideResNet
 from fastarat.schedules import lr_at, recipe_of
 
 
@@ -38,7 +39,7 @@ class Literal:
     def __call__(self, x, y):
         adv = slow_attack(self.net, x, y, self.generator, start="gaussian", objective="ce")
         logits = self.net(x.double())
-        loss = released_loss(logits, self.net(adv.double()), y, self.d.lam)
+        loss = released_loss(logits, self.net(adv.double()), y, 5.0 if self.d.lam is None else self.d.lam)
         self.sgd.zero_grad()
         loss.backward()
         self.sgd.step()
@@ -113,8 +114,15 @@ def test_loss_compiles_whole():
     torch.testing.assert_close(terms, MART().loss(views))
 
 
-def test_defaults_are_the_resnet18_driver():
-    assert (MART().lam, MART.recipe, MART.released_budget) == (5.0, "mart", (0.031, 0.007))
+@pytest.mark.parametrize(("wide", "options", "lam"), [(False, {}, 5), (True, {}, 6), (True, {"lam": 2.0}, 2)], ids=str)
+def test_lam_follows_the_network_as_the_schedule_does(wide, options, lam):
+    """The released drivers: 5 for ResNet-18, 6 for WRN-34-10."""
+    run = Moment(1, 100, model=WideResNet(10, 1, 4) if wide else None)
+    assert run.extra(MART(**options))["lam"] == lam
+
+
+def test_defaults_are_the_released_drivers():
+    assert (MART().lam, MART.recipe, MART.released_budget) == (None, "mart", (0.031, 0.007))
     assert (MART.objective, MART.start, MART.attack_bn) == ("ce", "gaussian", "eval")
     for name, epochs, lr, decay in (("mart", 120, 0.01, 3.5e-3), ("mart-wrn", 90, 0.1, 7e-4)):
         recipe = recipe_of(name)

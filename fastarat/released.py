@@ -1,0 +1,156 @@
+"""Whether a run is as released: where it departs, in sentences for its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastarat.config import Config
+from fastarat.defenses import DEFENSES
+from fastarat.defenses.base import Settings
+from fastarat.errors import UserError
+from fastarat.schedules import RECIPES, recipe_of
+
+
+def default_recipe(config: Config, model: str) -> str:
+    """Name of the schedule this defense was released with for this network."""
+    name = config.defense.recipe
+    return f"{name}-wrn" if model.startswith("wrn") and f"{name}-wrn" in RECIPES else name
+
+
+def departures(config: Config, image_size: int, swa_every: int = 500) -> tuple[str, ...] | None:
+    """Where a run of `config`, resolved, departs from the code it follows; () where it does not.
+
+    image_size: pixels of the smaller side. swa_every: steps between snapshots, in the end.
+    None for a defense of the user's own whose weights are not averaged: there is no release to depart from.
+    """
+    added = (*_averages(config, swa_every), *_weight_perturbation(config))
+    defense = config.defense
+    if type(defense) not in DEFENSES.values():
+        return added or None
+    settings = Settings(
+        norm=config.attack.norm,
+        epsilon=config.attack.epsilon,
+        step_size=config.step_size,
+        model=config.model,
+        image_size=image_size,
+        recipe=config.optim.recipe,
+        lr=config.optim.lr,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        normalize=config.normalize,
+    )
+    changed = _changed(config)
+    own = (f"set for this run: {', '.join(changed)}",) if changed else ()
+    return (*own, *defense.departures(settings), *added)
+
+
+def _changed(config: Config) -> list[str]:
+    """Settings of method, attack and schedule that are neither the default nor another value of the release."""
+    defense, attack, optim = config.defense, config.attack, config.optim
+    recipe = recipe_of(optim.recipe)
+    found: list[tuple[str, Any, Any]] = [
+        (f"defense.{f.name}", getattr(defense, f.name), f.default)
+        for f in dataclasses.fields(defense)
+        if f.name != defense.starts_from
+    ]
+    if defense.attacks:
+        found += [
+            ("attack.bn", attack.bn or defense.bn_mode(attack.norm), defense.bn_mode(attack.norm)),
+            ("attack.objective", attack.objective or defense.objective, defense.objective),
+            ("attack.num_steps", attack.num_steps, 10),
+            ("attack.num_restarts", attack.num_restarts, 1),
+        ]
+        if attack.start is not None:
+            found.append(("attack.start", attack.start, _start(config)))
+    found += [
+        ("optim.recipe", optim.recipe, default_recipe(config, config.model)),
+        ("optim.lr", optim.lr, recipe.lr),
+        ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
+        ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),
+        ("optim.nesterov", optim.nesterov, recipe.nesterov),
+        ("epochs", config.epochs, recipe.epochs),
+        ("batch_size", config.batch_size, 128),
+        ("augment", config.augment, True),
+        ("normalize", config.normalize, False),
+    ]
+    return [
+        f"{name} {_text(value)} (default {_text(default)})"
+        for name, value, default in found
+        if value != default and value not in defense.also_released.get(name, ())
+    ]
+
+
+def _start(config: Config) -> str | None:
+    try:
+        return config.defense.start_kind(config.attack.norm)
+    except UserError:  # no start of its own for this norm
+        return None
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _averages(config: Config, swa_every: int) -> tuple[str, ...]:
+    found: tuple[str, ...] = ()
+    if config.swa:
+        if not config.swa_config.exact:
+            found += (
+                "SWA: while BatchNorm is re-estimated the attack's forwards leave the statistics alone; in AR-AT's "
+                "release they move them, and dominate (--swa-config.exact)",
+            )
+        if config.swa_config.start != 0.75 or swa_every != 500:
+            found += (
+                f"SWA: a snapshot every {swa_every} steps from {config.swa_config.start:.0%} of the run on; AR-AT's "
+                "release has 500 and 75% (--swa-config.every 500 --swa-config.start 0.75)",
+            )
+        if config.defense.name != "ar-at":
+            found += (
+                "SWA is AR-AT's; the code that averages other adversarial training takes a snapshot per epoch and "
+                "re-estimates BatchNorm on clean images",
+            )
+    if config.ema is not None:
+        found += ("EMA: no release here keeps one; the weights that are trained do not depend on it",)
+    return found
+
+
+_AWP = {"at": (0.01, 0), "trades": (0.005, 10)}
+
+
+def _weight_perturbation(config: Config) -> tuple[str, ...]:
+    if config.awp is None:
+        return ()
+    name, found = config.defense.name, ()
+    if name not in (*_AWP, "mart"):
+        return ("AWP was released for at, trades and mart: with another defense it is our combination",)
+    if name in _AWP and (config.awp, config.awp_warmup) != _AWP[name]:
+        gamma, warmup = _AWP[name]
+        found += (
+            f"AWP: gamma_w {config.awp:g} after {config.awp_warmup} epochs; its release has {gamma:g} after {warmup} "
+            f"for {name} (--awp {gamma:g} --awp-warmup {warmup})",
+        )
+    if name == "at" and config.optim.recipe != "rice":
+        found += ("AWP: its release trains at by the schedule rice (--optim.recipe rice)",)
+    if name == "trades":
+        if config.optim.recipe != "cure-200":
+            found += (
+                "AWP: its release trains trades for 200 epochs, a tenth from 100 and a hundredth from 150, with weight "
+                "decay 5e-4 (the same: --optim.recipe cure-200)",
+            )
+        found += ("AWP: in its release the running statistics of trades move in the order adv, clean, clean",)
+    return found
+
+
+def card_rows(config: Config, image_size: int, swa_every: int = 500) -> dict[str, str]:
+    """Rows of the run card: one for each departure, or one that says there is none."""
+    found = departures(config, image_size, swa_every)
+    if found is None:
+        return {}
+    if not found:
+        return {"release": "as released: loss, attack, BatchNorm and schedule"}
+    return {f"departs from release {i}": sentence for i, sentence in enumerate(found, 1)}
