@@ -66,6 +66,7 @@ def _changed(config: Config) -> list[str]:
     found += [
         ("optim.recipe", optim.recipe, default_recipe(config, config.model)),
         ("optim.lr", optim.lr, recipe.lr),
+        ("optim.warmup", optim.warmup, None),
         ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
         ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),
         ("optim.nesterov", optim.nesterov, recipe.nesterov),
