@@ -19,4 +19,4 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """Build the error for a name that is not one of `choices`, naming the nearest one."""
     choices = sorted(choices)
-    return UserError(f"unknown {kind} {name!r}{nearest(name, choices)} Known: {', '.join(choices)}.")
+    return UserError(f"unknown {kind} {name!r}{nearest(name, choices) or '.'} Known: {', '.join(choices)}.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
+from fastarat.checks import settle
 from fastarat.errors import UserError
 from fastarat.record import load_into, load_weights
 
@@ -75,6 +76,8 @@ class Run(Protocol):
 class Defense:
     """Base of every defense; the fields of a subclass are its hyper-parameters, with the paper's defaults.
 
+    Values take the type their field declares ("6" and "8/255" are numbers), and lie in the `range` its metadata may
+    hold ("[0, inf)"); a `__post_init__` of a subclass calls this one first.
     A subclass sets the class constants that differ, and writes `loss`. State lives only in the modules returned by
     `companions` (as parameters or buffers): it is then checkpointed, moved and seen by the compiled loss.
     """
@@ -104,6 +107,9 @@ class Defense:
     released_budget: ClassVar[tuple[float, float]] = (8 / 255, 2 / 255)
     """(epsilon, step size) of the released code, in pixel units. A run's own default stays 8/255 and 2/255 for every
     defense, so that their numbers compare; where the release differs, the run card says so."""
+
+    def __post_init__(self) -> None:
+        settle(self, "defense.")
 
     @property
     def splits(self) -> bool:

@@ -26,7 +26,7 @@ class MART(Defense):
     recipe: ClassVar[str] = "mart"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
 
-    lam: float = field(default=5.0, metadata={"help": "weight of the KL (WRN-34-10 release: 6)"})
+    lam: float = field(default=5.0, metadata={"help": "weight of the KL (WRN-34-10 release: 6)", "range": "[0, inf)"})
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return losses.mart(views.logits_clean, views.logits_adv, views.labels, self.lam)

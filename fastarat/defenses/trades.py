@@ -28,7 +28,7 @@ class TRADES(Defense):
     recipe: ClassVar[str] = "trades"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
 
-    beta: float = field(default=6.0, metadata={"help": "weight of the KL"})
+    beta: float = field(default=6.0, metadata={"help": "weight of the KL", "range": "[0, inf)"})
     exact: bool = field(
         default=False,
         metadata={
