@@ -131,7 +131,7 @@ class SplitBatchNorm2d(BatchNorm2d):
         if name not in self.branches:
             raise UserError(
                 f"unknown BatchNorm branch {name!r}: this model has {', '.join(self.branches)}"
-                f"{nearest(str(name).lower(), self.branches)}"
+                f"{nearest(name, self.branches)}"
             )
         return self if name == self.branches[-1] else getattr(self, name)
 

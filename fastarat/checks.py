@@ -63,7 +63,7 @@ def named(key: str, value: Any, choices: Sequence[Any]) -> Any:
         for choice in choices:
             if given == _folded(choice) or given in _ALIASES.get(choice, ()):
                 return choice
-    near = nearest(str(value).lower(), map(str, choices)) or "."
+    near = nearest(value, map(str, choices)) or "."
     raise UserError(f"{key}={shown(value)}{near} Expected one of: {', '.join(map(str, choices))}.")
 
 
@@ -117,7 +117,7 @@ def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -
             return str(value)
         if origin is tuple:
             return _tuple(value, typing.get_args(hint), key, source)
-        if not isinstance(hint, type) or (hint not in (bool, int, float, str) and isinstance(value, hint)):
+        if not isinstance(hint, type) or hint is Any or (hint not in (bool, int, float, str) and _is(value, hint)):
             return value
     except UserError:
         raise
@@ -135,6 +135,13 @@ def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -
     elif isinstance(hint, type) and hint not in (bool, int, float, str):
         wanted = _a(hint.__name__)
     raise UserError(f"{where}{key}={shown(value)}: expected {wanted}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # a Protocol, say: not to be judged
+        return True
 
 
 def _bool(value: Any) -> bool:

@@ -185,7 +185,7 @@ def evaluate(
     package = _autoattack_package() if any(a.members for a in attacks) else None
     home = _device_of(model)
     device = torch.device(device) if device is not None else home
-    images, labels = collect(data, limit=limit, batch_size=batch_size)
+    images, labels = collect(data, limit=limit, batch_size=batch_size, channels=input_channels(model))
     _check_images(model, images, labels)
     budget = checked_budget(*budget, shape=images.shape)
 
@@ -326,17 +326,21 @@ def parse_attacks(attack: str) -> list[Attack]:
     return list(entries.values())
 
 
-def collect(data: Any, *, limit: int | None = None, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def collect(
+    data: Any, *, limit: int | None = None, batch_size: int = 256, channels: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the images and labels to evaluate, on the CPU, in the order of the split and never augmented.
 
     Args:
         data: a `fastarat.data.Split`, a loader (whose split is read afresh), or (images, labels) tensors.
         limit: number of images, taken at even distances through the set; None takes all.
+        channels: C that the network takes, if known.
     Returns: images float32 [N, C, H, W] in [0, 1], labels int64 [N].
-    Raises: UserError for something else, or limit < 1.
+    Raises: UserError for something else, tensors of another type or shape, or limit < 1.
     """
     limit = None if limit is None else whole("limit", limit)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        check_images(data[0], channels=channels)
         check_labels(data[1], data[0])
         images, labels = (t.detach().cpu() for t in data)
         wanted = _evenly(len(labels), limit)
