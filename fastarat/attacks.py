@@ -16,13 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from fastarat.errors import unknown
+from fastarat.checks import (
+    Norm,
+    check_classes,
+    check_images,
+    check_labels,
+    check_pixels,
+    checked_budget,
+    checked_length,
+    input_channels,
+    logits_of,
+    named,
+    readable,
+    shown,
+    whole,
+)
+from fastarat.errors import UserError
 from fastarat.kernels import pgd_update
 
-Norm = Literal["linf", "l2"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that store weights and activations in 16 bits, by name."""
 Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
+Objective = Literal["ce", "kl", "cw"]
+BatchNormMode = Literal["eval", "train", "train-frozen"]
+Backend = Literal["auto", "triton", "plain"]
 
 
 class Attacked(NamedTuple):
@@ -67,11 +84,13 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy
 
 def objective_of(objective: str | Callable) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the per-image loss an attack maximises, by name ("ce", "kl", "cw") or as given."""
-    if callable(objective):
-        return objective
-    if objective not in OBJECTIVES:
-        raise unknown("attack objective", objective, OBJECTIVES)
-    return OBJECTIVES[objective]
+    name = objective_name(objective)
+    return name if callable(name) else OBJECTIVES[name]
+
+
+def objective_name(objective: str | Callable) -> str | Callable:
+    """Return the canonical name of an objective, or the function given. Raises: UserError for an unknown name."""
+    return objective if callable(objective) else named("objective", objective, tuple(OBJECTIVES))
 
 
 def random_start(
@@ -92,8 +111,11 @@ def random_start(
             length U(0, 1) epsilon, clamped). With norm="l2", "uniform" means "l2".
         generator: on the device of `images`; None uses torch's default one.
     Returns: float32 [B, C, H, W], same memory format.
-    Raises: UserError for an unknown kind.
+    Raises: UserError for an unknown kind or norm, a budget outside (0, 1], images of another type or shape.
     """
+    kind, norm = named("start", kind, Start.__args__), named("norm", norm, Norm.__args__)
+    check_images(images)
+    epsilon = checked_length("epsilon", epsilon, norm, shape=images.shape)
     if kind == "none":
         return images.clone()
     if kind in ("l2", "uniform") and (norm == "l2" or kind == "l2"):
@@ -104,9 +126,7 @@ def random_start(
         noise = _like(images).uniform_(-1, 1, generator=generator)
         start = noise.mul_(epsilon).add_(images)
         return start.clamp_(0, 1) if kind == "uniform" else start
-    if kind == "gaussian":
-        return _like(images).normal_(generator=generator).mul_(1e-3).add_(images)
-    raise unknown("attack start", kind, Start.__args__)
+    return _like(images).normal_(generator=generator).mul_(1e-3).add_(images)
 
 
 def pgd(
@@ -143,9 +163,22 @@ def pgd(
         count: also count kappa, the steps at which each image was still classified correctly (GAIRAT).
         backend: of the update kernel: "auto", "triton", "plain".
     Returns: Attacked(images, kappa, objective).
+    Raises: UserError for unknown names, budgets outside (0, 1], tensors of another type or shape. Values of tensors
+        are not read, so that it can be called at every step and captured: images in [0, 1] and labels within the
+        classes are the caller's to make sure of, as `PGD` and `TrainStep` do.
     Source: Madry et al., ICLR 2018, equation 2.
     """
+    objective = objective_name(objective)
     loss_of = objective_of(objective)
+    num_steps, backend = whole("num_steps", num_steps, 0), named("backend", backend, Backend.__args__)
+    check_images(images)
+    epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=images.shape, read=False)
+    check_images(start, "start")
+    if start.shape != images.shape:
+        raise UserError(f"start is {list(start.shape)}, images {list(images.shape)}: expected one shape")
+    _check_target(target, objective, images)
+    if count:
+        check_labels(labels, images)
     kappa = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device) if count else None
     points, losses = start, []
     for _ in range(num_steps):
@@ -164,6 +197,16 @@ def pgd(
     return Attacked(points.detach(), kappa, torch.stack(losses).sum() if losses else None)
 
 
+def _check_target(target: Tensor, objective: str | Callable, images: Tensor) -> None:
+    if objective == "kl":
+        if not isinstance(target, Tensor) or target.dim() != 2 or len(target) != len(images):
+            raise UserError(
+                f"target={shown(target)}: the objective kl takes the clean logits, float [{len(images)}, K]"
+            )
+    elif not callable(objective):
+        check_labels(target, images, "target")
+
+
 def strongest(
     forward: Callable[[Tensor], Tensor],
     attacks: Sequence[Callable[[], Attacked]],
@@ -173,13 +216,19 @@ def strongest(
     """Run several restarts and keep, image by image, the point of largest objective (one more forward each).
 
     attacks: callables without arguments, each a bound `pgd` with its own start. kappa is the smallest over restarts.
+    Raises: UserError without attacks, for an unknown objective or a target of another type or shape.
     """
+    objective = objective_name(objective)
     loss_of = objective_of(objective)
+    if not attacks:
+        raise UserError("strongest got no attacks: expected at least one, such as a bound `pgd`")
     best: Tensor | None = None
     objectives = []
     for attack in attacks:
-        images, kappa, objective = attack()
-        objectives.append(objective)
+        images, kappa, maximised = attack()
+        objectives.append(maximised)
+        if best is None:
+            _check_target(target, objective, images)
         with torch.no_grad():
             loss = loss_of(forward(images), target)
         if best is None:
@@ -221,8 +270,9 @@ class PGD:
             start="gaussian" the first step too.
         count: also count kappa.
         generator: source of the random start, on the model's device; default a new one with seed 0.
-    Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked.
-    Raises: UserError for an unknown precision.
+    Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked. The first call of each shape also looks at the
+        values: images in [0, 1], labels within the classes. During a capture nothing is read.
+    Raises: UserError for unknown names, budgets and counts out of range, and (call) images or labels that are not so.
     """
 
     def __init__(
@@ -241,27 +291,46 @@ class PGD:
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> None:
-        if precision not in ("fp32", *HALF):
-            raise unknown("precision", precision, ("fp32", *HALF))
-        self.dtype = HALF.get(precision)
-        self.model, self.epsilon, self.norm, self.start, self.mode = model, epsilon, norm, start, mode
-        self.objective = objective
-        device = next(model.parameters()).device
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(f"model={shown(model)}: expected an nn.Module; a function is attacked by `attacks.pgd`")
+        self.dtype = HALF.get(named("precision", precision, ("fp32", *HALF)))
+        epsilon, step_size, norm = checked_budget(epsilon, step_size, norm)
+        self.model, self.epsilon, self.norm = model, epsilon, norm
+        self.start = named("start", start, Start.__args__)
+        self.mode = None if mode is None else named("mode", mode, ("eval", "train"))
+        self.objective = objective_name(objective)
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+        device = torch.device("cpu") if tensor is None else tensor.device
         self.generator = generator if generator is not None else torch.Generator(device).manual_seed(0)
         self.generators = (self.generator,)
-        step_size = epsilon / 4 if step_size is None else step_size
+        self._seen: set[torch.Size] = set()
+        self._count = count
         self._pgd = partial(
             pgd,
             epsilon=epsilon,
             step_size=step_size,
-            num_steps=num_steps,
-            objective=objective,
+            num_steps=whole("num_steps", num_steps),
+            objective=self.objective,
             norm=norm,
             count=count,
-            backend=backend,
+            backend=named("backend", backend, Backend.__args__),
         )
 
+    def _check(self, images: Tensor, labels: Tensor) -> bool:
+        """Raise UserError for a batch that is not what the attack takes; whether its labels are still to be read."""
+        check_images(images, channels=input_channels(self.model))
+        reads_labels = self._count or self.objective in ("ce", "cw")
+        if reads_labels:
+            check_labels(labels, images)
+        if images.shape in self._seen or not readable(images):
+            return False
+        check_pixels(images)
+        if not reads_labels:
+            self._seen.add(images.shape)
+        return reads_labels
+
     def __call__(self, images: Tensor, labels: Tensor) -> Attacked:
+        unread = self._check(images, labels)
         with (
             frozen(self.model),
             mode_of(self.model, self.model.training if self.mode is None else self.mode == "train"),
@@ -272,8 +341,17 @@ class PGD:
             if self.objective == "kl":
                 with torch.no_grad():
                     target = (self.model if flat else forward)(images)
-            if flat:
-                forward = first_then(self.model, forward)
+            first = self.model if flat else forward
+            if unread:  # how many classes there are is known from here on, before any loss
+
+                def first(points: Tensor, forward: Callable[[Tensor], Tensor] = first) -> Tensor:
+                    logits = logits_of(forward, points)
+                    check_classes(labels, logits.shape[1])
+                    self._seen.add(images.shape)
+                    return logits
+
+            if first is not forward:
+                forward = first_then(first, forward)
             start = random_start(
                 images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
             )
@@ -307,15 +385,15 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mode_of(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """Put `model` into train or eval mode inside the block."""
-    before = model.training
-    if before != training:
+    """Put `model` into train or eval mode inside the block; each of its modules comes back in the mode it had."""
+    before = [] if model.training == training else [(m, m.training) for m in model.modules()]
+    if before:
         model.train(training)
     try:
         yield
     finally:
-        if before != training:
-            model.train(before)
+        for m, was in before:
+            m.training = was
 
 
 def _l2_update(points: Tensor, grad: Tensor, centre: Tensor, epsilon, step_size) -> Tensor:

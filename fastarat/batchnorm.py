@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastarat.errors import UserError
+from fastarat.errors import UserError, nearest
 from fastarat.kernels import split_bn
 
 BRANCHES = ("clean", "adv")
@@ -121,15 +121,18 @@ class SplitBatchNorm2d(BatchNorm2d):
         **factory,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        if len(branches) < 2 or len(set(branches)) != len(branches):
-            raise UserError(f"branches={tuple(branches)}: expected at least two different names")
+        if isinstance(branches, str) or len(branches) < 2 or len(set(branches)) != len(branches):
+            raise UserError(f"branches={branches!r}: expected at least two different names, such as ('clean', 'adv')")
         self.branches = tuple(branches)
         for name in self.branches[:-1]:
             self.add_module(name, nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, **factory))
 
     def branch_set(self, name: str) -> nn.BatchNorm2d:
         if name not in self.branches:
-            raise UserError(f"unknown BatchNorm branch {name!r}: this model has {', '.join(self.branches)}")
+            raise UserError(
+                f"unknown BatchNorm branch {name!r}: this model has {', '.join(self.branches)}"
+                f"{nearest(name, self.branches)}"
+            )
         return self if name == self.branches[-1] else getattr(self, name)
 
 
@@ -170,6 +173,8 @@ def split_batchnorm(model: nn.Module, branches: Sequence[str] = BRANCHES) -> nn.
     Raises: UserError when there is no BatchNorm layer, or one of a kind whose forward is unknown.
     Source: Waseda et al., ICLR 2025 (split BatchNorm).
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"cannot split a {type(model).__name__}: expected an nn.Module")
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise UserError(
             f"{type(model).__name__} has no BatchNorm layer to split: use a network with BatchNorm, or turn "
@@ -207,8 +212,14 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
             that may repeat; default: `groups`. `()` leaves them untouched (batch statistics, frozen running ones).
 
     Running-statistic updates take effect, in order, when the block ends.
-    Raises: UserError for an unknown branch name.
+    Raises: UserError for an unknown branch name, no name at all, or an update of a branch that is not in `groups`.
     """
+    if not groups:
+        raise UserError(
+            "branch(model, ...) names no branch: write branch(model, 'adv'), or 'clean', 'adv' for [clean; adv]"
+        )
+    if other := [name for name in updates or () if name not in groups]:
+        raise UserError(f"updates={tuple(updates)}: {other[0]!r} is not among the branches named, {', '.join(groups)}")
     layers = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
     before = [(m._groups, m._updates, m._pending) for m in layers]
     pending: list = []

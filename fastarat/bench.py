@@ -29,7 +29,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastarat.config import AttackConfig, resolve_defense
+from fastarat.checks import settle, within
+from fastarat.config import AttackConfig, from_dict, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import ARREST, CAAT, CURE, LBGAT, VIR, Defense
 from fastarat.engine import RATES, TrainStep, default_sgd
@@ -462,7 +463,19 @@ class BenchConfig:
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 2), ("repeats", 1), ("steps", 1), ("threads", 1), ("num_classes", 2)):
+        if isinstance(self.attack, dict):
+            object.__setattr__(self, "attack", from_dict(self.attack, AttackConfig, "attack.", "bench"))
+        settle(self)
+        if self.awp is not None:
+            within("awp", self.awp, "(0, 1)", "a share of each weight's norm, such as 0.005")
+        for name, least in (
+            ("batch_size", 2),
+            ("image_size", 1),
+            ("repeats", 1),
+            ("steps", 1),
+            ("threads", 1),
+            ("num_classes", 2),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")

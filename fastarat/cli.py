@@ -121,7 +121,7 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 
 
 def _eval(parser: _Parser, argv: list[str]) -> int:
-    from fastarat.config import check_epsilon, coerce
+    from fastarat.checks import checked_budget
     from fastarat.data import load_dataset
     from fastarat.evaluate import evaluate, parse_attacks
     from fastarat.train import load_run, pick_device
@@ -134,7 +134,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     )
     parser.add_argument("--epsilon", help="pixel units, such as 8/255 (default: the run's)")
     parser.add_argument("--step-size", help="of PGD, pixel units (default: epsilon / 4)")
-    parser.add_argument("--norm", choices=("linf", "l2"), help="default: the run's")
+    parser.add_argument("--norm", help="linf or l2 (default: the run's)")
     parser.add_argument("--limit", type=int, help="evaluate this many test images, evenly through the set")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
     parser.add_argument("--branch", default="adv", help="BatchNorm branch (default: adv, as published numbers)")
@@ -151,10 +151,8 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     parse_attacks(args.attack)
     device = pick_device(args.device)
     model, meta, config = load_run(args.run, args.weights)
-    norm = args.norm or meta["norm"]
-    epsilon = coerce(args.epsilon, float, "--epsilon", "flags") if args.epsilon else meta["epsilon"]
-    check_epsilon("--epsilon", epsilon, norm)
-    step_size = coerce(args.step_size, float, "--step-size", "flags") if args.step_size else None
+    epsilon = meta["epsilon"] if args.epsilon is None else args.epsilon
+    budget = checked_budget(epsilon, args.step_size, meta["norm"] if args.norm is None else args.norm, where="--")
     if config is None and not args.dataset:
         raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
     dataset = load_dataset(
@@ -170,8 +168,8 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
         )
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     result = evaluate(
-        model.to(device), dataset.test, args.attack, epsilon=epsilon, step_size=step_size, norm=norm, limit=args.limit,
-        batch_size=args.batch_size, seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
+        model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
+        seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
     )  # fmt: skip
     result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     where = (
@@ -259,7 +257,7 @@ def _import(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--num-classes", type=int, help="default: read from the file")
     parser.add_argument("--dataset", help="what it was trained on; without it eval needs --dataset")
     parser.add_argument("--epsilon", default="8/255", help="budget it was trained for (default: %(default)s)")
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="default: linf")
+    parser.add_argument("--norm", default="linf", help="linf or l2 (default: linf)")
     parser.add_argument("--mean", help="normalisation before the network, such as 0.4914,0.4822,0.4465")
     parser.add_argument("--std", help="likewise; default: none, or what the file holds")
     parser.add_argument("--prefer", default="auto", metavar="NAME", help="state dict to take, if there are several")
@@ -267,7 +265,7 @@ def _import(parser: _Parser, argv: list[str]) -> int:
     numbers = tuple[float, ...]
     where = import_checkpoint(
         args.file, args.out, model=args.model, num_classes=args.num_classes, dataset=args.dataset,
-        epsilon=coerce(args.epsilon, float, "--epsilon", "flags"), norm=args.norm,
+        epsilon=args.epsilon, norm=args.norm,
         mean=coerce(args.mean, numbers, "--mean", "flags") if args.mean else None,
         std=coerce(args.std, numbers, "--std", "flags") if args.std else None, prefer=args.prefer,
     )  # fmt: skip

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,19 @@ from typing import Any, Literal
 
 import yaml
 
+from fastarat.attacks import Backend, BatchNormMode, Objective, Start
+from fastarat.checks import Norm, Precision, checked_budget, coerce, hints_of, settle, shown
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.schedules import recipe_of
 
+_COUNT = "[1, inf)"
+_FROM_0 = "[0, inf)"
 
-def _f(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+
+def _f(default: Any, text: str, within: str = "") -> Any:
+    """A field with its help and, for numbers, the interval they lie in."""
+    return field(default=default, metadata={"help": text, **({"range": within} if within else {})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +35,20 @@ class AttackConfig:
 
     epsilon: float = _f(8 / 255, "budget in pixel units, 1.0 the full range; fractions such as 8/255 are read")
     step_size: float | None = _f(None, "pixel units (default: epsilon / 4)")
-    num_steps: int = _f(10, "gradient steps")
-    num_restarts: int = _f(1, "keep the strongest of this many starts")
-    norm: Literal["linf", "l2"] = _f("linf", "ball")
-    bn: Literal["eval", "train", "train-frozen"] | None = _f(
+    num_steps: int = _f(10, "gradient steps", _COUNT)
+    num_restarts: int = _f(1, "keep the strongest of this many starts", _COUNT)
+    norm: Norm = _f("linf", "ball")
+    bn: BatchNormMode | None = _f(
         None,
         "BatchNorm during the attack (default: the defense's): running statistics; batch statistics that move "
         "the running ones; batch statistics that do not",
     )
-    start: Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"] | None = _f(
-        None, "random start (default: the defense's)"
-    )
-    objective: Literal["ce", "kl", "cw"] | None = _f(None, "what is maximised (default: the defense's)")
+    start: Start | None = _f(None, "random start (default: the defense's)")
+    objective: Objective | None = _f(None, "what is maximised (default: the defense's)")
+
+    def __post_init__(self) -> None:
+        settle(self, "attack.")
+        checked_budget(self.epsilon, self.step_size, self.norm, where="attack.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,34 +56,49 @@ class OptimConfig:
     """SGD and its schedule. Unset fields follow the recipe."""
 
     recipe: str | None = _f(None, "named schedule (default: the defense's)")
-    lr: float | None = _f(None, "base learning rate")
+    lr: float | None = _f(None, "base learning rate", _FROM_0)
     warmup: int | None = _f(
-        None, "epochs in which the learning rate rises along a line; 0: none (default: the recipe's first epoch)"
+        None,
+        "epochs in which the learning rate rises along a line; 0: none (default: the recipe's first epoch)",
+        _FROM_0,
     )
-    momentum: float | None = _f(None, "of SGD")
-    weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released")
+    momentum: float | None = _f(None, "of SGD", "[0, 1)")
+    weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released", _FROM_0)
     nesterov: bool | None = _f(None, "Nesterov momentum")
     optimizer: Literal["fastarat", "torch", "apex"] = _f(
         "fastarat", "fused SGD that also writes the attack's bf16 weights, torch's, or NVIDIA Apex's if installed"
     )
+
+    def __post_init__(self) -> None:
+        settle(self, "optim.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Validation after each epoch; it chooses the best checkpoint. The test set chooses nothing."""
 
-    every: int = _f(1, "epochs between validations")
-    num_steps: int = _f(10, "PGD steps on the validation split")
-    val_images: int | None = _f(None, "images held out of the training set (default: 1000; a tenth of small sets)")
+    every: int = _f(1, "epochs between validations", _COUNT)
+    num_steps: int = _f(10, "PGD steps on the validation split", _COUNT)
+    val_images: int | None = _f(
+        None, "images held out of the training set (default: 1000; a tenth of small sets)", _FROM_0
+    )
+
+    def __post_init__(self) -> None:
+        settle(self, "eval.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwaConfig:
     """Stochastic weight averaging (AR-AT+SWA): a uniform mean of snapshots, BatchNorm re-estimated at the end."""
 
-    start: float = _f(0.75, "averaging begins after this share of the epochs (epoch 76 of 100)")
-    every: int | None = _f(None, "steps between snapshots (default: 500, or an epoch where that gives fewer than 5)")
+    start: float = _f(0.75, "averaging begins after this share of the epochs (epoch 76 of 100)", "[0, 1)")
+    every: int | None = _f(
+        None, "steps between snapshots (default: 500, or an epoch where that gives fewer than 5)", _COUNT
+    )
     exact: bool = _f(False, "let attack forwards move the statistics during re-estimation, as released")
+
+    def __post_init__(self) -> None:
+        settle(self, "swa-config.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,39 +112,43 @@ class Config:
         "resnet-small, resnet18, preactresnet18, wrn-34-10 or timm:NAME "
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
-    epochs: int | None = _f(None, "default: the recipe's")
+    epochs: int | None = _f(None, "default: the recipe's", _COUNT)
     batch_size: int = _f(128, "images per step")
     amp: bool = _f(False, "short for --precision bf16, where the hardware has it")
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _f(
-        "fp32", "of convolutions; statistics and losses are float32"
-    )
+    precision: Precision = _f("fp32", "of convolutions; statistics and losses are float32")
     swa: bool = _f(False, "also average weights (see --swa-config)")
     ema: float | None = _f(
-        None, "also keep an exponential moving average of the weights with this decay, such as 0.995"
+        None, "also keep an exponential moving average of the weights with this decay, such as 0.995", "(0, 1)"
     )
-    seed: int = _f(0, "of everything random")
+    seed: int = _f(0, "of everything random", "[0, 2^63)")
     out: str | None = _f(None, "run folder (default: runs/DATASET-MODEL-DEFENSE-seedN)")
     data_dir: str = _f("data", "where downloads and caches live")
     loader: Literal["auto", "resident", "ffcv"] = _f("auto", "data on the device, or streamed from .beton by FFCV")
     augment: bool = _f(True, "random crop and flip, as each data set is used in the literature")
     normalize: bool = _f(False, "normalise by the training set's mean and deviation inside the model")
-    image_size: int | None = _f(None, "resize image folders to this many pixels")
-    limit_train: int | None = _f(None, "use only this many training images (stratified)")
+    image_size: int | None = _f(None, "resize image folders to this many pixels", _COUNT)
+    limit_train: int | None = _f(None, "use only this many training images (stratified)", _COUNT)
     device: str = _f("auto", "auto, cpu, cuda, cuda:N")
     threads: int | None = _f(
-        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)"
+        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)", _COUNT
     )
     channels_last: bool = _f(True, "memory format of images and weights")
-    kernels: Literal["auto", "triton", "plain"] = _f("auto", "fused Triton kernels or their plain twins")
+    kernels: Backend = _f("auto", "fused Triton kernels or their plain twins")
     capture: Literal["auto", "on", "off", "fake"] = _f(
         "auto", "replay the whole step as one CUDA graph; fake: its buffers and checks, without a graph"
     )
     compile_loss: bool = _f(False, "torch.compile the loss")
     fold_bn: bool = _f(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
     winograd: bool = _f(True, "on a CPU, Winograd convolutions where they are faster")
-    awp: float | None = _f(None, "gamma_w of adversarial weight perturbation (0.01 for AT, 0.005 for TRADES)")
-    awp_warmup: int = _f(0, "epochs without weight perturbation")
-    log_every: int | None = _f(None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)")
+    awp: float | None = _f(
+        None,
+        "gamma_w of adversarial weight perturbation, a share of each weight's norm (0.01 for AT, 0.005 for TRADES)",
+        "(0, 1)",
+    )
+    awp_warmup: int = _f(0, "epochs without weight perturbation", _FROM_0)
+    log_every: int | None = _f(
+        None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)", _COUNT
+    )
     tensorboard: bool = _f(True, "write TensorBoard events")
     attack: AttackConfig = field(default_factory=AttackConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -130,48 +156,17 @@ class Config:
     swa_config: SwaConfig = field(default_factory=SwaConfig)
 
     def __post_init__(self) -> None:
-        self._check()
-
-    @property
-    def step_size(self) -> float:
-        """Attack step in pixel units."""
-        return self.attack.epsilon / 4 if self.attack.step_size is None else self.attack.step_size
-
-    def _check(self) -> None:
-        check_epsilon("attack.epsilon", self.attack.epsilon, self.attack.norm)
-        if self.attack.step_size is not None:
-            check_epsilon("attack.step_size", self.attack.step_size, self.attack.norm)
-        for name, value, least in (
-            ("attack.num_steps", self.attack.num_steps, 1),
-            ("attack.num_restarts", self.attack.num_restarts, 1),
-            ("epochs", self.epochs, 1),
-            ("optim.warmup", self.optim.warmup, 0),
-            ("eval.every", self.eval.every, 1),
-            ("eval.num_steps", self.eval.num_steps, 1),
-            ("limit_train", self.limit_train, 1),
-            ("threads", self.threads, 1),
-            ("log_every", self.log_every, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name}={value}: expected {least} or more")
+        parts = {"attack": AttackConfig, "optim": OptimConfig, "eval": EvalConfig, "swa_config": SwaConfig}
+        object.__setattr__(self, "defense", _build_defense(self.defense, "config"))
+        for name, cls in parts.items():
+            if isinstance(value := getattr(self, name), dict):
+                object.__setattr__(self, name, from_dict(value, cls, f"{name}."))
+        settle(self)
         if self.batch_size < 2:
             raise UserError(
                 f"batch_size={self.batch_size}: BatchNorm needs at least 2 images to normalise by; write --batch-size "
                 "2 or more (128 is usual)"
             )
-        for name, value in (("optim.lr", self.optim.lr), ("optim.weight_decay", self.optim.weight_decay)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"{name}={value}: expected a number of at least 0")
-        if self.optim.momentum is not None and not 0 <= self.optim.momentum < 1:
-            raise UserError(f"optim.momentum={self.optim.momentum} is outside [0, 1)")
-        if not 0 <= self.swa_config.start < 1:
-            raise UserError(f"swa-config.start={self.swa_config.start} is outside [0, 1): it is a share of the epochs")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed}: expected a whole number from 0 to 2^63 - 1")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema={self.ema:g} is outside (0, 1): it is the decay of the average, such as 0.995")
-        if self.awp is not None and not 0 < self.awp < 1:
-            raise UserError(f"awp={self.awp:g} is outside (0, 1): it is a share of each weight's norm, such as 0.005")
         recipe = recipe_of(self.optim.recipe or self.defense.recipe)
         if recipe.one_cycle and self.optim.warmup is not None:
             raise UserError(
@@ -181,21 +176,16 @@ class Config:
         if self.epochs is not None and (self.optim.warmup or 0) > self.epochs:
             raise UserError(f"optim.warmup={self.optim.warmup} is longer than the run of {self.epochs} epochs")
 
-
-def check_epsilon(name: str, value: float, norm: str = "linf") -> None:
-    """Raise UserError unless `value` is a sensible budget or step in pixel units."""
-    if norm == "linf" and not 0 < value <= 1:
-        raise UserError(
-            f"{name}={value:g} is outside (0, 1]: it is in pixel units where 1.0 is the full range; write {value:g}/255"
-        )
-    if not 0 < value < 1000:
-        raise UserError(f"{name}={value:g}: expected a positive length in pixel units, such as 128/255 for L2")
+    @property
+    def step_size(self) -> float:
+        """Attack step in pixel units."""
+        return self.attack.epsilon / 4 if self.attack.step_size is None else self.attack.step_size
 
 
 def resolve_defense(name: str) -> type[Defense]:
     """Return a defense class by name, or from `FILE.py:CLASS`. Raises: UserError, before anything runs."""
-    if name in DEFENSES:
-        return DEFENSES[name]
+    if name.lower() in DEFENSES:
+        return DEFENSES[name.lower()]
     if ":" in name or name.endswith(".py"):
         return _defense_from_file(name)
     raise unknown("defense", name, DEFENSES)
@@ -252,7 +242,7 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
     """Build a Config from plain values. Raises: UserError naming the key, what was expected and the nearest name."""
     if not isinstance(values, dict):
         raise UserError(f"{source}: {where.rstrip('.') or 'the file'} must hold key: value lines, got {values!r}")
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     built: dict[str, Any] = {}
     for key, value in values.items():
@@ -267,87 +257,24 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
         elif dataclasses.is_dataclass(hint):
             built[name] = from_dict(value if value is not None else {}, hint, f"{where}{key}.", source)
         else:
-            built[name] = coerce(value, hint, f"{where}{key}", source)
+            built[name] = coerce(value, hint, f"{where}{key}", source, known[name].metadata.get("help", ""))
     return cls(**built)
 
 
 def _build_defense(value: Any, source: str) -> Defense:
     if isinstance(value, Defense):
         return value
+    if isinstance(value, type) and issubclass(value, Defense):
+        return value()
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
-        raise UserError(f"{source}: defense={value!r}: expected a name or a mapping with `name`")
+        raise UserError(
+            f"{source}: defense={shown(value)}: expected a name, a mapping with `name`, or a Defense such as TRADES()"
+        )
     value = dict(value)
     kind = resolve_defense(str(value.pop("name", ARAT.name)))
     return from_dict(value, kind, "defense.", source)
-
-
-def coerce(value: Any, hint: Any, key: str, source: str = "config") -> Any:
-    """Turn a YAML or command-line value into the field's type; fractions such as 8/255 are numbers."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    options = typing.get_args(hint) if union else (hint,)
-    # A Literal may itself offer "none" (no random start), which is then not the missing value.
-    offered = {choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)}
-    unset = value is None or (str(value).lower() in ("none", "null", "auto") and value not in offered)
-    if type(None) in options and unset:
-        return None
-    hint = next(o for o in options if o is not type(None))
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value in choices:
-            return value
-        raise UserError(
-            f"{source}: {key}={value!r}{nearest(str(value), map(str, choices))} "
-            f"Expected one of: {', '.join(map(str, choices))}."
-        )
-    try:
-        if hint is bool:
-            return _bool(value)
-        if hint is int:
-            return _int(value)
-        if hint is float:
-            return _float(value)
-        if hint is str and isinstance(value, (str, int, float)):
-            return str(value)
-        if origin is tuple:
-            items = value.split(",") if isinstance(value, str) else value
-            inner = typing.get_args(hint)[0]
-            return tuple(coerce(v.strip() if isinstance(v, str) else v, inner, key, source) for v in items)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, UserError):
-            raise
-    wanted = {bool: "true or false", int: "a whole number", float: "a number (fractions such as 8/255 are read)"}
-    raise UserError(f"{source}: {key}={value!r}: expected {wanted.get(hint, getattr(hint, '__name__', str(hint)))}")
-
-
-def _bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() in ("true", "yes", "on", "1"):
-        return True
-    if str(value).lower() in ("false", "no", "off", "0"):
-        return False
-    raise ValueError
-
-
-def _int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-        raise ValueError
-    return int(value)
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    if isinstance(value, str) and "/" in value:
-        top, bottom = value.split("/")
-        return float(top) / float(bottom)
-    result = float(value)
-    if result != result:
-        raise ValueError
-    return result
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -374,7 +301,7 @@ def write_yaml(config: Config, path: Path) -> None:
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
     """Add one flag per field of `cls`: --batch-size, --attack.epsilon, --amp / --no-amp."""
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     group = parser.add_argument_group((cls.__doc__ or "").strip().split("\n")[0]) if prefix else parser
     for f in dataclasses.fields(cls):
         hint, flag = hints[f.name], "--" + prefix + f.name.replace("_", "-")

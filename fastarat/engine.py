@@ -21,6 +21,24 @@ from torch.func import functional_call
 from fastarat import attacks
 from fastarat.attacks import HALF, frozen, mode_of
 from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, split_batchnorm
+from fastarat.checks import (
+    Norm,
+    Precision,
+    check_classes,
+    check_device,
+    check_images,
+    check_labels,
+    check_pixels,
+    checked_budget,
+    coerce,
+    input_channels,
+    logits_of,
+    named,
+    readable,
+    shown,
+    whole,
+    within,
+)
 from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
 from fastarat.errors import UserError
@@ -30,7 +48,6 @@ from fastarat.models import Network, Taps, folded_batchnorm, forward_with_featur
 from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
 
-Precision = str
 _NEVER = 2**62
 # Inductor must not wrap its own CUDA graphs inside ours.
 _INDUCTOR = {"triton.cudagraphs": False}
@@ -136,9 +153,10 @@ class TrainStep:
     careful: whether the attack's first step is float32, and the clean logits of its KL, though the rest of it is not.
     one_pass: whether the optimiser's step also writes the attack's low-precision weights.
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
-        captured step overwrites at its next call.
-    Raises: UserError for a network without BatchNorm asked to split, an unknown option, or a step that cannot be
-        captured though capture=True.
+        captured step overwrites at its next call. The first call of each batch shape also looks at the values: images
+        in [0, 1], labels within the classes.
+    Raises: UserError for a network without BatchNorm asked to split, an unknown option, a budget or count out of range,
+        or a step that cannot be captured though capture=True; (call) for images or labels that are not so.
     """
 
     def __init__(
@@ -152,7 +170,7 @@ class TrainStep:
         step_size: float | None = None,
         num_steps: int = 10,
         num_restarts: int = 1,
-        norm: attacks.Norm = "linf",
+        norm: Norm = "linf",
         attack_bn: str | None = None,
         start: str | None = None,
         objective: str | None = None,
@@ -167,6 +185,29 @@ class TrainStep:
         awp_warmup: int = 0,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"model={shown(model)}: expected an nn.Module, images [B, C, H, W] in [0, 1] -> logits [B, K]"
+            )
+        if not isinstance(defense, Defense):
+            raise UserError(f"defense={shown(defense)}: expected a Defense, such as fastarat.TRADES()")
+        if optimizer is not None and not callable(optimizer):
+            raise UserError(
+                f"optimizer is a {type(optimizer).__name__}: expected a function of the list of parameters, such as "
+                "lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)"
+            )
+        check_images(example, "example", channels=input_channels(model))
+        shape = example.shape[1:]
+        epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=shape)
+        num_steps, num_restarts = whole("num_steps", num_steps), whole("num_restarts", num_restarts)
+        precision = named("precision", precision, Precision.__args__)
+        kernels = named("kernels", kernels, attacks.Backend.__args__)
+        if not isinstance(capture, bool):
+            capture = named("capture", capture, ("auto", "on", "off", "fake"))
+            capture = {"on": True, "off": False}.get(capture, capture)
+        if awp is not None:
+            awp = within("awp", coerce(awp, float, "awp"), "(0, 1)", "a share of each weight's norm, such as 0.005")
+        awp_warmup, seed = whole("awp_warmup", awp_warmup, 0), whole("seed", seed, 0)
         self.defense = defense
         self.device = next(model.parameters()).device
         reason = why_not_triton(self.device)
@@ -178,6 +219,8 @@ class TrainStep:
         set_kernels(model, kernels)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
+        self._channels, self._shapes_seen = shape[0], set()
+        self.num_classes = self._count_classes(shape)
         self.companions = defense.companions(model, torch.rand_like(example[:2], device=self.device)).to(self.device)
         self.companions = self.companions.to(memory_format=self.memory_format).train()
         set_kernels(self.companions, kernels)
@@ -188,18 +231,17 @@ class TrainStep:
 
         self.epsilon = epsilon
         self.norm = norm
-        self.attack_bn = attack_bn or defense.bn_mode(norm)
-        if self.attack_bn not in ("eval", "train", "train-frozen"):
-            raise UserError(f"attack BN mode {self.attack_bn!r}: expected eval, train or train-frozen")
-        self.start = start or defense.start_kind(norm)
-        self.objective = objective or defense.objective
-        attacks.objective_of(self.objective)
+        # None follows the defense; its own "none" is a start.
+        modes, starts = attacks.BatchNormMode.__args__, attacks.Start.__args__
+        self.attack_bn = named("attack_bn", defense.bn_mode(norm) if attack_bn is None else attack_bn, modes)
+        self.start = named("start", defense.start_kind(norm) if start is None else start, starts)
+        self.objective = attacks.objective_name(defense.objective if objective is None else objective)
         self.careful = precision in HALF and attacks.starts_flat(self.objective, self.start)
         self.num_steps, self.num_restarts = num_steps, num_restarts
         self._pgd = partial(
             attacks.pgd,
             epsilon=epsilon,
-            step_size=epsilon / 4 if step_size is None else step_size,
+            step_size=step_size,
             num_steps=num_steps,
             objective=self.objective,
             norm=norm,
@@ -245,6 +287,30 @@ class TrainStep:
             self._terms = torch.compile(self._heads_and_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
         self._graphs: dict[tuple[int, ...], Captured] = {}
         self._capture, self.why_eager = self._capture_mode(capture, precision)
+
+    def _count_classes(self, shape: tuple[int, int, int]) -> int:
+        """K, by one forward in eval mode: a network that does not take such images, or return logits, shows here."""
+        cudnn = torch.backends.cudnn
+        images = torch.zeros(2, *shape, device=self.device).to(memory_format=self.memory_format)
+        autotunes, cudnn.benchmark = cudnn.benchmark, False  # no plan is worth finding for two images
+        try:
+            with torch.no_grad(), mode_of(self.model, False):
+                return logits_of(self.model, images).shape[1]
+        finally:
+            cudnn.benchmark = autotunes
+
+    def _check(self, images: Tensor, labels: Tensor) -> None:
+        """Raise UserError for a batch that is not what the step takes; reads values at the first of each shape only."""
+        check_images(images, channels=self._channels)
+        check_labels(labels, images)
+        if images.shape[1] != self._channels:
+            raise UserError(f"images have {images.shape[1]} channels, the example had {self._channels}")
+        check_device(self.device, images=images, labels=labels)
+        if images.shape in self._shapes_seen or not readable(images):
+            return
+        check_pixels(images)
+        check_classes(labels, self.num_classes)
+        self._shapes_seen.add(images.shape)
 
     def rehearse(self, num_classes: int, shape: tuple[int, int, int]) -> None:
         """Run one step on two random images and undo it, so that a mistake in a defense shows before any training.
@@ -308,6 +374,7 @@ class TrainStep:
         return "fake" if wanted == "fake" else "cuda", ""
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self._check(images, labels)
         images = images.to(memory_format=self.memory_format)
         shape = tuple(images.shape)
         if self._capture is not None and shape not in self._graphs and len(self._graphs) < 2:

@@ -12,11 +12,12 @@ class UserError(ValueError):
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the choice most like `name`, or an empty string."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """Build the error for a name that is not one of `choices`, naming the nearest one."""
     choices = sorted(choices)
-    return UserError(f"unknown {kind} {name!r}{nearest(name, choices)} Known: {', '.join(choices)}.")
+    return UserError(f"unknown {kind} {name!r}{nearest(name, choices) or '.'} Known: {', '.join(choices)}.")

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,23 @@ from tqdm import tqdm
 
 from fastarat.attacks import pgd, random_start
 from fastarat.batchnorm import branch as use_branch
+from fastarat.checks import (
+    Budget,
+    Norm,
+    check_classes,
+    check_images,
+    check_labels,
+    check_pixels,
+    checked_budget,
+    coerce,
+    input_channels,
+    logits_of,
+    shown,
+    whole,
+)
 from fastarat.data import Loader, Split, make_loader
 from fastarat.errors import UserError, unknown
 
-Norm = Literal["linf", "l2"]
 Forward = Callable[[Tensor], Tensor]
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -56,14 +69,6 @@ class Attack(NamedTuple):
     def members(self) -> tuple[str, ...]:
         """The AutoAttack members this entry runs, in order; empty for clean and PGD."""
         return STANDARD if self.name == "autoattack" else (self.name,) if self.name in STANDARD else ()
-
-
-class Budget(NamedTuple):
-    """What an attack may do: radius and PGD step in pixel units, in which norm."""
-
-    epsilon: float
-    step_size: float
-    norm: Norm
 
 
 @dataclass(frozen=True)
@@ -175,13 +180,14 @@ def evaluate(
     """
     attacks = parse_attacks(attack)
     budget = checked_budget(epsilon, step_size, norm)
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: expected at least 1")
+    batch_size, seed = whole("batch_size", batch_size), whole("seed", seed, 0)
+    _check_network(model)
     package = _autoattack_package() if any(a.members for a in attacks) else None
     home = _device_of(model)
     device = torch.device(device) if device is not None else home
-    images, labels = collect(data, limit=limit, batch_size=batch_size)
-    _check_images(images, labels)
+    images, labels = collect(data, limit=limit, batch_size=batch_size, channels=input_channels(model))
+    _check_images(model, images, labels)
+    budget = checked_budget(*budget, shape=images.shape)
 
     found: list[str] = []
     accuracy: dict[str, float] = {}
@@ -275,15 +281,17 @@ def adversarial_examples(
     Returns: float32 [B, C, H, W] on the device of `images`, within epsilon of them and within [0, 1].
     Raises: UserError as `evaluate`.
     """
-    budget = checked_budget(epsilon, step_size, norm)
-    if num_steps < 1:
-        raise UserError(f"num_steps={num_steps}: expected at least 1")
+    num_steps, seed = whole("num_steps", num_steps), whole("seed", seed, 0)
+    _check_network(model)
+    _check_images(model, images, labels)
+    budget = checked_budget(epsilon, step_size, norm, shape=images.shape)
     images = images.detach()
-    _check_images(images, labels)
     device = _device_of(model)
     entry = Attack(f"pgd-{num_steps}", "", num_steps)
     with _prepared(model, device, branch, tf32=False) as forward:
         x, y = images.to(device).clone(), labels.to(device)
+        with torch.no_grad():
+            check_classes(labels, logits_of(forward, x).shape[1])
         generator = torch.Generator(device).manual_seed(seed)
         points = next(_pgd_points(forward, x, y, entry, budget, generator))[1]
         _furthest(points, x, budget)
@@ -295,6 +303,7 @@ def parse_attacks(attack: str) -> list[Attack]:
 
     Raises: UserError for an unknown name, naming the nearest one, or a step or restart count below 1.
     """
+    attack = ",".join(coerce(attack, tuple[str, ...], "attack"))
     entries: dict[str, Attack] = {}
     for name in (part.strip().lower() for part in attack.split(",")):
         family, *counts = name.split("-")
@@ -317,39 +326,23 @@ def parse_attacks(attack: str) -> list[Attack]:
     return list(entries.values())
 
 
-def checked_budget(epsilon: float, step_size: float | None, norm: str) -> Budget:
-    """Return the budget with the default step, epsilon / 4.
-
-    Raises: UserError for a radius or step that is negative or given in 1/255 units, and for an unknown norm.
-    """
-    if norm not in ("linf", "l2"):
-        raise unknown("norm", norm, ["linf", "l2"])
-    step_size = epsilon / 4 if step_size is None else step_size
-    highest = 1.0 if norm == "linf" else math.inf
-    for name, value in (("epsilon", epsilon), ("step_size", step_size)):
-        if not (math.isfinite(value) and 0 < value <= highest):
-            hint = f"; write {value:g}/255" if 1 < value < 256 else ""
-            raise UserError(
-                f"{name}={value:g} is outside (0, {highest:g}]: pixel units, where 1.0 is the full range" + hint
-            )
-    return Budget(epsilon, step_size, norm)
-
-
-def collect(data: Any, *, limit: int | None = None, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def collect(
+    data: Any, *, limit: int | None = None, batch_size: int = 256, channels: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the images and labels to evaluate, on the CPU, in the order of the split and never augmented.
 
     Args:
         data: a `fastarat.data.Split`, a loader (whose split is read afresh), or (images, labels) tensors.
         limit: number of images, taken at even distances through the set; None takes all.
+        channels: C that the network takes, if known.
     Returns: images float32 [N, C, H, W] in [0, 1], labels int64 [N].
-    Raises: UserError for something else, or limit < 1.
+    Raises: UserError for something else, tensors of another type or shape, or limit < 1.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: expected at least 1 image, or none for the whole set")
+    limit = None if limit is None else whole("limit", limit)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        check_images(data[0], channels=channels)
+        check_labels(data[1], data[0])
         images, labels = (t.detach().cpu() for t in data)
-        if len(images) != len(labels):
-            raise UserError(f"{len(images)} images but {len(labels)} labels: expected one label per image")
         wanted = _evenly(len(labels), limit)
         return images[wanted].contiguous(), labels[wanted]
     split = data.split if isinstance(data, Loader) else data
@@ -451,20 +444,15 @@ def _device_of(model: nn.Module) -> torch.device:
 # Checks
 
 
-def _check_images(images: Tensor, labels: Tensor) -> None:
-    if images.dtype != torch.float32 or images.dim() != 4 or images.numel() == 0:
-        raise UserError(
-            f"images are {images.dtype} {list(images.shape)}: expected float32 [N, C, H, W] in [0, 1]"
-            + ("; write images.float() / 255" if images.dtype == torch.uint8 else "")
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise UserError(f"labels are {labels.dtype} {list(labels.shape)}: expected int64 [{len(images)}]")
-    low, high = (v.item() for v in images.aminmax())
-    if math.isnan(low) or math.isnan(high):
-        raise UserError("images contain NaN: expected values in [0, 1]")
-    if low < 0 or high > 1:
-        hint = "divide by 255" if high > 2 and low >= 0 else "remove the normalisation and put it inside the model"
-        raise UserError(f"images span [{low:.4g}, {high:.4g}], outside [0, 1]: {hint}")
+def _check_network(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model={shown(model)}: expected an nn.Module, images [B, C, H, W] -> logits [B, K]")
+
+
+def _check_images(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    check_images(images, channels=input_channels(model))
+    check_labels(labels, images)
+    check_pixels(images)
 
 
 def _check_model(
@@ -479,10 +467,7 @@ def _check_model(
     """Refuse a model that cannot be evaluated, note what makes it doubtful, return the number of classes."""
     x, y = images[:batch_size].to(device), labels[:batch_size].to(device)
     with torch.no_grad():
-        logits = forward(x)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"the model returned {got} for {len(x)} images: expected logits [{len(x)}, K], K >= 2")
+        logits = logits_of(forward, x)
         _check_logits(logits)
         if logits.min() >= -1e-6 and logits.max() <= 1 + 1e-6 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
             raise UserError(
@@ -497,12 +482,7 @@ def _check_model(
             "and these attacks do not average over its randomness"
         )
     num_classes = logits.shape[1]
-    lowest, highest = labels.min().item(), labels.max().item()
-    if lowest < 0 or highest >= num_classes:
-        raise UserError(
-            f"labels span {lowest} to {highest}, but the model has {num_classes} classes: expected 0 to "
-            f"{num_classes - 1}"
-        )
+    check_classes(labels, num_classes)
     if needs_gradient:
         x = x.clone().requires_grad_()
         with torch.enable_grad():

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from fastarat.batchnorm import branch as use_branch
 from fastarat.batchnorm import set_backend, single_branch, split_batchnorm
-from fastarat.config import Config, check_epsilon
+from fastarat.checks import checked_budget
+from fastarat.config import Config
 from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.evaluate import collect
@@ -108,7 +109,7 @@ def import_checkpoint(
     """
     path, out = Path(path), Path(out)
     _refuse_existing(out)
-    check_epsilon("epsilon", epsilon, norm)
+    epsilon, _, norm = checked_budget(epsilon, norm=norm)
     if (mean is None) != (std is None):
         raise UserError("normalisation needs both mean and std, or neither")
     notes: list[str] = []

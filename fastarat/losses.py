@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastarat.checks import check_same
 from fastarat.errors import UserError, unknown
 
 Align = Literal["x->y", "y->x", "x->y,y->x", "x<->y"]
@@ -78,6 +79,8 @@ def ar_at_invariance(
     if isinstance(distance, str):
         if distance not in DISTANCES:
             raise unknown("feature distance", distance, DISTANCES)
+        if z_adv.shape != z_clean.shape:
+            raise UserError(f"z_adv is {list(z_adv.shape)}, z_clean {list(z_clean.shape)}: expected one shape, [B, d]")
         distance = DISTANCES[distance]
     h_adv = predictor or (lambda z: z)
     h_clean = predictor_clean or (lambda z: z)
@@ -103,6 +106,7 @@ def trades(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, beta: float
         Logits (0, 0) and (ln 3, 0), label 0: ln 2 and beta ln(4/3) / 2.
     Source: Zhang et al., ICML 2019 (arXiv 1901.08573), equation 5 and the released code.
     """
+    check_same(labels, logits_clean=logits_clean, logits_adv=logits_adv)
     return {
         "ce_clean": F.cross_entropy(wide(logits_clean), labels),
         "kl": beta * kl_distance(logits_adv, logits_clean),
@@ -121,6 +125,7 @@ def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: float) -
     Returns: {"bce_adv", "kl"}, scalars already weighted, float32 (float64 for float64 logits); their sum is the loss.
     Source: Wang et al., ICLR 2020, equation 11 and the released code, whose constants do not survive half precision.
     """
+    check_same(labels, logits_clean=logits_clean, logits_adv=logits_adv)
     logits_clean, logits_adv = wide(logits_clean), wide(logits_adv)
     p_adv, log_p = F.softmax(logits_adv, 1), F.log_softmax(logits_clean, 1)
     p = log_p.exp()
@@ -153,12 +158,14 @@ def lbgat(
         float64 logits); their sum is the loss.
     Source: Cui et al., ICCV 2021 (arXiv 2011.11164), released code.
     """
+    check_same(labels, logits_adv=logits_adv, logits_teacher=logits_teacher)
     guide = logits_teacher.detach() if detach_teacher else logits_teacher
     terms = {
         "mse": F.mse_loss(wide(logits_adv), wide(guide)),
         "ce_teacher": F.cross_entropy(wide(logits_teacher), labels),
     }
     if beta:
+        check_same(labels, logits_adv=logits_adv, logits_clean=logits_clean)
         terms["kl"] = beta * kl_distance(logits_adv, logits_clean)
     return terms
 

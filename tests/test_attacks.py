@@ -188,4 +188,4 @@ def test_an_attack_in_bf16_is_autocasts_and_leaves_the_weights_alone(objective):
 
 def test_a_precision_nobody_knows():
     with pytest.raises(fastarat.UserError, match="fp32"):
-        PGD(nn.Linear(2, 2), epsilon=0.1, precision="half")
+        PGD(nn.Linear(2, 2), epsilon=0.1, precision="fp8")

@@ -54,6 +54,13 @@ def folder_of_images(root: Path, classes: int) -> Path:
         (["train", "--defense", "at", "--defense.gamma", "3"], "unknown flag --defense.gamma"),
         (["train", "--attack.epsilon", "8"], "write 8/255"),
         (["train", "--attack.epsilon"], "expected one argument"),
+        (
+            ["train", "--attack.epsilon", "-0.1"],
+            "outside (0, 1]: pixel units where 1.0 is the full range, such as 8/255",
+        ),
+        (["train", "--attack.norm", "l3"], "attack.norm='l3'; did you mean 'l2'? Expected one of: linf, l2."),
+        (["train", "--defense", "trades", "--defense.beta", "-1"], "defense.beta=-1 is outside [0, inf)"),
+        (["bench", "--attack.norm", "l1"], "Expected one of: linf, l2."),
         (["train", "--batch-size", "1"], "at least 2 images"),
         (["train", "--device", "cuda:9"], "device"),
         (["train", "--config", "missing.yaml"], "cannot read config missing.yaml"),
@@ -108,6 +115,30 @@ def test_a_network_without_batchnorm_cannot_be_split(capsys, tmp_path, monkeypat
     monkeypatch.setitem(__import__("fastarat").models.MODELS, "plain", lambda k, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, k)))  # fmt: skip
     assert "no BatchNorm layer to split" in mistake(["train", "--model", "plain"], capsys)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_norm_in_other_spellings(run, capsys, tmp_path):
+    found = []
+    for norm, epsilon in (("linf", "0.1"), ("L_inf", "0.1"), ("L2", "0.1")):
+        where = tmp_path / f"{norm}.json"
+        argv = ["eval", str(run), "--attack", "pgd-2", "--limit", "40", "--norm", norm, "--epsilon", epsilon]
+        assert main([*argv, "--out", str(where)]) == 0
+        found.append(json.loads(where.read_text()))
+    assert [f["settings"]["norm"] for f in found] == ["linf", "linf", "l2"]
+    assert found[0]["max_perturbation"] == found[1]["max_perturbation"] != found[2]["max_perturbation"]
+    for flags, words in (
+        (["--norm", "l1"], "--norm='l1'"),
+        (["--epsilon", "8"], "--epsilon=8 is outside (0, 1]"),
+        (["--step-size", "2"], "--step-size=2 is outside (0, 1]"),
+        (["--epsilon", "1000", "--norm", "L2"], "epsilon=1000 is outside (0, 8]"),
+    ):
+        assert words in mistake(["eval", str(run), *flags], capsys)
+    out = tmp_path / "run"
+    argv = ["train", *SMALL, "--attack.norm", "Linf", "--attack.bn", "Train_Frozen", "--out", str(out), "--quiet"]
+    assert main(argv) == 0
+    config = (out / "config.yaml").read_text()
+    assert "norm: linf" in config
+    assert "bn: train-frozen" in config
 
 
 def test_existing_folder_is_kept(run, capsys):

@@ -51,6 +51,8 @@ def test_another_defense_drops_the_files_hyper_parameters():
         ({"attack": {"epsilom": 0.1}}, "unknown key 'attack.epsilom'; did you mean 'epsilon'"),
         ({"attack": {"epsilon": 8}}, "attack.epsilon=8 .*write 8/255"),
         ({"attack": {"step_size": 2}}, "attack.step_size=2 .*write 2/255"),
+        ({"attack": {"epsilon": -0.1}}, "attack.epsilon=-0.1 .*such as 8/255"),
+        ({"attack": {"norm": "l3"}}, "attack.norm='l3'; did you mean 'l2'"),
         ({"attack": {"epsilon": "eight"}}, "attack.epsilon='eight': expected a number"),
         ({"attack": {"epsilon": "1/0"}}, "expected a number"),
         ({"attack": {"epsilon": float("nan")}}, "expected a number"),

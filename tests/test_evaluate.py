@@ -313,7 +313,7 @@ def test_attack_lists_are_parsed_once_each():
     [
         ({"epsilon": 8}, r"epsilon=8 is outside \(0, 1\].*write 8/255"),
         ({"epsilon": 0.0}, "epsilon=0 is outside"),
-        ({"epsilon": float("nan")}, "epsilon=nan is outside"),
+        ({"epsilon": float("nan")}, "epsilon=nan: expected a number"),
         ({"step_size": 2}, "step_size=2 is outside.*write 2/255"),
         ({"step_size": -0.1}, "step_size=-0.1 is outside"),
         ({"norm": "linfty"}, "did you mean 'linf'"),

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from layers left of its own, never from its own or the right.
 LAYERS = [
     {"errors", "kernels"},
+    {"checks"},
     {"winograd", "batchnorm", "attacks", "schedules", "losses", "record", "beton", "doctor", "graphs", "optim"},
     {"models", "data"},
     {"defenses"},

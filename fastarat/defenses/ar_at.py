@@ -60,7 +60,8 @@ class ARAT(Defense):
     needs_clean: ClassVar[bool] = True
 
     gamma: float | None = field(
-        default=None, metadata={"help": "total invariance weight (default: the network's, 30; 100 for WRN)"}
+        default=None,
+        metadata={"help": "total invariance weight (default: the network's, 30; 100 for WRN)", "range": "[0, inf)"},
     )
     layers: tuple[str, ...] | None = field(
         default=None, metadata={"help": "aligned layers (default: the network's); 'penultimate' for one layer"}
@@ -74,7 +75,7 @@ class ARAT(Defense):
     balance: Literal["auto", "fixed"] = field(
         default="auto", metadata={"help": "a, b from the clean branch's accuracy, or a = b = 1"}
     )
-    balance_power: float = field(default=1.0, metadata={"help": "q in a = acc^q, b = (1 - acc)^q"})
+    balance_power: float = field(default=1.0, metadata={"help": "q in a = acc^q, b = (1 - acc)^q", "range": "[0, inf)"})
     center: Literal["noisy", "clean"] = field(
         default="noisy",
         metadata={

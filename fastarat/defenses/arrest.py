@@ -59,17 +59,23 @@ class ARREST(Defense):
         metadata={"help": "run folder or checkpoint of a `standard` run: frozen teacher and start of the student"},
     )
     lam: float | None = field(
-        default=None, metadata={"help": "weight of the angle (default: the network's, 30; 100 for WRN)"}
+        default=None,
+        metadata={"help": "weight of the angle (default: the network's, 30; 100 for WRN)", "range": "[0, inf)"},
     )
     phi: float | None = field(
-        default=30.0, metadata={"help": "degrees a clean representation may turn before noisy replay; none: no replay"}
+        default=30.0,
+        metadata={
+            "help": "degrees a clean representation may turn before noisy replay; none: no replay",
+            "range": "[0, 180]",
+        },
     )
     nr_batch: bool = field(
         default=False,
         metadata={"help": "replay the whole batch, or none of it, by the share that has turned"},
     )
     tau: float = field(
-        default=0.5, metadata={"help": "with nr_batch, share of turned images above which the batch is replayed"}
+        default=0.5,
+        metadata={"help": "with nr_batch, share of turned images above which the batch is replayed", "range": "[0, 1]"},
     )
 
     def start_kind(self, norm: str) -> str:

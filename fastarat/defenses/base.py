@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
+from fastarat.checks import settle
 from fastarat.errors import UserError
 from fastarat.record import load_into, load_weights
 
@@ -110,6 +111,8 @@ def as_typed(value: float) -> str:
 class Defense:
     """Base of every defense; the fields of a subclass are its hyper-parameters, with the paper's defaults.
 
+    Values take the type their field declares ("6" and "8/255" are numbers), and lie in the `range` its metadata may
+    hold ("[0, inf)"); a `__post_init__` of a subclass calls this one first.
     A subclass sets the class constants that differ, and writes `loss`. State lives only in the modules returned by
     `companions` (as parameters or buffers): it is then checkpointed, moved and seen by the compiled loss.
     """
@@ -146,6 +149,9 @@ class Defense:
     """What `departures` says of a run under L2; empty where the release has the same attack."""
     also_released: ClassVar[dict[str, tuple]] = {}
     """Values other than the default which the release has, too, by the setting's dotted name."""
+
+    def __post_init__(self) -> None:
+        settle(self, "defense.")
 
     @property
     def splits(self) -> bool:

@@ -35,6 +35,7 @@ class CAAT(Defense):
     normalize: bool = field(default=False, metadata={"help": "scale both gradients to unit length first"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.threshold < 1:
             raise UserError(f"defense.threshold={self.threshold:g} is outside [0, 1): it is a cosine, such as 0.9")
 

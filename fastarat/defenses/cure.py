@@ -120,8 +120,10 @@ class CURE(Defense):
     mode: Literal["paper", "rgp", "rgp_soft"] = field(default="paper", metadata={"help": "which gradients are masked"})
     p: float = field(default=0.3, metadata={"help": "share of each tensor's gradients set to 0 (0.3: the paper's 30)"})
     alpha: float = field(default=0.1, metadata={"help": "share of the clean images in the score (rgp: in the loss)"})
-    beta: float = field(default=5.0, metadata={"help": "weight of the KL (paper and rgp_soft)"})
-    gamma: float = field(default=1.0, metadata={"help": "weight of the consistency with the slow copy"})
+    beta: float = field(default=5.0, metadata={"help": "weight of the KL (paper and rgp_soft)", "range": "[0, inf)"})
+    gamma: float = field(
+        default=1.0, metadata={"help": "weight of the consistency with the slow copy", "range": "[0, inf)"}
+    )
     r: float = field(default=0.2, metadata={"help": "probability of updating the slow copy at a step"})
     decay: float = field(default=0.999, metadata={"help": "of the slow copy, at an update"})
     r_halved_every: int | None = field(
@@ -134,6 +136,7 @@ class CURE(Defense):
     warmup_epochs: int = field(default=0, metadata={"help": "natural epochs first, in place of `pretrained`"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.p < 1:
             raise UserError(
                 f"defense.p={self.p:g} is outside [0, 1): it is a share; write {self.p / 100:g} for {self.p:g} %"

@@ -67,11 +67,13 @@ class EarlyStopped(Defense):
         default=None,
         metadata={
             "help": "first epochs of the second and third phase (default: 41 and 71 of 100, of 120 for WRN, as a share "
-            "of the run)"
+            "of the run)",
+            "range": "[1, inf)",
         },
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.slack) != 3 or min(self.slack) < 0:
             raise UserError(f"defense.slack={self.slack}: expected three counts of at least 0, such as 0,3,6")
         if self.slack_epochs is not None and len(self.slack_epochs) != 2:
@@ -128,7 +130,10 @@ class GAIRFAT(EarlyStopped, GAIRAT):
     name: ClassVar[str] = "gair-fat"
     formula: ClassVar[str] = "sum_i omega(kappa_i) CE(f(x'_i), y_i) / sum_i omega(kappa_i), x' of early-stopped PGD"
 
-    lam: float = field(default=0.0, metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter"})
+    lam: float = field(
+        default=0.0,
+        metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter", "range": "(-inf, inf]"},
+    )
 
     def departures(self, run: Settings) -> tuple[str, ...]:
         return (
@@ -136,7 +141,3 @@ class GAIRFAT(EarlyStopped, GAIRAT):
             "after the burn-in the release pairs outputs in the attack's order with labels in the batch's (a bug): "
             "here both keep the batch's",
         )
-
-    def __post_init__(self) -> None:
-        EarlyStopped.__post_init__(self)
-        GAIRAT.__post_init__(self)

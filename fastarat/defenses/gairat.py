@@ -47,7 +47,10 @@ class GAIRAT(Defense):
     }
 
     kind: WeightKind = field(default="tanh", metadata={"help": "how weights fall with kappa"})
-    lam: float = field(default=-1.0, metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter"})
+    lam: float = field(
+        default=-1.0,
+        metadata={"help": "shift of the weights (tanh, sigmoid); larger is flatter", "range": "(-inf, inf]"},
+    )
     lam_schedule: Literal["fixed", "piecewise", "linear"] = field(
         default="fixed",
         metadata={
@@ -55,13 +58,16 @@ class GAIRAT(Defense):
             "linear: from lam-max to lam over the run"
         },
     )
-    lam_max: float | None = field(default=None, metadata={"help": "lam at the start of the linear schedule"})
+    lam_max: float | None = field(
+        default=None, metadata={"help": "lam at the start of the linear schedule", "range": "(-inf, inf]"}
+    )
     begin_epoch: int | None = field(
         default=None,
         metadata={"help": "first epoch with weights (default: 31 of 100, 60 of 120 for WRN, as a share of the run)"},
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lam_schedule == "linear" and not math.isfinite(math.inf if self.lam_max is None else self.lam_max):
             raise UserError(
                 "defense.lam_schedule=linear needs a finite start: write --defense.lam-max 10 (the release's own "

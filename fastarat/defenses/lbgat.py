@@ -55,7 +55,9 @@ class LBGAT(Defense):
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
     also_released: ClassVar[dict[str, tuple]] = {"defense.beta": (6.0,), "defense.teacher": ("resnet18-lbgat",)}
 
-    beta: float = field(default=0.0, metadata={"help": "weight of the KL: LBGAT0 and LBGAT6 are 0 and 6"})
+    beta: float = field(
+        default=0.0, metadata={"help": "weight of the KL: LBGAT0 and LBGAT6 are 0 and 6", "range": "[0, inf)"}
+    )
     teacher: str | None = field(
         default=None,
         metadata={"help": "natural network (default: resnet18-lbgat as released; resnet-small under 32 pixels)"},

@@ -31,7 +31,9 @@ class MART(Defense):
 
     also_released: ClassVar[dict[str, tuple]] = {"defense.lam": (5.0, 6.0)}
 
-    lam: float | None = field(default=None, metadata={"help": "weight of the KL (default: 5; 6 for WRN, as released)"})
+    lam: float | None = field(
+        default=None, metadata={"help": "weight of the KL (default: 5; 6 for WRN, as released)", "range": "[0, inf)"}
+    )
 
     def departures(self, run: Settings) -> tuple[str, ...]:
         found, wide = super().departures(run), run.model.startswith("wrn")

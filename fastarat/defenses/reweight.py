@@ -33,17 +33,23 @@ class VIR(Defense):
     also_released: ClassVar[dict[str, tuple]] = {"defense.mode": ("trades",)}
 
     mode: Literal["at", "trades"] = field(default="at", metadata={"help": "which loss is weighted"})
-    scale: float | None = field(default=None, metadata={"help": "of the KL in the weight (default: at 7, trades 8)"})
-    sharpness: float | None = field(
-        default=None, metadata={"help": "of the fall with the clean probability (default: at 10, trades 3)"}
+    scale: float | None = field(
+        default=None, metadata={"help": "of the KL in the weight (default: at 7, trades 8)", "range": "[0, inf)"}
     )
-    offset: float | None = field(default=None, metadata={"help": "smallest weight (default: at 0.007, trades 1.7)"})
-    beta: float = field(default=5.0, metadata={"help": "weight of the KL in mode trades"})
+    sharpness: float | None = field(
+        default=None,
+        metadata={"help": "of the fall with the clean probability (default: at 10, trades 3)", "range": "[0, inf)"},
+    )
+    offset: float | None = field(
+        default=None, metadata={"help": "smallest weight (default: at 0.007, trades 1.7)", "range": "[0, inf)"}
+    )
+    beta: float = field(default=5.0, metadata={"help": "weight of the KL in mode trades", "range": "[0, inf)"})
     begin_epoch: int | None = field(
         default=None, metadata={"help": "first epoch with weights (default: 77 of 115, as a share of the run)"}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.begin_epoch is not None and self.begin_epoch < 1:
             raise UserError(f"defense.begin_epoch={self.begin_epoch}: epochs count from 1")
 
@@ -118,6 +124,7 @@ class DONE(Defense):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.r > 0:
             raise UserError(f"defense.r={self.r:g}: expected a number above 0, such as 0.5, 1, 2 or 5")
         if self.begin_epoch is not None and self.begin_epoch < 1:

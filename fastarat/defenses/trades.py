@@ -34,7 +34,7 @@ class TRADES(Defense):
     )
     also_released: ClassVar[dict[str, tuple]] = {"optim.recipe": ("trades-wrn",), "epochs": (76,)}
 
-    beta: float = field(default=6.0, metadata={"help": "weight of the KL"})
+    beta: float = field(default=6.0, metadata={"help": "weight of the KL", "range": "[0, inf)"})
     exact: bool = field(
         default=True,
         metadata={

@@ -1,0 +1,440 @@
+"""What a person may give: names, numbers, budgets, images, labels. One place, the same words from Python and flags.
+
+What reads no tensor's values costs nothing and is asked at every call. `check_pixels` and `check_classes` wait for the
+device: they are asked once, before work starts, where `readable` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+
+from fastarat.errors import UserError, nearest
+
+Norm = Literal["linf", "l2"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+# Other spellings in use (RobustBench, torchattacks, NumPy, PyTorch, YAML), case and separators aside.
+_ALIASES = {
+    "linf": ("inf", "infinity", "linfinity", "l∞", "∞"),
+    "l2": ("2",),
+    "fp32": ("float32", "float"),
+    "tf32": ("tensorfloat32",),
+    "bf16": ("bfloat16",),
+    "fp16": ("float16", "half"),
+    "ce": ("crossentropy",),
+    "kl": ("kldiv",),
+    "on": ("true",),
+    "off": ("false",),
+}
+
+
+# --- names and numbers ----------------------------------------------------------------------------------------------
+
+
+def _folded(name: Any) -> str:
+    if isinstance(name, float) and name.is_integer():
+        name = int(name)
+    # Separators between letters only: "-inf" is no spelling of "inf", and an arrow is no separator.
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", "", str(name).strip().lower().removeprefix("torch."))
+
+
+def named(key: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return the one of `choices` that `value` names, whatever its case, separators or usual other spelling.
+
+    "Linf", "L_inf" and float("inf") are "linf", torch.bfloat16 is "bf16". Raises: UserError with the nearest choice.
+    """
+    if isinstance(value, str) and value in choices:
+        return value
+    if isinstance(value, (str, numbers.Number, torch.dtype)):
+        given = _folded(value)
+        for choice in choices:
+            if given == _folded(choice) or given in _ALIASES.get(choice, ()):
+                return choice
+    near = nearest(value, map(str, choices)) or "."
+    raise UserError(f"{key}={shown(value)}{near} Expected one of: {', '.join(map(str, choices))}.")
+
+
+def shown(value: Any) -> str:
+    """Return `value` as an error names it, short whatever it is."""
+    if isinstance(value, Tensor) and value.dim():
+        return f"{_a(str(value.dtype).removeprefix('torch.'))} tensor {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else _a(type(value).__name__)
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -> Any:
+    """Turn a value from YAML, the command line or Python into the field's type; 8/255 is a number, Linf a norm.
+
+    hint: the type; what is not known here (a class of the person's own) is taken as it is.
+    about: what the field means, for the error. Raises: UserError naming `source` and `key`, and what was expected.
+    """
+    where = f"{source}: " if source else ""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    options = typing.get_args(hint) if union else (hint,)
+    # A Literal may itself offer "none" (no random start), which is then not the missing value.
+    offered = {choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)}
+    unset = value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto"))
+    if type(None) in options and unset and (value is None or value.lower() not in offered):
+        return None
+    options = [o for o in options if o is not type(None)]
+    if len(options) > 1:
+        if any(o in (bool, int, float, str) and type(value) is o for o in options):
+            return value
+        for option in options[:-1]:
+            try:
+                return coerce(value, option, key, source, about)
+            except UserError:
+                continue
+    hint = options[-1]
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return named(f"{where}{key}", value, typing.get_args(hint))
+    try:
+        if hint is bool:
+            return _bool(value)
+        if hint is int:
+            return _int(value)
+        if hint is float:
+            return _float(value)
+        if hint is str and isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool):
+            return str(value)
+        if origin is tuple:
+            return _tuple(value, typing.get_args(hint), key, source)
+        if not isinstance(hint, type) or hint is Any or (hint not in (bool, int, float, str) and _is(value, hint)):
+            return value
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError):
+        pass
+    wanted = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number (fractions such as 8/255 are read)",
+        str: "text",
+    }
+    wanted = wanted.get(hint, "values with commas between them" if origin is tuple else f"a {hint}")
+    if hint is str and about:
+        wanted += f": {about}"
+    elif isinstance(hint, type) and hint not in (bool, int, float, str):
+        wanted = _a(hint.__name__)
+    raise UserError(f"{where}{key}={shown(value)}: expected {wanted}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # a Protocol, say: not to be judged
+        return True
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "yes", "on", "1"):
+        return True
+    if str(value).lower() in ("false", "no", "off", "0"):
+        return False
+    raise ValueError
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        raise ValueError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, str) and "/" in value:
+        top, bottom = value.split("/")
+        return float(top) / float(bottom)
+    result = float(value)
+    if result != result:
+        raise ValueError
+    return result
+
+
+def _tuple(value: Any, hints: tuple, key: str, source: str) -> tuple:
+    items = value.split(",") if isinstance(value, str) else list(value)
+    if not (len(hints) == 2 and hints[1] is Ellipsis):
+        if len(hints) != len(items):
+            raise ValueError
+    else:
+        hints = hints[:1] * len(items)
+    items = [v.strip() if isinstance(v, str) else v for v in items]
+    return tuple(coerce(v, hint, key, source) for v, hint in zip(items, hints, strict=True))
+
+
+@functools.cache
+def _interval(text: str) -> tuple[Callable[[float], bool], float, float]:
+    low, high = (
+        float(base) ** float(power or 1) for base, _, power in (end.partition("^") for end in text[1:-1].split(", "))
+    )
+
+    def holds(value: float) -> bool:
+        above = value >= low if text[0] == "[" else value > low
+        return above and (value <= high if text[-1] == "]" else value < high)
+
+    return holds, low, high
+
+
+def within(key: str, value: Any, interval: str, about: str = "") -> Any:
+    """Return `value`, a number or several, if it lies in `interval`, written "[0, 1)", "(-inf, inf]" or "[0, 2^63)".
+
+    Raises: UserError with the interval and `about`, what the number means.
+    """
+    holds, low, high = _interval(interval)
+    for v in value if isinstance(value, tuple) else (value,):
+        if holds(v):
+            continue
+        if isinstance(v, int) and high == math.inf:
+            raise UserError(f"{key}={v}: expected {low:g} or more")
+        raise UserError(
+            f"{key}={v if isinstance(v, int) else f'{v:g}'} is outside {interval}" + (about and f": {about}")
+        )
+    return value
+
+
+def whole(key: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`. Raises: UserError."""
+    return within(key, coerce(value, int, key), f"[{least}, inf)")
+
+
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields by name; Any where an annotation cannot be looked up from here."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:
+        return {f.name: Any for f in dataclasses.fields(cls)}
+
+
+def settle(config: Any, where: str = "") -> None:
+    """Give each field of a frozen dataclass its declared type, in place; for its `__post_init__`.
+
+    A field's metadata may hold its `range` (see `within`) and its `help`. Defaults are taken as they are.
+    where: put before the names, "attack.". Raises: UserError naming the field, its value and what was expected.
+    """
+    hints = hints_of(type(config))
+    for f in dataclasses.fields(config):
+        value, key, about = getattr(config, f.name), where + f.name, f.metadata.get("help", "")
+        if value is f.default:
+            continue
+        value = coerce(value, hints[f.name], key, about=about)
+        if value is not None and "range" in f.metadata:
+            within(key, value, f.metadata["range"], about)
+        object.__setattr__(config, f.name, value)
+
+
+# --- the threat model -----------------------------------------------------------------------------------------------
+
+
+class Budget(NamedTuple):
+    """What an attack may do: radius and PGD step in pixel units, in which norm."""
+
+    epsilon: float
+    step_size: float
+    norm: Norm
+
+
+def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | None = None, read: bool = False) -> Any:
+    """Return a radius or step in pixel units, checked: a float, or a 0-d tensor as it is.
+
+    shape: [..., C, H, W] of the images, whose diagonal bounds an L2 length. read: look into a tensor too.
+    Raises: UserError for what is no length, or given in other units.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() or not value.is_floating_point():
+            raise UserError(f"{key}={shown(value)}: expected a number or a 0-d float32 tensor")
+        if not (read and readable(value)):
+            return value
+        number = value.item()
+    else:
+        number = value = coerce(value, float, key)
+    diagonal = None if norm == "linf" or shape is None else math.sqrt(math.prod(shape[-3:]))
+    highest = 1.0 if norm == "linf" else diagonal or math.inf
+    if math.isfinite(number) and 0 < number <= highest:
+        return value
+    if diagonal:
+        size = " x ".join(map(str, shape[-3:]))
+        units = f"a length in pixel units, and no two images of {size} lie further apart"
+    else:
+        units = f"{'pixel units' if norm == 'linf' else 'a length in pixel units'} where 1.0 is the full range"
+    # Nobody means -0.1/255 or inf/255; between 1 and 255 a budget is nearly always one in 1/255.
+    mend = (
+        f"; write {number:g}/255" if 1 < number <= 255 else ", such as 8/255" if norm == "linf" else ", such as 128/255"
+    )
+    upper = "inf)" if highest == math.inf else f"{highest:.4g}]"
+    raise UserError(f"{key}={number:g} is outside (0, {upper}: {units}{mend}")
+
+
+def checked_budget(
+    epsilon: Any,
+    step_size: Any = None,
+    norm: Any = "linf",
+    *,
+    shape: Sequence[int] | None = None,
+    read: bool = True,
+    where: str = "",
+) -> Budget:
+    """Return the threat model, checked and in canonical names; the default step is epsilon / 4.
+
+    shape, read: as in `checked_length`. where: put before the names: "attack.", or "--" of flags.
+    """
+    norm = named(f"{where}norm", norm, Norm.__args__)
+    epsilon = checked_length(f"{where}epsilon", epsilon, norm, shape=shape, read=read)
+    if step_size is None:
+        return Budget(epsilon, epsilon / 4, norm)
+    step = "step-size" if where.startswith("--") else "step_size"
+    return Budget(epsilon, checked_length(f"{where}{step}", step_size, norm, shape=shape, read=read), norm)
+
+
+# --- images, labels, logits -----------------------------------------------------------------------------------------
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be read: not while a CUDA graph is captured or code compiled, nor where there are none."""
+    if torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not tensor.is_meta and detect_fake_mode([tensor]) is None
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Channels of the images `model` takes, as far as its first convolution tells."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return None if first is None else first.in_channels
+
+
+def check_images(images: Any, name: str = "images", channels: int | None = None) -> None:
+    """Raise UserError unless `images` look like float32 [B, C, H, W], with the expression that mends them.
+
+    channels: C that the network takes, to tell [B, H, W, C] by; without it, by a last dimension of 3, or 1 of square
+    images. No value is read.
+    """
+    if not isinstance(images, Tensor):
+        mend = f"; write torch.from_numpy({name})" if type(images).__module__ == "numpy" else ""
+        raise UserError(f"{name}={shown(images)}: expected a float32 tensor [B, C, H, W] in [0, 1]{mend}")
+    mended, shape, looks = name, list(images.shape), ""
+    if len(shape) == 3:
+        mended, shape = f"{mended}[None]", [1, *shape]
+    if len(shape) == 4:
+        _, second, third, last = shape
+        if channels is None:
+            swapped = second > 4 and third > 4 and (last == 3 or (last == 1 and second == third))
+        else:
+            swapped = last == channels != second
+        if swapped:
+            mended, looks = f"{mended}.permute(0, 3, 1, 2)", ", which looks like [B, H, W, C]"
+    if images.dtype != torch.float32:
+        mended += ".float()" if images.is_floating_point() or images.dtype == torch.bool else ".float() / 255"
+    if mended != name or len(shape) != 4 or images.numel() == 0:
+        mend = f"; write {mended}" if mended != name and len(shape) == 4 and images.numel() else ""
+        raise UserError(
+            f"{name} {'are' if name.endswith('s') else 'is'} {images.dtype} {list(images.shape)}{looks}: "
+            f"expected float32 [B, C, H, W] in [0, 1]{mend}"
+        )
+
+
+def check_pixels(images: Tensor, name: str = "images") -> None:
+    """Raise UserError unless every pixel lies in [0, 1]. Reads the values: waits for the device."""
+    low, high = (v.item() for v in images.detach().aminmax())
+    if math.isnan(low) or math.isnan(high):
+        raise UserError(f"{name} contain NaN: expected values in [0, 1]")
+    if low >= 0 and high <= 1:
+        return
+    if low >= 0 and high > 2:
+        mend = f"divide by 255 (write {name} / 255)"
+    elif low > -0.01 and high < 1.01:
+        mend = f"write {name}.clamp(0, 1)"
+    else:
+        mend = "remove the normalisation and put it inside the model"
+    raise UserError(f"{name} span [{low:.4g}, {high:.4g}], outside [0, 1]: {mend}")
+
+
+def check_labels(labels: Any, images: Tensor, name: str = "labels") -> None:
+    """Raise UserError unless `labels` are int64 [B], one per image. No value is read."""
+    size = len(images)
+    if not isinstance(labels, Tensor):
+        listed = isinstance(labels, (list, tuple)) or type(labels).__module__ == "numpy"
+        mend = f"; write torch.as_tensor({name})" if listed else ""
+        raise UserError(f"{name}={shown(labels)}: expected an int64 tensor [{size}]{mend}")
+    mended = name
+    if labels.dim() == 2:
+        mended += ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(1)"
+    if labels.dtype != torch.int64 and not mended.endswith(".argmax(1)"):
+        mended += ".long()"
+    if mended != name or labels.dim() != 1:
+        mend = f"; write {mended}" if labels.dim() in (1, 2) else ""
+        verb = "are" if name.endswith("s") else "is"
+        raise UserError(f"{name} {verb} {labels.dtype} {list(labels.shape)}: expected int64 [{size}]{mend}")
+    if len(labels) != size:
+        raise UserError(f"{size} images but {len(labels)} {name}: expected one label per image")
+
+
+def check_classes(labels: Tensor, num_classes: int, name: str = "labels") -> None:
+    """Raise UserError unless every label lies in [0, num_classes). Reads the values: waits for the device."""
+    low, high = (v.item() for v in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        mend = f"; write {name} - 1" if (low, high) == (1, num_classes) else ""
+        raise UserError(
+            f"{name} span {low} to {high}, but the model has {num_classes} classes: "
+            f"expected 0 to {num_classes - 1}{mend}"
+        )
+
+
+def check_device(device: torch.device, **tensors: Tensor) -> None:
+    """Raise UserError for a tensor that lies elsewhere than the model."""
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise UserError(f"{name} are on {tensor.device}, the model on {device}: write {name}.to({str(device)!r})")
+
+
+def check_logits(logits: Any, images: Tensor, who: str = "the model") -> None:
+    """Raise UserError unless `logits` are a tensor [B, K] of at least two classes."""
+    size = len(images)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != size or logits.shape[1] < 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{who} returned {got} for {size} images: expected logits [{size}, K], K >= 2")
+
+
+def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return a network's logits [B, K] of `images`. Raises: UserError in one line where it takes or makes others."""
+    try:
+        logits = forward(images)
+    except (UserError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"the model does not take images {images.dtype} {list(images.shape)}: {first}") from error
+    check_logits(logits, images)
+    return logits
+
+
+def check_same(labels: Tensor, **tensors: Tensor) -> None:
+    """Raise UserError unless the tensors, logits [B, K] by name, have one shape and the labels are int64 [B]."""
+    (first, one), *rest = tensors.items()
+    for name, other in tensors.items():
+        if not isinstance(other, Tensor) or other.dim() != 2 or not other.is_floating_point():
+            raise UserError(f"{name}={shown(other)}: expected logits, float [B, K]")
+    for name, other in rest:
+        if other.shape != one.shape:
+            raise UserError(f"{name} is {list(other.shape)}, {first} {list(one.shape)}: expected one shape, [B, K]")
+    check_labels(labels, one)

@@ -1,0 +1,667 @@
+"""The threat model is the one asked for: every public entry takes the same names and refuses the same mistakes."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastarat
+from fastarat import UserError, attacks, losses
+from fastarat.attacks import PGD, pgd, random_start, strongest
+from fastarat.bench import BenchConfig
+from fastarat.checks import check_images, coerce, named, readable, settle, within
+from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, to_dict
+from fastarat.evaluate import adversarial_examples, evaluate
+
+K = 4
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return fastarat.build_model("resnet-small", num_classes=K)
+
+
+def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(n, 3, 8, 8, generator=g), torch.randint(K, (n,), generator=g)
+
+
+# --- each entry with a threat model and a batch; the numbers it gives -------------------------------------------------
+
+
+def train_step(images, labels, **options):
+    step = fastarat.TrainStep(network(), fastarat.AT(), batch()[0], **{"epsilon": 0.1, "num_steps": 2} | options)
+    step(images, labels)
+    return torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+
+def pgd_class(images, labels, **options):
+    return PGD(network(), **{"epsilon": 0.1, "num_steps": 2} | options)(images, labels).images
+
+
+def pgd_function(images, labels, **options):
+    defaults = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
+    return pgd(network().eval(), images, labels, labels, images, **defaults | options).images
+
+
+def start(images, labels, **options):
+    return random_start(images, generator=torch.Generator().manual_seed(3), **{"epsilon": 0.1} | options)
+
+
+def several(images, labels, **options):
+    model = network().eval()
+    objective = options.pop("objective", "ce")
+    defaults = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
+    runs = [partial(pgd, model, images, labels, labels, images, **defaults | options)] * 2
+    return strongest(model, runs, labels, objective).images
+
+
+def evaluated(images, labels, **options):
+    options = {"epsilon": 0.1} | options
+    return evaluate(network(), (images, labels), "clean,pgd-2", progress=False, **options).max_perturbation
+
+
+def examples(images, labels, **options):
+    return adversarial_examples(network(), images, labels, **{"epsilon": 0.1, "num_steps": 2} | options)
+
+
+def attack_config(images, labels, **options):
+    return AttackConfig(**options)
+
+
+def config(images, labels, **options):
+    return Config(attack=options)
+
+
+def bench_config(images, labels, **options):
+    return BenchConfig(attack=options)
+
+
+TENSORS = (train_step, pgd_class, pgd_function, start, several, evaluated, examples)
+CONFIGS = (attack_config, config, bench_config)
+STEPPED = tuple(e for e in TENSORS + CONFIGS if e is not start)
+COUNTED = tuple(e for e in STEPPED if e is not evaluated)
+
+
+def refused(entry, words: str, change=lambda images, labels: (images, labels), **options) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        entry(*change(*batch()), **options)
+    assert "\n" not in str(error.value)
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alias", ["Linf", "L_inf", "l-inf", "LINF", "inf", "Linfinity", float("inf"), np.inf, "L∞"])
+@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+def test_every_spelling_of_linf_is_linf(entry, alias):
+    assert same(entry(*batch(), norm=alias), entry(*batch(), norm="linf"))
+
+
+@pytest.mark.parametrize("alias", ["L2", "l_2", "2", 2, 2.0, np.int64(2)])
+@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+def test_every_spelling_of_l2_is_l2(entry, alias):
+    assert same(entry(*batch(), norm=alias), entry(*batch(), norm="l2"))
+    if entry in TENSORS:
+        assert not same(entry(*batch(), norm=alias), entry(*batch(), norm="linf"))
+
+
+@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+def test_other_norms_are_refused(entry):
+    for norm in ("l1", "l0", "linfty", 1, -math.inf, None, ["linf"], "", "fro"):
+        refused(entry, r"norm=.*[.?] Expected one of: linf, l2\.", norm=norm)
+    refused(entry, "did you mean 'linf'", norm="linfty")
+
+
+@pytest.mark.parametrize(
+    ("entry", "option", "aliases", "canonical"),
+    [
+        (entry, option, aliases, canonical)
+        for entries, option, aliases, canonical in [
+            ((train_step, pgd_class), "precision", ("float32", "FP32", "torch.float32", torch.float32), "fp32"),
+            ((train_step, pgd_class), "precision", ("BF16", "bfloat16", torch.bfloat16), "bf16"),
+            ((pgd_class, pgd_function, several, train_step), "objective", ("CE", "cross-entropy"), "ce"),
+            ((pgd_class, pgd_function, several, train_step), "objective", ("CW", "Cw"), "cw"),
+            ((pgd_class, train_step), "objective", ("KL", "Kl"), "kl"),
+            ((train_step,), "attack_bn", ("Train-Frozen", "train_frozen", "TRAIN FROZEN"), "train-frozen"),
+            ((pgd_class,), "mode", ("Eval", "EVAL"), "eval"),
+            ((pgd_class, train_step), "start", ("Gaussian",), "gaussian"),
+            ((pgd_class, train_step), "start", ("None", "NONE"), "none"),
+            ((start,), "kind", ("uniform_unclamped", "Uniform-Unclamped"), "uniform-unclamped"),
+            ((pgd_class, pgd_function), "backend", ("Plain",), "plain"),
+            ((train_step,), "kernels", ("Plain",), "plain"),
+            ((train_step,), "capture", ("off", "OFF"), False),
+            ((attack_config, config, bench_config), "bn", ("Train_Frozen",), "train-frozen"),
+            ((attack_config, config, bench_config), "objective", ("KL",), "kl"),
+            ((attack_config, config, bench_config), "start", ("Uniform-Unclamped", "None"), None),
+        ]
+        for entry in entries
+    ],
+)
+def test_names_of_the_field_in_any_case(entry, option, aliases, canonical):
+    for alias in aliases:
+        wanted = alias.lower() if canonical is None else canonical
+        assert same(entry(*batch(), **{option: alias}), entry(*batch(), **{option: wanted}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "option"),
+    [
+        ((train_step, pgd_class), "precision"),
+        ((train_step, pgd_class, pgd_function, several), "objective"),
+        ((train_step,), "attack_bn"),
+        ((pgd_class,), "mode"),
+        ((train_step, pgd_class), "start"),
+        ((start,), "kind"),
+        ((pgd_class, pgd_function), "backend"),
+        ((train_step,), "kernels"),
+        ((train_step,), "capture"),
+        (CONFIGS, "bn"),
+        (CONFIGS, "start"),
+        (CONFIGS, "objective"),
+    ],
+)
+def test_unknown_names_are_refused(entries, option):
+    for entry in entries:
+        refused(entry, r"='no such'\. Expected one of: ", **{option: "no such"})
+
+
+def test_canonical_names_are_stored_and_saved():
+    made = Config(
+        precision=torch.bfloat16,
+        capture=True,
+        attack=AttackConfig(norm="L_2", bn="Train", objective="CW", epsilon="128/255", start="None"),
+        defense={"name": "trades", "beta": "3"},
+    )  # fmt: skip
+    assert (made.precision, made.capture, made.attack.norm, made.attack.bn) == ("bf16", "on", "l2", "train")
+    assert (made.attack.objective, made.attack.epsilon) == ("cw", 128 / 255)
+    assert AttackConfig(start="NONE").start == "none"
+    text = yaml.safe_dump(to_dict(made))
+    assert "L_2" not in text
+    assert from_dict(yaml.safe_load(text)) == made
+    for kind in fastarat.DEFENSES.values():
+        assert from_dict(to_dict(Config(defense=kind()))) == Config(defense=kind())
+
+
+def test_no_two_choices_are_one_name():
+    for literal in (attacks.Start, attacks.BatchNormMode, attacks.Objective, losses.Align, losses.Distance):
+        choices = literal.__args__
+        for choice in choices:
+            assert named("x", choice.upper(), choices) == choice
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+BAD_LENGTHS = {
+    "eight": ("eight", r"='eight': expected a number \(fractions such as 8/255"),
+    "8": (8, r"=8 is outside \(0, 1\]: pixel units where 1.0 is the full range; write 8/255$"),
+    "255": (255.0, r"=255 is outside \(0, 1\].*write 255/255$"),
+    "300": (300, r"=300 is outside \(0, 1\].*, such as 8/255$"),
+    "0": (0, r"=0 is outside \(0, 1\].*, such as 8/255$"),
+    "negative": (-0.1, r"=-0.1 is outside \(0, 1\].*, such as 8/255$"),
+    "infinite": (math.inf, r"=inf is outside \(0, 1\].*, such as 8/255$"),
+    "nan": (math.nan, "=nan: expected a number"),
+    "true": (True, "=True: expected a number"),
+    "list": ([0.1], r"=\[0.1\]: expected a number"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LENGTHS)
+@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+def test_a_budget_in_other_units_is_refused(entry, bad):
+    value, words = BAD_LENGTHS[bad]
+    refused(entry, "epsilon" + words, epsilon=value)
+    if entry in STEPPED:
+        refused(entry, "step_size" + words, step_size=value)
+
+
+@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+def test_a_fraction_is_a_number(entry):
+    assert same(entry(*batch(), epsilon="8/255"), entry(*batch(), epsilon=8 / 255))
+
+
+@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+def test_an_l2_length_is_positive_and_no_longer_than_the_diagonal(entry):
+    for value in (0, -1.0, math.inf):
+        refused(entry, r"epsilon=\S+ is outside \(0, .*such as 128/255$", epsilon=value, norm="l2")
+    if entry in TENSORS:  # sqrt(3 * 8 * 8)
+        refused(entry, r"epsilon=128 is outside \(0, 13.86\].*write 128/255", epsilon=128, norm="l2")
+        entry(*batch(), epsilon=13.8, norm="l2")
+
+
+@pytest.mark.parametrize("entry", [pgd_class, pgd_function, start, several])
+def test_a_budget_may_be_a_tensor(entry):
+    assert same(entry(*batch(), epsilon=torch.tensor(0.125)), entry(*batch(), epsilon=0.125))
+    refused(entry, r"epsilon=a float32 tensor \[2\]: expected a number or a 0-d", epsilon=torch.tensor([0.1, 0.1]))
+    if entry is pgd_class:  # made before anything is captured: the value is read there, once
+        refused(entry, "write 8/255", epsilon=torch.tensor(8.0))
+
+
+@pytest.mark.parametrize("entry", COUNTED)
+def test_counts(entry):
+    for value, words in ((-1, "num_steps=-1: expected . or more"), (2.5, "a whole number"), ("ten", "a whole number"),
+                         (math.inf, "a whole number"), (True, "a whole number")):  # fmt: skip
+        refused(entry, words, num_steps=value)
+    if entry not in (pgd_function, several):
+        refused(entry, "num_steps=0: expected 1 or more", num_steps=0)
+    if entry in CONFIGS or entry is train_step:
+        refused(entry, "num_restarts=0: expected 1 or more", num_restarts=0)
+    assert same(entry(*batch(), num_steps="2"), entry(*batch(), num_steps=2.0))
+
+
+def test_no_step_is_the_start():
+    images, labels = batch()
+    assert torch.equal(pgd_function(images, labels, num_steps=0), images)
+
+
+# --- images and labels ------------------------------------------------------------------------------------------------
+
+FREE = {
+    "uint8": (lambda x, y: ((x * 255).byte(), y), r"uint8.*write images.float\(\) / 255"),
+    "float64": (lambda x, y: (x.double(), y), r"float64.*write images.float\(\)$"),
+    "NHWC": (lambda x, y: (x.permute(0, 2, 3, 1), y), r"looks like \[B, H, W, C\].*write images.permute\(0, 3, 1, 2\)"),
+    "one image": (lambda x, y: (x[0], y[:1]), r"\[3, 8, 8\].*write images\[None\]"),
+    "one uint8 HWC": (
+        lambda x, y: ((x[0] * 255).byte().permute(1, 2, 0), y[:1]),
+        r"write images\[None\].permute\(0, 3, 1, 2\).float\(\) / 255",
+    ),
+    "flat": (lambda x, y: (x.flatten(1), y), r"\[8, 192\]: expected float32 \[B, C, H, W\] in \[0, 1\]$"),
+    "empty": (lambda x, y: (x[:0], y[:0]), r"\[0, 3, 8, 8\]: expected float32"),
+}
+LABELS = {
+    "float": (lambda x, y: (x, y.float()), r"float32 \[8\]: expected int64 \[8\]; write \w+.long\(\)"),
+    "int32": (lambda x, y: (x, y.int()), r"write \w+.long\(\)"),
+    "column": (lambda x, y: (x, y[:, None]), r"write \w+.squeeze\(1\)"),
+    "one-hot": (lambda x, y: (x, torch.eye(K)[y]), r"write \w+.argmax\(1\)"),
+    "too few": (lambda x, y: (x, y[:-1]), "8 images but 7 (labels|target): expected one label per image"),
+}
+VALUES = {
+    "0 to 255": (lambda x, y: (x * 255, y), r"images span .*outside \[0, 1\]: divide by 255"),
+    "normalised": (lambda x, y: (x * 4 - 2, y), "put it inside the model"),
+    "rounded": (lambda x, y: (x + 0.005, y), r"write images.clamp\(0, 1\)"),
+    "nan": (lambda x, y: (x.clone().fill_(math.nan), y), "images contain NaN"),
+    "from 1": (lambda x, y: (x, y.fill_(1).scatter_(0, torch.tensor([0]), K)), r"labels span 1 to 4, but the model has 4 classes: expected 0 to 3; write labels - 1"),
+    "beyond": (lambda x, y: (x, y + K), "but the model has 4 classes"),
+    "negative": (lambda x, y: (x, y - K), "labels span -4"),
+}  # fmt: skip
+WITH_VALUES = (train_step, pgd_class, evaluated, examples)
+
+
+@pytest.mark.parametrize("bad", FREE)
+@pytest.mark.parametrize("entry", TENSORS)
+def test_images_of_another_kind_are_refused(entry, bad):
+    change, words = FREE[bad]
+    refused(entry, words, change)
+
+
+@pytest.mark.parametrize("bad", LABELS)
+@pytest.mark.parametrize("entry", [e for e in TENSORS if e is not start])
+def test_labels_of_another_kind_are_refused(entry, bad):
+    change, words = LABELS[bad]
+    refused(entry, words, change)
+
+
+@pytest.mark.parametrize("bad", VALUES)
+@pytest.mark.parametrize("entry", WITH_VALUES)
+def test_values_out_of_range_are_refused(entry, bad):
+    change, words = VALUES[bad]
+    refused(entry, words, change)
+
+
+@pytest.mark.parametrize("entry", [e for e in TENSORS if e is not evaluated])
+def test_arrays_are_refused_with_their_mend(entry):
+    refused(entry, r"expected a float32 tensor.*write torch.from_numpy\(images\)", lambda x, y: (x.numpy(), y))
+    if entry is not start:
+        refused(entry, r"expected an int64 tensor \[8\]; write torch.as_tensor", lambda x, y: (x, y.numpy()))
+
+
+def test_layout_is_told_by_what_the_network_takes():
+    images = torch.rand(2, 32, 32, 3)
+    with pytest.raises(UserError, match="permute"):
+        check_images(images)
+    check_images(images, channels=32)
+    check_images(torch.rand(2, 22, 100, 1))  # 22 channels in time, one wide
+    check_images(torch.rand(2, 12, 1, 1))
+    with pytest.raises(UserError, match="permute"):
+        check_images(torch.rand(2, 28, 28, 1))
+
+
+def test_the_model_takes_other_images():
+    images, labels = batch()
+    gray = images[:, :1].contiguous()
+    for call in (
+        lambda: evaluate(network(), (gray, labels), "clean", progress=False),
+        lambda: fastarat.TrainStep(network(), fastarat.AT(), gray),
+        lambda: PGD(network(), epsilon=0.1)(gray, labels),
+        lambda: adversarial_examples(network(), gray, labels),
+    ):
+        with pytest.raises(UserError, match=r"does not take images.*\[\d, 1, 8, 8\].*3 channels"):
+            call()
+    step = fastarat.TrainStep(network(), fastarat.AT(), images)
+    with pytest.raises(UserError, match="images have 1 channels, the example had 3"):
+        step(gray, labels)
+    with pytest.raises(UserError, match="the model returned tuple"):
+        fastarat.TrainStep(nn.Sequential(network(), Twice()), fastarat.AT(), images)
+
+
+class Twice(nn.Module):
+    def forward(self, logits):
+        return logits, logits
+
+
+def test_other_objects_are_refused():
+    images, labels = batch()
+    with pytest.raises(UserError, match=r"example=.*expected a float32 tensor"):
+        fastarat.TrainStep(network(), fastarat.AT(), (3, 8, 8))
+    for defense in ("trades", fastarat.TRADES, None):
+        with pytest.raises(UserError, match=r"expected a Defense, such as fastarat.TRADES\(\)"):
+            fastarat.TrainStep(network(), defense, images)
+    model = network()
+    with pytest.raises(UserError, match="expected a function of the list of parameters"):
+        fastarat.TrainStep(model, fastarat.AT(), images, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    for options, words in (({"awp": 2}, r"awp=2 is outside \(0, 1\)"), ({"awp_warmup": -1}, "expected 0 or more"),
+                           ({"seed": "x"}, "seed='x': expected a whole number")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            fastarat.TrainStep(network(), fastarat.AT(), images, **options)
+    for call in (
+        lambda: PGD(network().forward, epsilon=0.1),
+        lambda: evaluate(network().forward, (images, labels)),
+        lambda: fastarat.TrainStep(network().forward, fastarat.AT(), images),
+    ):
+        with pytest.raises(UserError, match=r"expected an nn.Module"):
+            call()
+    with pytest.raises(UserError, match="at least one"):
+        strongest(network(), [], labels)
+    with pytest.raises(UserError, match=r"kl takes the clean logits, float \[8, K\]"):
+        pgd_function(images, labels, objective="kl")
+    with pytest.raises(UserError, match=r"start is .* expected one shape"):
+        pgd(network(), images, labels, labels, images[:4], epsilon=0.1, step_size=0.1, num_steps=1)
+
+
+# --- once, and outside of what is captured ----------------------------------------------------------------------------
+
+
+def test_values_are_looked_at_once_per_shape(monkeypatch):
+    images, labels = batch()
+    step = fastarat.TrainStep(network(), fastarat.AT(), images, epsilon=0.1, num_steps=1)
+    attack = PGD(network(), epsilon=0.1, num_steps=1)
+    seen = []
+    for module in ("fastarat.engine", "fastarat.attacks"):
+        monkeypatch.setattr(f"{module}.check_pixels", lambda images: seen.append(tuple(images.shape)))
+    for n in (8, 8, 4, 8, 4):
+        step(images[:n], labels[:n])
+        attack(images[:n], labels[:n])
+    assert seen == [(8, 3, 8, 8)] * 2 + [(4, 3, 8, 8)] * 2
+
+
+def test_a_refused_batch_is_looked_at_again():
+    images, labels = batch()
+    step = fastarat.TrainStep(network(), fastarat.AT(), images, epsilon=0.1, num_steps=1)
+    attack = PGD(network(), epsilon=0.1, num_steps=1)
+    for call in (step, attack):
+        for _ in range(2):
+            with pytest.raises(UserError, match="divide by 255"):
+                call(images * 255, labels)
+            with pytest.raises(UserError, match="but the model has"):
+                call(images, labels + K)
+        call(images, labels)
+
+
+def test_a_refused_batch_leaves_the_step_as_it_was():
+    images, labels = batch()
+    used, fresh = (
+        fastarat.TrainStep(network(), fastarat.ARAT(), images, epsilon=0.1, num_steps=1, capture=mode)
+        for mode in ("fake", "fake")
+    )
+    for bad in ((images * 255, labels), (images, labels + K)):
+        with pytest.raises(UserError):
+            used(*bad)
+    used(images, labels)
+    fresh(images, labels)
+    for a, b in zip(used.model.state_dict().values(), fresh.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_read_where_there_are_no_values():
+    assert readable(torch.ones(2))
+    assert not readable(torch.ones(2, device="meta"))
+    with FakeTensorMode():
+        assert not readable(torch.ones(2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_nothing_is_read_during_a_capture():
+    model = network().cuda()
+    images, labels = (t.cuda() for t in batch())
+    attack = PGD(model, epsilon=0.1, num_steps=2)
+    fast = fastarat.capture(attack, (images, labels), warmup=1)
+    attack._seen.clear()  # as if a shape were met for the first time inside a capture
+    fast = fastarat.capture(attack, (images, labels), warmup=0)
+    assert (fast(images, labels).images - images).abs().max() <= 0.1 + 1e-6
+    step = fastarat.TrainStep(model, fastarat.AT(), images, epsilon=0.1, num_steps=2)
+    step(images, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_attack_leaves_frozen_layers_in_their_own_mode():
+    model = network().train()
+    model.bn1.eval()
+    PGD(model, epsilon=0.1, num_steps=1)(*batch())
+    assert model.training
+    assert not model.bn1.training
+
+
+# --- the parts of a config --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: OptimConfig(lr=-1), r"optim.lr=-1 is outside \[0, inf\): base learning rate"),
+        (lambda: OptimConfig(lr=math.inf), "optim.lr=inf"),
+        (lambda: OptimConfig(momentum=1.0), r"optim.momentum=1 is outside \[0, 1\)"),
+        (lambda: OptimConfig(weight_decay="much"), "optim.weight_decay='much': expected a number"),
+        (lambda: OptimConfig(nesterov="perhaps"), "optim.nesterov='perhaps': expected true or false"),
+        (lambda: OptimConfig(optimizer="sgd"), "optim.optimizer='sgd'"),
+        (lambda: EvalConfig(every=0), "eval.every=0: expected 1 or more"),
+        (lambda: EvalConfig(num_steps=0.5), "eval.num_steps=0.5: expected a whole number"),
+        (lambda: EvalConfig(val_images=-1), "eval.val_images=-1: expected 0 or more"),
+        (lambda: SwaConfig(start=1), r"swa-config.start=1 is outside \[0, 1\).*share of the epochs"),
+        (lambda: SwaConfig(every=0), "swa-config.every=0: expected 1 or more"),
+        (lambda: Config(epochs=0), "epochs=0: expected 1 or more"),
+        (lambda: Config(epochs=math.inf), "epochs=inf: expected a whole number"),
+        (lambda: Config(image_size=0), "image_size=0"),
+        (lambda: Config(awp_warmup=-1), "awp_warmup=-1"),
+        (lambda: Config(seed=2**63), r"seed=9223372036854775808 is outside \[0, 2\^63\)"),
+        (lambda: Config(ema=1.0), r"ema=1 is outside \(0, 1\).*such as 0.995"),
+        (lambda: Config(awp=-0.1), r"awp=-0.1 is outside \(0, 1\)"),
+        (lambda: Config(dataset=torch.rand(4, 3, 8, 8)), r"dataset=a float32 tensor \[4, 3, 8, 8\]: expected text: digits, cifar10"),
+        (lambda: Config(dataset=None), "dataset=None: expected text: digits"),
+        (lambda: Config(attack=3), "attack=3: expected an AttackConfig"),
+        (lambda: Config(attack={"epsilom": 1}), "unknown key 'attack.epsilom'; did you mean 'epsilon'"),
+        (lambda: Config(defense=3), r"defense=3: expected a name.*TRADES\(\)"),
+        (lambda: Config(defense="tradez"), "did you mean 'trades'"),
+        (lambda: BenchConfig(precision="fp8"), "precision='fp8'"),
+        (lambda: BenchConfig(awp=2), r"awp=2 is outside \(0, 1\)"),
+        (lambda: BenchConfig(image_size=0), "--image-size 0: expected 1 or more"),
+        (lambda: BenchConfig(repeats="many"), "repeats='many': expected a whole number"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_parts_of_a_config(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_what_is_meant_is_taken(tmp_path):
+    assert Config(defense="trades") == Config(defense=fastarat.TRADES) == Config(defense=fastarat.TRADES())
+    assert Config(defense="TRADES") == Config(defense={"name": "trades"})
+    assert Config(attack={"epsilon": "4/255"}).attack == AttackConfig(epsilon=4 / 255)
+    assert Config(out=tmp_path).out == str(tmp_path)
+    assert Config(batch_size="64", amp="yes").batch_size == 64
+    assert Config(attack=AttackConfig(epsilon="8/255")) == Config()
+    assert BenchConfig(precision="float32").precision == "fp32"
+
+
+# --- hyper-parameters of defenses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(fastarat.DEFENSES.values()))
+def test_every_hyper_parameter_is_typed(kind):
+    for f in dataclasses.fields(kind):
+        with pytest.raises(UserError, match=rf"defense.{f.name}=.*: expected|defense.{f.name}=.* Expected one of"):
+            kind(**{f.name: object()})
+    again = kind(
+        **{f.name: str(v) for f in dataclasses.fields(kind) if type(v := getattr(kind(), f.name)) in (int, float)}
+    )
+    assert again == kind()
+
+
+def floats(kind) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if str(f.type).startswith("float")]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in fastarat.DEFENSES.values() for n in floats(k)])
+def test_no_number_of_a_defense_is_nan_or_minus_infinity(kind, name):
+    for value in (math.nan, -math.inf):
+        with pytest.raises(UserError, match=f"defense.{name}="):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (fastarat.TRADES, {"beta": -1}, r"defense.beta=-1 is outside \[0, inf\): weight of the KL"),
+        (fastarat.TRADES, {"beta": math.inf}, "defense.beta=inf"),
+        (fastarat.MART, {"lam": -0.5}, "defense.lam=-0.5"),
+        (fastarat.LBGAT, {"beta": -1}, "defense.beta=-1"),
+        (fastarat.ARAT, {"gamma": -1}, "defense.gamma=-1"),
+        (fastarat.ARAT, {"balance_power": -1}, "defense.balance_power=-1"),
+        (fastarat.ARAT, {"align": "x=>y"}, "did you mean 'x->y'"),
+        (fastarat.ARREST, {"phi": 181}, r"defense.phi=181 is outside \[0, 180\]: degrees"),
+        (fastarat.ARREST, {"tau": 1.5}, r"defense.tau=1.5 is outside \[0, 1\]"),
+        (fastarat.ARREST, {"lam": -1}, "defense.lam=-1"),
+        (fastarat.CURE, {"beta": -1}, "defense.beta=-1"),
+        (fastarat.CURE, {"gamma": -1}, "defense.gamma=-1"),
+        (fastarat.VIR, {"scale": -1}, "defense.scale=-1"),
+        (fastarat.VIR, {"sharpness": -1}, "defense.sharpness=-1"),
+        (fastarat.VIR, {"offset": -1}, "defense.offset=-1"),
+        (fastarat.FAT, {"slack_epochs": (0, 3)}, "defense.slack_epochs=0: expected 1 or more"),
+        (fastarat.FAT, {"slack": "0,x,2"}, "defense.slack='x': expected a whole number"),
+    ],
+)
+def test_hyper_parameters_out_of_range(kind, values, words):
+    with pytest.raises(UserError, match=words):
+        kind(**values)
+
+
+def test_hyper_parameters_in_range():
+    assert fastarat.TRADES(beta="6") == fastarat.TRADES(beta=6)
+    assert fastarat.GAIRAT(lam=math.inf, lam_max="inf").lam_max == math.inf
+    assert fastarat.GAIRFAT(lam="inf", slack=[0, 1, 2]).slack == (0, 1, 2)
+    assert fastarat.ARREST(phi="none").phi is None
+    assert fastarat.ARAT(align="X->Y", metric="COS", layers="penultimate").layers == ("penultimate",)
+
+
+def test_a_defense_of_ones_own_gets_the_same():
+    class Thing:
+        """Something checks know nothing of."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(fastarat.Defense):
+        weight: float = dataclasses.field(default=1.0, metadata={"help": "of it", "range": "(0, 1]"})
+        kind: Literal["soft", "hard"] = "soft"
+        several: tuple[float, ...] = ()
+        pair: tuple[int, str] = (1, "a")
+        either: int | str = 1
+        thing: Any = None
+        table: dict[str, float] = dataclasses.field(default_factory=dict)
+        unset: float = None
+
+        def loss(self, views):
+            return {}
+
+    made = Mine(
+        weight="1/2", kind="HARD", several=["1/4", 2], pair=["3", "b"], either="three", thing=Thing, table={"a": 1}
+    )
+    assert (made.weight, made.kind, made.several, made.pair) == (0.5, "hard", (0.25, 2.0), (3, "b"))
+    assert (made.either, made.thing, made.table, made.unset) == ("three", Thing, {"a": 1}, None)
+    with pytest.raises(UserError, match=r"defense.weight=2 is outside \(0, 1\]: of it"):
+        Mine(weight=2)
+    with pytest.raises(UserError, match=r"defense.pair=.*: expected values with commas"):
+        Mine(pair=(1, "a", 2))
+
+
+def test_a_class_whose_annotations_cannot_be_looked_up_is_taken_as_it_is():
+    @dataclass(frozen=True)
+    class Hidden:
+        value: "Nowhere" = 1  # noqa: F821
+
+    made = Hidden("x")
+    settle(made)
+    assert made.value == "x"
+
+
+def test_intervals():
+    for value, interval in ((0, "[0, 1)"), (1, "(0, 1]"), (math.inf, "(-inf, inf]"), (2**63 - 1, "[0, 2^63)")):
+        assert within("x", value, interval) == value
+    for value, interval in ((1, "[0, 1)"), (0, "(0, 1]"), (-math.inf, "(-inf, inf]"), (math.inf, "[0, inf)")):
+        with pytest.raises(UserError, match="x="):
+            within("x", value, interval)
+    assert coerce("8/255", float | None, "x") == 8 / 255
+
+
+# --- networks and losses ----------------------------------------------------------------------------------------------
+
+
+def test_branches():
+    model = fastarat.split_batchnorm(network())
+    for name, words in (("avd", "did you mean 'adv'"), ("Adv", "did you mean 'adv'"), (3, "this model has clean, adv")):
+        with pytest.raises(UserError, match=words), fastarat.branch(model, name):
+            pass
+    with pytest.raises(UserError, match="names no branch"), fastarat.branch(model):
+        pass
+    with pytest.raises(UserError, match="'clean' is not among"), fastarat.branch(model, "adv", updates=("clean",)):
+        pass
+    with pytest.raises(UserError, match=r"expected an nn.Module"):
+        fastarat.split_batchnorm(model.forward)
+    for branches in ("adv", ("adv",), ("a", "a")):
+        with pytest.raises(UserError, match=r"expected at least two different names, such as"):
+            fastarat.split_batchnorm(network(), branches)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda z, y: losses.trades(z, z[:, :3], y, 6.0), r"logits_adv is \[8, 3\], logits_clean \[8, 4\]"),
+        (lambda z, y: losses.trades(z, z[:4], y, 6.0), r"logits_adv is \[4, 4\]"),
+        (lambda z, y: losses.trades(z, y, z, 6.0), "logits_adv=an int64 tensor .*: expected logits"),
+        (lambda z, y: losses.trades(z, z, y.float(), 6.0), r"write labels.long\(\)"),
+        (lambda z, y: losses.mart(z, z, y[:3], 5.0), "8 images but 3 labels"),
+        (lambda z, y: losses.lbgat(z, None, z, y, 6.0), "logits_clean=None: expected logits"),
+        (lambda z, y: losses.lbgat(z, z, z[:, :2], y), r"logits_teacher is \[8, 2\]"),
+        (lambda z, y: losses.ar_at_invariance(z, z[:, :2]), r"z_adv is \[8, 4\], z_clean \[8, 2\]"),
+        (lambda z, y: losses.ar_at_invariance(z, z, distance="cosine"), "did you mean 'cos'"),
+        (lambda z, y: losses.ar_at_invariance(z, z, align="xy"), "Known: x->y"),
+        (lambda z, y: losses.gairat_weights(y, 10, kind="tan"), "did you mean 'tanh'"),
+    ],
+)  # fmt: skip
+def test_losses_say_what_does_not_fit(call, words):
+    g = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError, match=words):
+        call(torch.randn(8, 4, generator=g), torch.randint(4, (8,), generator=g))
