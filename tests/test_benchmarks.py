@@ -59,6 +59,21 @@ def test_the_released_structure_and_the_engine_take_the_same_step(precision):
         assert found <= limit, name
 
 
+def test_the_bf16_band_is_held_against_enough_images(monkeypatch):
+    """BatchNorm over two rows magnifies rounding: more images are compared than are timed."""
+    compared = []
+
+    def differences(size: Size, *, double: bool, **options: int) -> dict[str, float]:
+        compared.append((double, size.batch_size))
+        return dict.fromkeys(cases._QUANTITIES, 0.0)
+
+    monkeypatch.setattr(cases, "_step_differences", differences)
+    cases._check_step(Size("resnet18", 2, "cpu", "bf16"))
+    cases._check_step(Size("resnet18", 2, "cpu", "fp32"))
+    cases._check_step(Size("resnet18", 64, "cpu", "bf16"))
+    assert [n for double, n in compared if not double] == [16, 16, 2, 2, 64, 64]
+
+
 def test_the_released_structure_and_the_engine_take_the_same_three_steps_in_float64():
     """Each from equal weights, momentum each side's own; the predictors and the loss of the engine are float32."""
     found = cases._step_differences(TINY, double=True, num_steps=cases.NUM_STEPS, steps=3)
