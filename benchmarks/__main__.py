@@ -1,8 +1,8 @@
 """Run pairs (fast, plain) interleaved in one process, and write every sample to JSON.
 
-A pair must pass its equality test before anything is timed. Each round times both sides and, where it bounds the
-case, the machine's own matmul or copy rate; which side goes first alternates, so that neither always finds the caches
-warm. Ratios are taken round by round, which makes them robust against a busy machine.
+A pair must pass its equality test before anything is timed. Each round times the plain side, every fast side that is
+compared with it and, where it bounds the case, the machine's own matmul or copy rate; who goes first rotates, so that
+nobody always finds the caches warm. Ratios are taken round by round, which makes them robust against a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.cases import CASES, Case, Pair, Size, Unavailable
-from fastarat.bench import FORMAT, Clock, machine, quartiles
+from fastarat.bench import FORMAT, Ceiling, Clock, machine, quartiles
 from fastarat.errors import UserError, unknown
 from fastarat.train import pick_device
 
@@ -40,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["table"]:
-            print(tables.markdown([_read(Path(name)) for name in argv[1:]], table))
+            if not argv[1:]:
+                raise UserError("table: no file given; write `python -m benchmarks table FILE.json...`")
+            print(tables.markdown([_read(Path(name)) for name in argv[1:]]))
             return 0
         if argv[:1] == ["readme"]:
-            return tables.readme(argv[1:], _read, table)
+            return tables.readme(argv[1:], _read)
         if argv[:1] in (["ladder"], ["probe"]):
             return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
         return _run(_parser().parse_args(argv), argv)
@@ -61,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m benchmarks",
         allow_abbrev=False,
-        description="Measure fastarat against a plain loop. In place of a CASE: `ladder` adds one speed-up at a time, "
+        description="Measure fastarat against what people run: a loop with the structure of AR-AT's released code, or "
+        "PyTorch's own parts. In place of a CASE: `ladder` adds one speed-up at a time, "
         "`probe` measures the pieces (each with --help), `table FILE.json...` prints results as Markdown, `readme` "
         "puts those of benchmarks/results/ into README.md.",
     )
@@ -71,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 128 on CUDA, 16 on a CPU)")
     parser.add_argument("--model", default="resnet18", help="network of the step and the attack (default: resnet18)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", help="of the fast side (default: bf16 on CUDA, fp32 on a CPU)")
+    parser.add_argument("--precision", help="of the fast side (default: bf16 on CUDA, fp32 on a CPU; arat-step: both)")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (default: its own choice)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON files")
     parser.add_argument("--dry", action="store_true", help="tiny sizes and two rounds, to prove the machinery")
@@ -96,7 +99,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         torch.set_num_threads(args.threads)
     size = _size(args)
     if args.memory_of:
-        pair = CASES[args.cases[0]].prepare(size)
+        pair = CASES[args.cases[0]].prepare(size)[0]
         print(json.dumps(_host_peak(getattr(pair, args.memory_of))))
         return 0
     # Both sides gain: the trainer sets it, and so does most research code.
@@ -104,14 +107,14 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     results, failed = [], False
     for name in args.cases or CASES:
         try:
-            result = measure(CASES[name], size, args.repeats)
+            found = measure(CASES[name], size, args.repeats)
         except Unavailable as reason:
             if args.cases:
                 raise UserError(f"{name} cannot run here: {reason}") from reason
-            result = {"case": name, "skipped": str(reason)}
-        failed |= "unequal" in result
-        print(summary(result), flush=True)
-        results.append(result)
+            found = [{"case": name, "skipped": str(reason)}]
+        failed |= any("unequal" in result for result in found)
+        print("\n".join(map(summary, found)), flush=True)
+        results += found
     record = {
         "format": FORMAT,
         "command": shlex.join(["python", "-m", "benchmarks", *argv]),
@@ -134,71 +137,96 @@ def _size(args: argparse.Namespace) -> Size:
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    if precision not in ("fp32", "tf32", "bf16"):
-        raise unknown("precision", precision, ("fp32", "tf32", "bf16"))
+    if args.precision not in (None, "fp32", "tf32", "bf16"):
+        raise unknown("precision", args.precision, ("fp32", "tf32", "bf16"))
     model = "resnet-small" if args.dry else args.model
     batch_size = args.batch_size or (4 if args.dry else 128 if device.type == "cuda" else 16)
-    return Size(model, batch_size, str(device), precision, args.dry)
+    return Size(model, batch_size, str(device), args.precision, args.dry)
 
 
-def measure(case: Case, size: Size, repeats: int | None = None) -> dict[str, Any]:
-    """Check a pair, warm it up, time it interleaved. Returns everything the JSON records about the case."""
+def measure(case: Case, size: Size, repeats: int | None = None) -> list[dict[str, Any]]:
+    """Check a case's pairs, warm them up, time them interleaved.
+
+    Returns, for each pair, everything the JSON records about it. Pairs of one case have the plain side's samples in
+    common.
+    """
     device = torch.device(size.device)
     load_before = _load()
-    pair = case.prepare(size)
-    result: dict[str, Any] = {"case": case.name, "info": pair.info}
-    result["equality"] = pair.check()
-    broken = {name: value for name, (value, limit) in result["equality"].items() if not value <= limit}
-    if broken:
-        return result | {"unequal": broken}
+    results: list[dict[str, Any]] = []
+    timed: list[tuple[Pair, dict[str, Any]]] = []
+    for pair in case.prepare(size):
+        if isinstance(pair, Unavailable):
+            results.append({"case": case.name, "skipped": str(pair)})
+            continue
+        result: dict[str, Any] = {"case": case.name, "info": pair.info, "equality": pair.check()}
+        broken = {name: value for name, (value, limit) in result["equality"].items() if not value <= limit}
+        if broken:
+            result["unequal"] = broken
+        else:
+            timed.append((pair, result))
+        results.append(result)
+    if not timed:
+        return results
+    pairs = [pair for pair, _ in timed]
+    repeats = repeats or (2 if size.dry else 10 if case.long else 20)
     clock = Clock(device)
-    sides = {"fast": pair.fast, "plain": pair.plain}
-    if pair.phases is not None:
-        return (
-            result | _measure_phases(pair, clock, repeats or (2 if size.dry else 10)) | {"load": [load_before, _load()]}
-        )
-    inner = dict.fromkeys(sides, 1)
-    for name, call in sides.items():
+    if pairs[0].phases is not None:
+        results[0] |= _measure_phases(pairs[0], clock, repeats) | {"load": [load_before, _load()]}
+        return results
+    calls: dict[Any, Callable[[], object]] = {"plain": pairs[0].plain, **{i: p.fast for i, p in enumerate(pairs)}}
+    inner = {}
+    for name, call in calls.items():
         for _ in range(2 if case.long else 3):
             took = clock(call, 1)
         inner[name] = max(1, math.ceil(_SHORTEST_S / took))
-    ceiling = _ceiling(pair, size)
-    if ceiling:
-        clock(ceiling[1], 1)
-    repeats = repeats or (2 if size.dry else 10 if case.long else 20)
-    samples: dict[str, list[float]] = {"fast": [], "plain": [], "ceiling": []}
-    cpu: dict[str, list[float]] = {"fast": [], "plain": []}
+    # By name: two pairs in one precision have one ceiling.
+    bounds = [_ceiling(pair, size) for pair in pairs]
+    ceilings = {c.name: c for c in bounds if c}
+    for ceiling in ceilings.values():
+        clock(ceiling.call, 1)
+    samples: dict[Any, list[float]] = {name: [] for name in (*calls, *ceilings)}
+    cpu: dict[Any, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     for number in range(repeats):
-        if ceiling:
-            samples["ceiling"].append(clock(ceiling[1], 1))
-        for name in ("fast", "plain") if number % 2 == 0 else ("plain", "fast"):
-            samples[name].append(clock(sides[name], inner[name]))
+        for name, ceiling in ceilings.items():
+            samples[name].append(clock(ceiling.call, 1))
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(clock(calls[name], inner[name]))
             cpu[name].append(clock.cpu_s)
-    result |= {
-        "repeats": repeats,
-        "calls_per_sample": inner,
-        "samples_s": samples,
-        "ms": {name: quartiles(samples[name], 1e3) for name in sides},
-        "ratio": quartiles([p / f for p, f in zip(samples["plain"], samples["fast"], strict=True)]),
-        "work": dataclasses.asdict(pair.work),
-        "rate": {name: pair.work.amount / statistics.median(samples[name]) for name in sides},
-        "load": [load_before, _load()],
-    }
-    if device.type == "cpu" and pair.work.unit != "image":  # loaders work in processes and threads of their own
-        # Time the process had a core: on a busy machine, and with one thread, steadier than the clock on the wall.
-        result["samples_cpu_s"] = cpu
-        result["ratio_cpu"] = quartiles([p / f for p, f in zip(cpu["plain"], cpu["fast"], strict=True)])
-    if ceiling:
-        name, _, amount = ceiling
-        rates = [amount / s for s in samples["ceiling"]]
-        result["ceiling"] = {"name": name, "median": statistics.median(rates), "best": max(rates)}
-        result["share_of_ceiling"] = {
-            side: statistics.median(pair.work.amount / s / r for s, r in zip(samples[side], rates, strict=True))
-            for side in sides
+    load = [load_before, _load()]
+    memory = _peak_memory(case, size, pairs, device)
+    for i, (pair, result) in enumerate(timed):
+        sides = {"fast": samples[i], "plain": samples["plain"]}
+        result |= {
+            "repeats": repeats,
+            "calls_per_sample": {"fast": inner[i], "plain": inner["plain"]},
+            "samples_s": sides | {"ceiling": []},
+            "ms": {side: quartiles(times, 1e3) for side, times in sides.items()},
+            "ratio": _ratio(sides),
+            "work": dataclasses.asdict(pair.work),
+            "rate": {side: pair.work.amount / statistics.median(times) for side, times in sides.items()},
+            "load": load,
+            "peak_memory": memory[i],
         }
-    result["peak_memory"] = _peak_memory(case, size, sides, device)
-    return result
+        if device.type == "cpu" and pair.work.unit != "image":  # loaders work in processes and threads of their own
+            # Time the process had a core: on a busy machine, and with one thread, steadier than the clock on the wall.
+            result["samples_cpu_s"] = {"fast": cpu[i], "plain": cpu["plain"]}
+            result["ratio_cpu"] = _ratio(result["samples_cpu_s"])
+        if (ceiling := bounds[i]) is not None:
+            result["samples_s"]["ceiling"] = samples[ceiling.name]
+            rates = [ceiling.amount / s for s in samples[ceiling.name]]
+            result["ceiling"] = {"name": ceiling.name, "median": statistics.median(rates), "best": max(rates)}
+            result["share_of_ceiling"] = {
+                side: statistics.median(pair.work.amount / s / r for s, r in zip(times, rates, strict=True))
+                for side, times in sides.items()
+            }
+    return results
+
+
+def _ratio(sides: dict[str, list[float]]) -> dict[str, float]:
+    """Quartiles, over the rounds, of how many times as fast the fast side was."""
+    return quartiles([p / f for p, f in zip(sides["plain"], sides["fast"], strict=True)])
 
 
 def _measure_phases(pair: Pair, clock: Clock, repeats: int) -> dict[str, Any]:
@@ -215,52 +243,62 @@ def _measure_phases(pair: Pair, clock: Clock, repeats: int) -> dict[str, Any]:
     return {"repeats": repeats, "phase_samples_s": samples, "phase_ms": medians}
 
 
-def _ceiling(pair: Pair, size: Size) -> tuple[str, Callable[[], object], float] | None:
-    """Return the machine rate that bounds this work: its name, something that exercises it, and how much of it."""
+def _ceiling(pair: Pair, size: Size) -> Ceiling | None:
+    """Return the machine's rate that bounds this work, if one does."""
     device = torch.device(size.device)
     cuda = device.type == "cuda"
     if pair.work.unit == "FLOP":
-        dtype = torch.bfloat16 if size.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
         n = 256 if size.dry else 8192 if cuda else 2048
         # Random data: on a GPU, zeros draw less power and clock higher than any real network does.
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         name = f"matmul {n}x{n}x{n} {str(dtype).removeprefix('torch.')}"
-        return name, lambda: torch.mm(a, b, out=out), 2.0 * n**3
+        return Ceiling(name, lambda: torch.mm(a, b, out=out), 2.0 * n**3)
     if pair.work.unit == "byte":
         count = 2**16 if size.dry else 2**28 if cuda else 2**25
         source = torch.randn(count, device=device)
         target = torch.empty_like(source)
-        return f"copy of {4 * count / 1e6:.0f} MB, read and write counted", lambda: target.copy_(source), 8.0 * count
+        name = f"copy of {4 * count / 1e6:.0f} MB, read and write counted"
+        return Ceiling(name, lambda: target.copy_(source), 8.0 * count)
     return None
 
 
-def _peak_memory(case: Case, size: Size, sides: dict[str, Callable], device: torch.device) -> dict[str, Any]:
-    """Measure how far one call of each side raises memory above what rests before it."""
+def _peak_memory(case: Case, size: Size, pairs: Sequence[Pair], device: torch.device) -> list[dict[str, Any]]:
+    """Measure, for each pair, how far one call of each side raises memory above what rests before it."""
     if device.type == "cuda":
-        found = {}
-        for side, call in sides.items():
+        method = "CUDA caching allocator: peak allocated bytes above those before the call"
+
+        def rise(pair: Pair, side: str) -> dict[str, int]:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            call()
+            getattr(pair, side)()
             torch.cuda.synchronize(device)
-            found[side] = {"rise_bytes": torch.cuda.max_memory_allocated(device) - before}
-        return {"method": "CUDA caching allocator: peak allocated bytes above those before the call", **found}
-    if not Path("/proc/self/clear_refs").exists():
-        return {"method": "not measured: needs Linux's /proc"}
-    found = {}
-    flags = ["--model", size.model, "--batch-size", size.batch_size, "--device", size.device]
-    flags += ["--precision", size.precision, "--threads", torch.get_num_threads(), *(["--dry"] if size.dry else [])]
-    for side in sides:
-        # glibc keeps what is freed; told to give large blocks back at once, the second call shows one side's need.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        command = [sys.executable, "-m", "benchmarks", case.name, *map(str, flags), "--memory-of", side]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-        if done.returncode:
-            return {"method": f"not measured: {done.stderr.strip().splitlines()[-1:]}"}
-        found[side] = json.loads(done.stdout.splitlines()[-1])
-    return {"method": "fresh process per side: peak resident bytes of its second call above those before it", **found}
+            return {"rise_bytes": torch.cuda.max_memory_allocated(device) - before}
+
+    elif not Path("/proc/self/clear_refs").exists():
+        return [{"method": "not measured: needs Linux's /proc"}] * len(pairs)
+    else:
+        method = "fresh process per side: peak resident bytes of its second call above those before it"
+
+        def rise(pair: Pair, side: str) -> dict[str, int]:
+            flags = ["--model", size.model, "--batch-size", size.batch_size, "--device", size.device]
+            flags += ["--precision", pair.precision, "--threads", torch.get_num_threads()]
+            flags += ["--dry"] if size.dry else []
+            # glibc keeps what is freed; told to give large blocks back at once, the second call shows a side's need.
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            command = [sys.executable, "-m", "benchmarks", case.name, *map(str, flags), "--memory-of", side]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+            if done.returncode:
+                raise Unavailable(f"not measured: {done.stderr.strip().splitlines()[-1:]}")
+            return json.loads(done.stdout.splitlines()[-1])
+
+    try:
+        shared = rise(pairs[0], "plain")
+        return [{"method": method, "fast": rise(pair, "fast"), "plain": shared} for pair in pairs]
+    except Unavailable as reason:
+        return [{"method": str(reason)}] * len(pairs)
 
 
 def _host_peak(call: Callable[[], object]) -> dict[str, int]:
@@ -293,18 +331,16 @@ def summary(result: dict[str, Any]) -> str:
         )
     ratio, fast, plain = result["ratio"], result["ms"]["fast"], result["ms"]["plain"]
     share = result.get("share_of_ceiling", {}).get("fast")
+    baseline = result["info"].get("baseline", "baseline")
+    rise = [tables.rise(result, side) for side in ("plain", "fast")]
     return (
-        f"{name:<16} fast {fast['median']:.3f} ms, plain {plain['median']:.3f} ms, "
-        f"plain/fast {ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}), "
-        f"{_rate(result['rate']['fast'], result['work']['unit'])}"
+        f"{name:<16} {baseline} {plain['median']:.3f} ms, "
+        f"fastarat {result['info'].get('precision', '')} {fast['median']:.3f} ms, "
+        f"ratio {ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}), "
+        f"{tables.rate(result['rate']['fast'], result['work']['unit'])}"
         + (f", {share:.0%} of {result['ceiling']['name']}" if share else "")
+        + (f", memory {rise[0]} and {rise[1]}" if "-" not in rise else "")
     )
-
-
-def _rate(value: float, unit: str) -> str:
-    if unit == "FLOP":
-        return f"{value / 1e12:.3g} TFLOP/s"
-    return f"{value / 1e9:.3g} GB/s" if unit == "byte" else f"{value:,.0f} images/s"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -316,42 +352,6 @@ def _read(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise UserError(f"{path} has format {found}, this harness reads {FORMAT}")
     return record
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Return results as Markdown; median and, in brackets, quartiles."""
-    if not records:
-        raise UserError("table: no file given; write `python -m benchmarks table FILE.json...`")
-    lines = [
-        "| case | device | what | plain, ms | fast, ms | plain/fast | rate of fast | share of the machine's rate |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    phases = []
-    for record in records:
-        machine_ = record["machine"]
-        where = machine_["device"] + (f", {machine_['threads']} threads" if "driver_version" not in machine_ else "")
-        for r in record["results"]:
-            if "phase_ms" in r:
-                for side, by in r["phase_ms"].items():
-                    phases += [f"| {side} | {where} | {r['info']['what']} | {p} | {_cell(q)} |" for p, q in by.items()]
-            if "ms" not in r:
-                continue
-            share = r.get("share_of_ceiling")
-            share = f"{share['fast']:.0%} of {r['ceiling']['name']} (plain: {share['plain']:.0%})" if share else "-"
-            rate = _rate(r["rate"]["fast"], r["work"]["unit"])
-            cells = [r["case"], where, r["info"]["what"], _cell(r["ms"]["plain"]), _cell(r["ms"]["fast"])]
-            lines.append("| " + " | ".join([*cells, _cell(r["ratio"]), rate, share]) + " |")
-    if phases:
-        lines += ["", "| side | device | what | phase | ms |", "| --- | --- | --- | --- | --- |", *phases]
-    return "\n".join(lines)
-
-
-def _cell(q: dict[str, float]) -> str:
-    return (
-        f"{q['median']:.3g} ({q['q1']:.3g} to {q['q3']:.3g})"
-        if q["median"] < 100
-        else (f"{q['median']:,.0f} ({q['q1']:,.0f} to {q['q3']:,.0f})")
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One speed-up at a time: the plain loop, then our step with each fast path added to the one before.
+"""One speed-up at a time: a loop as the method was released, then our step with each fast path added to the one before.
 
 Every rung must agree with the plainest form of the step (in float32, on a few images) wherever the mathematics is the
 same; the times of one that does not are printed nowhere. All rungs are timed in interleaved rounds on one batch of
@@ -66,7 +66,7 @@ PLAINEST: dict[str, Any] = {
     "optimizer": "torch",
 }
 """Options of our step with every fast path off."""
-_BUILT_FIRST = ("graph", "plain", "bf16", "step", "triton", "fold", "sgd", "channels-last", "compile")
+_BUILT_FIRST = ("graph", "released", "bf16", "step", "triton", "fold", "sgd", "channels-last", "compile")
 _FEW = 8  # images of the equality checks
 _COMPILING_S = 45
 
@@ -116,7 +116,7 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True)
 class Rung:
-    """One form of the step. options: of TrainStep; None is the plain loop. skipped: why it does not exist here."""
+    """One form of the step. options: of TrainStep; None is the released structure. skipped: why it is not there."""
 
     name: str
     adds: str
@@ -133,11 +133,14 @@ def rungs(setup: Setup, device: torch.device, *, dry: bool = False) -> list[Rung
     def add(name: str, adds: str, skipped: str | None = None, **changes: Any) -> None:
         if not skipped:
             options.update(changes)
-        found.append(Rung(name, adds, None if name == "plain" else dict(options), skipped or ""))
+        found.append(Rung(name, adds, None if name == "released" else dict(options), skipped or ""))
 
-    no_plain = "" if setup.model in cases.PLAIN_MODELS else f"the plain loop has no {setup.model}"
-    add("plain", "plain loop: NCHW, PyTorch's defaults, two forwards, host reads", no_plain)
-    add("step", "our step, eager: one forward on [clean; adv], input gradients only in the attack, no host reads")
+    no_loop = "" if setup.model in cases.PLAIN_MODELS else f"no loop of the {plain.STRUCTURE} for {setup.model}"
+    adds = (
+        f"{plain.STRUCTURE}: NCHW, PyTorch's defaults, a forward per batch, host reads, input gradients in the attack"
+    )
+    add("released", adds, no_loop)
+    add("step", "our step, eager: one forward on [clean; adv], no host reads")
     add("channels-last", "channels-last", channels_last=True)
     able, why = bf16_support(device)
     add("bf16", "bf16 with weights cast once per step", "" if able else why, precision="bf16")
@@ -167,8 +170,9 @@ def _attack_bn(setup: Setup) -> str:
 
 
 class SimpleLoop:
-    """AT and TRADES as their released codes write a step, on `plain.ResNet`'s adversarial branch alone.
+    """AT and TRADES with the structure of released codes, on `plain.ResNet`'s adversarial branch alone.
 
+    Both attacks differentiate by the image alone, as TRADES' does; some AT codes make weight gradients as well.
     trades: the attack is in eval mode and recomputes the clean logits at every step; the clean batch goes forward twice
     in the loss. Otherwise AT: everything in `attack_mode`, "train" or "eval".
     """
@@ -255,8 +259,8 @@ def make_step(
     return bench.make_step(config, defense or DEFENSES[setup.defense][0], device, options["precision"])
 
 
-def plain_loop(setup: Setup, device: torch.device, num_steps: int) -> tuple[Callable[..., Any], plain.ResNet]:
-    """Build the plain loop with the weights that `make_step` gives."""
+def released_loop(setup: Setup, device: torch.device, num_steps: int) -> tuple[Callable[..., Any], plain.ResNet]:
+    """Build the loop of the released structure with the weights that `make_step` gives."""
     if setup.defense == "ar-at":
         size = cases.Size(setup.model, setup.batch_size, str(device), "fp32")
         twins = cases._twins(size, num_steps=num_steps, eager=True)
@@ -333,9 +337,9 @@ def _outcome(setup: Setup, options: dict[str, Any], batch: Batch, start: Tensor)
     return Outcome(crafted.float().contiguous(), loss, {k: v.double() for k, v in step.model.state_dict().items()})
 
 
-def _plain_outcome(setup: Setup, batch: Batch, start: Tensor) -> Outcome:
+def _released_outcome(setup: Setup, batch: Batch, start: Tensor) -> Outcome:
     device = batch.images.device
-    (attacking, attacked), (loop, network) = (plain_loop(setup, device, n) for n in (1, 0))
+    (attacking, attacked), (loop, network) = (released_loop(setup, device, n) for n in (1, 0))
     _sharpened(attacked), _sharpened(network)
     crafted = attacking.attack(batch.images, batch.labels, start)
     loss = loop(batch.images, batch.labels, start)
@@ -345,20 +349,17 @@ def _plain_outcome(setup: Setup, batch: Batch, start: Tensor) -> Outcome:
 
 def _differences(found: Outcome, wanted: Outcome, before: dict[str, Tensor], statistics_too: bool) -> list[float]:
     pixels = ((found.crafted - wanted.crafted).abs() > 1e-5).double().mean().item()
-    weights = running = 0.0
-    for key, ours in wanted.state.items():
-        off = (found.state[key] - ours).norm().item()
-        if "running" in key:
-            running = max(running, off / max(ours.norm().item(), 1e-12))
-        elif "num_batches" not in key:
-            weights = max(weights, off / max((ours - before[key]).norm().item(), 1e-12))
-    return [pixels, abs(found.loss - wanted.loss) / abs(wanted.loss), weights, running if statistics_too else 0.0]
+    pairs = {key: (found.state[key], value) for key, value in wanted.state.items() if "num_batches" not in key}
+    *updates, running = cases.state_differences(pairs, before)
+    loss = abs(found.loss - wanted.loss) / abs(wanted.loss)
+    return [pixels, loss, *updates, running if statistics_too else 0.0]
 
 
 _QUANTITIES = (
     "1 attack step: share of pixels that differ by more than 1e-5",
     "training step: loss, relative",
     "training step: weight update, worst tensor, relative",
+    "training step: weight update, all tensors together, relative",
     "training step: running statistics, worst tensor, relative",
 )
 
@@ -379,7 +380,9 @@ def equality(setup: Setup, rung: Rung, device: torch.device) -> dict[str, tuple[
         before = _sharpened(make_step(setup, PLAINEST, device, 1).model).state_dict()
         before = {k: v.double() for k, v in before.items()}
         found = (
-            _plain_outcome(setup, batch, start) if rung.options is None else _outcome(setup, rung.options, batch, start)
+            _released_outcome(setup, batch, start)
+            if rung.options is None
+            else _outcome(setup, rung.options, batch, start)
         )
     limits = cases._ROUNDING["bf16" if rung.options and rung.options["precision"] == "bf16" else "fp32"]
     # TRADES' loop sends the clean batch forward twice in the loss, which moves running statistics once more.
@@ -456,6 +459,8 @@ def climb(
         rates = [ceiling.amount / s for s in peaks]
         found["peak"] = {"name": ceiling.name, "samples_s": peaks, "tflops": quartiles(rates, 1e-12)}
         found["rounds"] = len(peaks)
+        first = found["rungs"][0]
+        released = None if "unequal" in first else samples.get("released")
         previous: list[float] | None = None
         for result in found["rungs"]:
             times = samples.get(result["name"])
@@ -470,6 +475,8 @@ def climb(
                 "tflops": work / statistics.median(times) / 1e12,
                 "mfu": statistics.median(work / s / r for s, r in zip(times, rates, strict=True)),
             }
+            if released is not None:
+                result["ratio"] = quartiles([a / b for a, b in zip(released, times, strict=True)])
             if previous is not None:
                 result["gain_ms"] = quartiles([a - b for a, b in zip(previous, times, strict=True)], 1e3)
             if result["name"] in PREDICTED and _predictions_hold(setup, num_steps):
@@ -497,10 +504,10 @@ def _built(
     started = time.perf_counter()
     step = None
     if rung.options is None:
-        loop, _ = plain_loop(setup, device, num_steps)
+        loop, _ = released_loop(setup, device, num_steps)
 
         def call() -> object:
-            return loop(batch.images, batch.labels)
+            return loop(batch.images.clone(), batch.labels)  # AR-AT's leaves its noise in the batch
     else:
         step = make_step(setup, rung.options, device, num_steps)
         own = images[rung.options["channels_last"]]
@@ -638,6 +645,8 @@ def summary(found: dict[str, Any]) -> str:
             state = tables.unequal(r)
         elif "ms" in r:
             state = f"{cell(r['ms'])} ms, {cell(r['epoch_s'])} s/epoch, {r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}"
+            if "ratio" in r:
+                state += f", {cell(r['ratio'])} times as fast as the {plain.STRUCTURE}"
             if "gain_ms" in r:
                 state += f", saves {cell(r['gain_ms'])} ms"
             if "predicted" in r:

@@ -1,8 +1,17 @@
-"""The loop the engine is measured against: AR-AT as research repositories write it, with PyTorch's own defaults.
+"""What the engine is measured against: AR-AT with the structure of its released code, written anew with PyTorch alone.
 
-NCHW float32, one `nn.BatchNorm2d` per branch, the clean and the adversarial batch in two forwards, an attack that
-leaves the parameters trainable, `loss.item()` and a NaN test at every step. Nothing here is slowed on purpose and
-nothing comes from the engine, so that equal results say something about both.
+Established of the release, and so here: float32 throughout; one `nn.BatchNorm2d` per branch; the attack in train mode
+on the adversarial branch, each of its forwards with the feature taps (pooled, though the attack uses none), the
+cross-entropy summed and differentiated by the image alone (`torch.autograd.grad`: no weight gradient in the attack);
+noise added in place to an alias of the batch, on which the clean branch then trains and the projection is centred; the
+clean and the adversarial batch in two forwards, one backward; predictors in the same SGD; the loss read by the host and
+tested for NaN at every step.
+
+Assumed, each what PyTorch does unless told otherwise or what costs less: contiguous (NCHW) tensors; SGD's default
+implementation; gradients set to None; the loss read once a step, before the backward; no progress bar and no count of
+correct answers. The two cross-entropies have weight 1 each, where the release weighs them by a scalar per epoch.
+
+Nothing is slowed on purpose and nothing comes from the engine, so that equal results say something about both.
 """
 
 from __future__ import annotations
@@ -15,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+
+STRUCTURE = "released structure"
+"""What results call this module's AR-AT, in JSON and in tables."""
 
 
 class DualBatchNorm2d(nn.Module):
@@ -54,7 +66,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """CIFAR ResNet with dual BatchNorm; key names are those of `fastarat.models` up to the branch.
 
-    forward(images float32 [B, C, H, W], branch) -> logits [B, K]; with features=True also the pooled ones [B, d] of the
+    forward(images float32 [B, C, H, W], branch) -> logits [B, K]; with taps=True also the pooled features [B, d] of the
     last stage's BatchNorm outputs after a ReLU: AR-AT's aligned layers.
     """
 
@@ -71,7 +83,7 @@ class ResNet(nn.Module):
             planes = width
         self.linear = nn.Linear(planes, num_classes)
 
-    def forward(self, images: Tensor, branch: str, features: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(self, images: Tensor, branch: str, taps: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         x = F.relu(self.bn1(self.conv1(images), branch))
         for i in range(1, self.num_stages + 1):
             tapped = []
@@ -79,7 +91,7 @@ class ResNet(nn.Module):
                 x, normed = block(x, branch)
                 tapped.extend(normed)
         logits = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        if not features:
+        if not taps:
             return logits
         return logits, [F.adaptive_avg_pool2d(F.relu(z), 1).flatten(1) for z in tapped]
 
@@ -112,13 +124,19 @@ def pgd(
     num_steps: int,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Attack the adversarial branch in the mode the model is in, from `images` or from `images + noise`."""
-    adv = images.clone().detach() if noise is None else images.detach() + noise
+    """Attack the adversarial branch, in the mode the model is in, from `images + noise`.
+
+    `images` themselves become that sum: the release adds in place to an alias of its caller's batch. `noise` is drawn
+    from the default generator unless given.
+    """
+    adv = images.detach()
+    adv += torch.empty_like(adv).uniform_(-epsilon, epsilon) if noise is None else noise
     for _ in range(num_steps):
         adv.requires_grad_()
         with torch.enable_grad():
-            logits = model(adv, "adv")
-            loss = F.cross_entropy(logits, labels)
+            logits, _ = model(adv, "adv", taps=True)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+        # By the image alone: a backward() here would make every weight's gradient ten times over.
         grad = torch.autograd.grad(loss, [adv])[0]
         adv = adv.detach() + step_size * torch.sign(grad.detach())
         adv = torch.min(torch.max(adv, images - epsilon), images + epsilon)
@@ -127,14 +145,14 @@ def pgd(
 
 
 class ARATLoop:
-    """One AR-AT step after another: noisy batch, PGD, two forwards, loss, SGD.
+    """One AR-AT step after another: noise, PGD, two forwards, loss, SGD.
 
     Args:
         model, predictors: on one device, contiguous.
         gamma: total weight of the invariance term; the two cross-entropies have weight 1.
-    Call: step(images float32 [B, C, H, W] in [0, 1], labels int64 [B]) -> loss. `noise`, drawn from the default
-        generator unless given, is what the released code adds to the batch in place. `mark` is told when each phase
-        has ended.
+    Call: step(images float32 [B, C, H, W] in [0, 1], labels int64 [B]) -> loss. `images` are noisy afterwards: a loader
+        hands over a new batch at every step. `noise` and what it is added to: `pgd`. `mark` is told when each phase has
+        ended.
     """
 
     def __init__(
@@ -155,7 +173,7 @@ class ARATLoop:
         self.optimizer = torch.optim.SGD(
             [*model.parameters(), *predictors.parameters()], lr=lr, momentum=momentum, weight_decay=weight_decay
         )
-        self.total_loss, self.correct_clean, self.correct_adv, self.seen = 0.0, 0, 0, 0
+        self.total_loss = 0.0
 
     def __call__(
         self,
@@ -165,35 +183,29 @@ class ARATLoop:
         mark: Callable[[str], None] = lambda name: None,
     ) -> float:
         self.model.train()
-        if noise is None:
-            noise = torch.empty_like(images).uniform_(-self.epsilon, self.epsilon)
-        images = images + noise
-        self.adversarial = pgd(
-            self.model, images, labels, epsilon=self.epsilon, step_size=self.step_size, num_steps=self.num_steps
-        )
+        budget = {"epsilon": self.epsilon, "step_size": self.step_size, "num_steps": self.num_steps}
+        self.adversarial = pgd(self.model, images, labels, noise=noise, **budget)
         mark("attack")
         self.optimizer.zero_grad()
-        logits_clean, features_clean = self.model(images, "clean", features=True)
-        logits_adv, features_adv = self.model(self.adversarial, "adv", features=True)
+        logits_clean, features_clean = self.model(images, "clean", taps=True)
+        logits_adv, features_adv = self.model(self.adversarial, "adv", taps=True)
         distances = [
             1 - F.cosine_similarity(h(z_adv), z_clean.detach(), dim=-1).mean()
             for h, z_adv, z_clean in zip(self.predictors, features_adv, features_clean, strict=True)
         ]
         loss = F.cross_entropy(logits_adv, labels) + F.cross_entropy(logits_clean, labels)
         loss = loss + self.gamma * sum(distances) / len(distances)
-        if math.isnan(loss.item()):
+        value = loss.item()
+        if math.isnan(value):
             raise FloatingPointError("the loss is NaN")
         mark("forward")
         loss.backward()
         mark("backward")
         self.optimizer.step()
         mark("optimiser")
-        self.total_loss += loss.item() * len(labels)
-        self.correct_clean += (logits_clean.argmax(1) == labels).sum().item()
-        self.correct_adv += (logits_adv.argmax(1) == labels).sum().item()
-        self.seen += len(labels)
+        self.total_loss += value * len(labels)
         mark("metrics")
-        return loss.item()
+        return value
 
 
 class Images(torch.utils.data.Dataset):

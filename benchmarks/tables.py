@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plain import STRUCTURE
 from fastarat.bench import H200_BF16, cell
 from fastarat.errors import UserError
 
@@ -15,10 +16,10 @@ OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 Record = dict[str, Any]
 
 
-def markdown(records: Sequence[Record], pairs: Callable[[Sequence[Record]], str], *, brief: bool = False) -> str:
-    """Return records of every kind as Markdown; median and, in brackets, quartiles.
+def markdown(records: Sequence[Record], *, brief: bool = False) -> str:
+    """Return records of every kind as Markdown; median and, in brackets, quartiles. First what is held against others.
 
-    pairs: renders those of the harness's pairs. brief: leave out what only a person tuning the step wants.
+    brief: leave out what only a person tuning the step wants.
     """
     of_kind: dict[str, list[Record]] = {}
     for record in records:
@@ -26,21 +27,94 @@ def markdown(records: Sequence[Record], pairs: Callable[[Sequence[Record]], str]
     unknown = set(of_kind) - {"pairs", "bench", "ladder", "probe"}
     if unknown:
         raise UserError(f"a result is of kind {sorted(unknown)[0]!r}, which this version cannot read")
-    parts = [_bench(r) for r in of_kind.get("bench", ())]
+    parts = _pairs(of_kind.get("pairs", ()))
+    parts += [_bench(r) for r in of_kind.get("bench", ())]
     parts += [_ladder(r) for r in of_kind.get("ladder", ())]
     parts += [_probe(r, brief) for r in of_kind.get("probe", ())]
-    if "pairs" in of_kind or not parts:
-        parts.append(pairs(of_kind.get("pairs", [])))
     return "\n\n".join(part for part in parts if part)
+
+
+_OF_STEPS = ("arat-step", "arat-phases", "pgd10")
+
+
+def _pairs(records: Sequence[Record]) -> list[str]:
+    """Tables of the harness's pairs: those with the released structure, then the others, each with its baseline."""
+    released, others, phases = [], [], []
+    stale: dict[tuple[str, str], str] = {}
+    for record in records:
+        machine = record["machine"]
+        where = machine["device"] + ("" if "driver_version" in machine else _of_cpu(machine))
+        for r in record["results"]:
+            if "ms" not in r and "phase_ms" not in r:
+                continue
+            info = r["info"]
+            if r["case"] in _OF_STEPS and info.get("baseline") != STRUCTURE:
+                commit = (machine.get("commit") or "of no known commit")[:12]
+                stale[r["case"], where] = (
+                    f"`{r['case']}` on {where} (commit {commit}) is not shown: it was measured against another loop "
+                    f"than the {STRUCTURE}'s. Measure it again: `python -m benchmarks {r['case']}`."
+                )
+                continue
+            for side, by in r.get("phase_ms", {}).items():
+                name = f"fastarat, {info['precision']}" if side == "fast" else STRUCTURE
+                phases += [[name, where, info["what"], phase, cell(q)] for phase, q in by.items()]
+            if "ms" not in r:
+                continue
+            share = r.get("share_of_ceiling")
+            share = f"{share['fast']:.0%} of {r['ceiling']['name']} (baseline: {share['plain']:.0%})" if share else "-"
+            times = [cell(r["ms"]["plain"]), cell(r["ms"]["fast"]), cell(r["ratio"])]
+            about = [r["case"], where, info["what"]]
+            rates = [rate(r["rate"]["fast"], r["work"]["unit"]), share]
+            if r["case"] in _OF_STEPS:
+                memory = [rise(r, side) for side in ("plain", "fast")]
+                released.append([*about, info["precision"], *times, *memory, *rates])
+            else:
+                others.append([*about, info["plain"], *times, *rates])
+    ends = ["rate of fastarat", "share of the machine's rate"]
+    parts = []
+    if released:
+        header = ["case", "device", "what", "fastarat's precision", f"{STRUCTURE}, ms", "fastarat, ms", "ratio"]
+        memory = [f"{STRUCTURE}, memory", "fastarat, memory"]
+        parts.append(
+            f"Against a loop with the structure of AR-AT's released code, in float32 (`benchmarks/plain.py`). Ratio: "
+            f"how many times as fast fastarat is. Memory: how far a call raises its peak.\n\n"
+            f"{_rows([*header, *memory, *ends], released)}"
+        )
+    if phases:
+        parts.append(_rows(["side", "device", "what", "phase", "ms"], phases))
+    again = {(case, where) for case, where, *_ in released}
+    parts += [text for measured, text in stale.items() if measured not in again]
+    if others:
+        header = ["case", "device", "what", "baseline", "baseline, ms", "fastarat, ms", "ratio"]
+        parts.append(_rows([*header, *ends], others))
+    return parts
+
+
+def rate(value: float, unit: str) -> str:
+    """Format what is done per second: FLOP, bytes or images."""
+    if unit == "FLOP":
+        return f"{value / 1e12:.3g} TFLOP/s"
+    return f"{value / 1e9:.3g} GB/s" if unit == "byte" else f"{value:,.0f} images/s"
+
+
+def rise(result: dict[str, Any], side: str) -> str:
+    """Format how far one call of a side raises memory."""
+    found = result.get("peak_memory", {}).get(side)
+    return "-" if found is None else f"{found['rise_bytes'] / 2**20:,.0f} MiB"
 
 
 def _where(record: Record) -> str:
     found = record["machine"]
     cpu = "driver_version" not in found
-    place = found["device"] + (f", {found['threads']} threads" if cpu else f", driver {found['driver_version']}")
+    place = found["device"] + (_of_cpu(found) if cpu else f", driver {found['driver_version']}")
     dry = " **Dry run at tiny sizes: proves the machinery, says nothing about speed.**" if record.get("dry") else ""
     commit = f", commit {found['commit'][:12]}" if found.get("commit") else ""
     return f"{place}, torch {found['torch']}{commit}; {record['data']}.{dry}"
+
+
+def _of_cpu(found: dict[str, Any]) -> str:
+    """What a CPU's numbers hang on beside its name: the vector instructions PyTorch uses, and threads."""
+    return "".join(f", {part}" for part in (found.get("cpu_capability"), f"{found['threads']} threads") if part)
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,7 +155,7 @@ def _bench(record: Record) -> str:
 def _ladder(record: Record) -> str:
     parts = [f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"]
     header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
-    header += ["saves, ms", "predicted for an H200"]
+    header += [f"ratio to the {STRUCTURE}", "saves, ms", "predicted for an H200"]
     for found in record["results"]:
         if not found.get("rungs"):
             continue
@@ -104,6 +178,7 @@ def _ladder(record: Record) -> str:
                     f"{r['mfu']:.1%}",
                     _memory(r["memory"]),
                     _launched(r["launches"]),
+                    cell(r["ratio"]) if "ratio" in r else "-",
                     cell(r["gain_ms"]) if "gain_ms" in r else "-",
                     predicted(r["predicted"]) if "predicted" in r else "-",
                 ]
@@ -143,7 +218,7 @@ def _probe(record: Record, brief: bool) -> str:
     return "\n\n".join([*parts, _rows(["probe", "result"], rows)])
 
 
-def readme(argv: Sequence[str], read: Callable[[Path], Record], pairs: Callable[[Sequence[Record]], str]) -> int:
+def readme(argv: Sequence[str], read: Callable[[Path], Record]) -> int:
     """Run `python -m benchmarks readme`: put the tables of the result files between README.md's markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
@@ -163,7 +238,7 @@ def readme(argv: Sequence[str], read: Callable[[Path], Record], pairs: Callable[
         raise UserError(f"{args.readme} needs the lines {OPEN} and {CLOSE} once each, in this order")
     before, rest = text.split(OPEN)
     after = rest.split(CLOSE)[1]
-    body = f"\n{markdown(records, pairs, brief=True)}\n" if records else "\n"
+    body = f"\n{markdown(records, brief=True)}\n" if records else "\n"
     new = f"{before}{OPEN}{body}{CLOSE}{after}"
     if args.check:
         print("up to date" if new == text else f"{args.readme} is not what {args.results} gives")

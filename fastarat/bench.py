@@ -449,6 +449,7 @@ class BenchConfig:
     image_size: int = _f(32, "pixels of each side of the random images")
     num_classes: int = _f(10, "classes")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = _f(None, "default: bf16 on a GPU, fp32 on a CPU")
+    amp: bool | None = _f(None, "short for --precision bf16, where the hardware has it; --no-amp for fp32")
     device: str = _f("auto", "auto, cpu, cuda, cuda:N")
     channels_last: bool = _f(True, "memory format of images and weights")
     kernels: Literal["auto", "triton", "plain"] = _f("auto", "fused Triton kernels or their plain twins")
@@ -510,7 +511,7 @@ def bench(
     config = dataclasses.replace(
         config,
         batch_size=config.batch_size or (128 if cuda else 16),
-        precision=config.precision or ("bf16" if cuda else "fp32"),
+        precision=asked_precision(config, cuda=cuda),
         repeats=config.repeats or (20 if cuda else 5),
     )
     record: dict[str, Any] = {
@@ -529,6 +530,13 @@ def bench(
             record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
             on_result(record)
     return record
+
+
+def asked_precision(config: BenchConfig, *, cuda: bool) -> str:
+    """Return the precision asked for: `--amp` turns fp32 into bf16 and nothing else, as in `fastarat train`."""
+    if config.amp and config.precision in (None, "fp32"):
+        return "bf16"
+    return config.precision or ("bf16" if cuda and config.amp is None else "fp32")
 
 
 def random_split(count: int, shape: tuple[int, int, int], num_classes: int) -> Split:
@@ -703,6 +711,7 @@ def render(record: dict[str, Any]) -> str:
     for r in record["results"]:
         rows = {
             "": r["what"],
+            "precision": r["precision_note"],
             "fast paths": ", ".join(r["fast_paths"]) or "none",
             "captured": "yes" if r["captured"] else f"no: {r['why_eager']}",
             f"epoch of {EPOCH_IMAGES:,} images": cell(r["epoch_s"]) + " s",

@@ -323,7 +323,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> N
             text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
         text = text.replace("%", "%%")
         dest = prefix.replace("-", "_") + f.name
-        if hint is bool:
+        if hint in (bool, bool | None):
             group.add_argument(
                 flag, dest=dest, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text
             )

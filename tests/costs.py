@@ -67,6 +67,27 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Backwards(TorchDispatchMode):
+    """Counts gradients of convolutions: to_input, to_weight; convolutions: how many there are (distinct weights)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_input = self.to_weight = 0
+        self._weights: set[int] = set()
+
+    @property
+    def convolutions(self) -> int:
+        return len(self._weights)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is _aten.convolution_backward:
+            to_input, to_weight, _ = args[10]
+            self.to_input += to_input
+            self.to_weight += to_weight
+            self._weights.add(args[2].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
 def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 

@@ -191,6 +191,35 @@ def test_the_command_writes_every_sample(tmp_path, capsys):
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_amp_means_what_it_means_to_train(able, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys.modules["fastarat.train"], "bf16_support", lambda device: (able, "a CPU of this test"))
+    out = tmp_path / "b.json"
+    tiny = ["--model", "resnet-small", "--batch-size", "2", "--image-size", "8", "--repeats", "1", "--steps", "1",
+            "--threads", "1", "--device", "cpu", "--attack.num-steps", "1", "--out", str(out)]  # fmt: skip
+    assert main(["bench", *tiny, "--amp"]) == 0
+    record = json.loads(out.read_text())
+    assert record["config"]["precision"] == "bf16"
+    (result,) = record["results"]
+    assert result["precision"] == ("bf16" if able else "fp32")
+    printed = capsys.readouterr().out
+    assert result["precision_note"] in printed
+    assert ("because bf16 would be slower here: a CPU of this test" in printed) is not able
+    assert main(["bench", *tiny, "--no-amp"]) == 0
+    assert json.loads(out.read_text())["config"]["precision"] == "fp32"
+
+
+def test_amp_gives_way_to_a_precision_that_was_asked_for():
+    for cuda, default in ((False, "fp32"), (True, "bf16")):
+        assert bench.asked_precision(BenchConfig(), cuda=cuda) == default
+        assert bench.asked_precision(BenchConfig(amp=True), cuda=cuda) == "bf16"
+        assert bench.asked_precision(BenchConfig(amp=False), cuda=cuda) == "fp32"
+        for amp in (None, True, False):
+            assert bench.asked_precision(BenchConfig(amp=amp, precision="tf32"), cuda=cuda) == "tf32"
+        assert bench.asked_precision(BenchConfig(amp=True, precision="fp32"), cuda=cuda) == "bf16"  # as in train
+        assert bench.asked_precision(BenchConfig(amp=False, precision="bf16"), cuda=cuda) == "bf16"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

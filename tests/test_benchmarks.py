@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from costs import Backwards
 
 from fastarat.models import build_model
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 cases = importlib.import_module("benchmarks.cases")
 harness = importlib.import_module("benchmarks.__main__")
 plain = importlib.import_module("benchmarks.plain")
+tables = importlib.import_module("benchmarks.tables")
 CASES, Case, Pair, Size, Work = cases.CASES, cases.Case, cases.Pair, cases.Size, cases.Work
 
 TINY = Size("resnet-small", 4, "cpu", "fp32", dry=True)
@@ -51,22 +53,108 @@ def test_forward_flops_are_the_published_ones():
     assert cases.STEP_FORWARDS == 26
 
 
-def test_the_plain_loop_and_the_engine_take_the_same_step():
-    for name, (found, limit) in cases._check_step(TINY).items():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_released_structure_and_the_engine_take_the_same_step(precision):
+    for name, (found, limit) in cases._check_step(replace(TINY, precision=precision)).items():
         assert found <= limit, name
 
 
-@pytest.mark.parametrize("broken", ["step_size", "gamma", "branch", "weight_decay"])
-def test_the_step_check_notices_a_wrong_loop(monkeypatch, broken):
+def test_the_bf16_band_is_held_against_enough_images(monkeypatch):
+    """BatchNorm over two rows magnifies rounding: more images are compared than are timed."""
+    compared = []
+
+    def differences(size: Size, *, double: bool, **options: int) -> dict[str, float]:
+        compared.append((double, size.batch_size))
+        return dict.fromkeys(cases._QUANTITIES, 0.0)
+
+    monkeypatch.setattr(cases, "_step_differences", differences)
+    cases._check_step(Size("resnet18", 2, "cpu", "bf16"))
+    cases._check_step(Size("resnet18", 2, "cpu", "fp32"))
+    cases._check_step(Size("resnet18", 64, "cpu", "bf16"))
+    assert [n for double, n in compared if not double] == [16, 16, 2, 2, 64, 64]
+
+
+def test_the_released_structure_and_the_engine_take_the_same_three_steps_in_float64():
+    """Each from equal weights, momentum each side's own; the predictors and the loss of the engine are float32."""
+    found = cases._step_differences(TINY, double=True, num_steps=cases.NUM_STEPS, steps=3)
+    assert found.pop("adversarial pixels that differ by more than 1e-5, share") == 0
+    for name, value in found.items():
+        assert value < 1e-4, name
+
+
+def released_backwards() -> Backwards:
+    """What the first contestant of arat-step, as the harness gets it, asks of autograd in one step."""
+    (pair,) = CASES["arat-step"].prepare(TINY)
+    with Backwards() as counted:
+        pair.plain()
+    return counted
+
+
+def only_input_gradients(counted: Backwards) -> bool:
+    """Whether there are 10 input gradients of each convolution in the attack and no weight gradients but the 2 after."""
+    n = counted.convolutions
+    return counted.to_weight == 2 * n and counted.to_input == 10 * n + 2 * (n - 1)
+
+
+def test_the_released_structures_attack_makes_no_weight_gradient():
+    assert released_backwards().convolutions == 9
+    assert only_input_gradients(released_backwards())
+
+
+def test_counting_notices_an_attack_that_makes_weight_gradients(monkeypatch):
+    def wasteful(loss, inputs):
+        loss.backward()
+        return [adv.grad for adv in inputs]
+
+    monkeypatch.setattr(plain.torch.autograd, "grad", wasteful)
+    assert not only_input_gradients(released_backwards())
+
+
+def test_the_released_structures_attack_changes_its_callers_batch_and_taps_features(monkeypatch):
+    """The noise is added in place, and is the centre; every one of the attack's forwards pools the tapped features."""
+    twins = cases._twins(TINY)
+    images, given = twins.images_nchw.clone(), twins.images_nchw
+    noise = torch.empty_like(images).uniform_(-cases.EPSILON, cases.EPSILON)
+    pooled = []
+    pool = plain.F.adaptive_avg_pool2d
+    monkeypatch.setattr(plain.F, "adaptive_avg_pool2d", lambda x, size: pooled.append(x) or pool(x, size))
+    weights = {name: p.detach().clone() for name, p in twins.loop.model.named_parameters()}
+    budget = {"epsilon": cases.EPSILON, "step_size": cases.STEP_SIZE}
+    adv = plain.pgd(twins.loop.model.train(), images, twins.labels, num_steps=10, noise=noise, **budget)
+    assert torch.equal(images, given + noise)
+    assert not adv.requires_grad
+    assert (adv - images.clamp(0, 1)).abs().max() <= cases.EPSILON + 1e-6
+    assert (adv - given).abs().max() > 1.2 * cases.EPSILON
+    assert 0 <= adv.min() <= adv.max() <= 1
+    assert len(pooled) == 10 * (1 + len(twins.loop.predictors))
+    for name, p in twins.loop.model.named_parameters():
+        assert p.grad is None, name
+        assert torch.equal(p, weights[name]), name
+    updates = {name: int(b) for name, b in twins.loop.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert {n for name, n in updates.items() if ".adv." in name} == {10}
+    assert {n for name, n in updates.items() if ".clean." in name} == {0}
+
+
+def test_the_harness_gives_the_released_structure_a_new_batch_at_every_step(monkeypatch):
+    seen = []
+    loop = plain.ARATLoop.__call__
+    monkeypatch.setattr(plain.ARATLoop, "__call__", lambda self, images, *a, **k: seen.append(images.clone()) or loop(self, images, *a, **k))  # fmt: skip
+    (pair,) = CASES["arat-step"].prepare(TINY)
+    pair.plain()
+    pair.plain()
+    assert torch.equal(*seen)
+
+
+def break_twins(monkeypatch, broken: str, factor: float) -> None:
     twins = cases._twins
 
     def wrong(*args, **options):
         made = twins(*args, **options)
         loop = made.loop
-        if broken == "step_size":
-            loop.step_size *= 1.01
-        elif broken == "gamma":
-            loop.gamma *= 1.01
+        if broken in ("step_size", "gamma"):
+            setattr(loop, broken, factor * getattr(loop, broken))
+        elif broken == "lr":
+            loop.optimizer.param_groups[0]["lr"] /= 2
         elif broken == "weight_decay":
             loop.optimizer.param_groups[0]["weight_decay"] = 0.5
         else:
@@ -76,21 +164,34 @@ def test_the_step_check_notices_a_wrong_loop(monkeypatch, broken):
         return made
 
     monkeypatch.setattr(cases, "_twins", wrong)
+
+
+@pytest.mark.parametrize("broken", ["step_size", "gamma", "branch", "weight_decay"])
+def test_the_step_check_notices_a_wrong_loop(monkeypatch, broken):
+    break_twins(monkeypatch, broken, 1.01)
     found = cases._check_step(TINY)
     assert any(value > limit for value, limit in found.values())
 
 
-def test_the_plain_loop_moves_a_real_loss():
+def test_the_released_structure_moves_a_real_loss():
     twins = cases._twins(TINY, num_steps=1)
-    losses = [twins.loop(twins.images_nchw, twins.labels) for _ in range(8)]
+    losses = [twins.loop(twins.images_nchw.clone(), twins.labels) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert twins.loop.seen == 8 * 4
+    assert twins.loop.total_loss == pytest.approx(4 * sum(losses))
+
+
+@pytest.mark.parametrize("broken", ["gamma", "step_size", "lr", "branch"])
+def test_the_bf16_band_notices_a_wrong_loop(monkeypatch, broken):
+    break_twins(monkeypatch, broken, 1.1 if broken == "gamma" else 1.5)
+    found = cases._check_step(replace(TINY, precision="bf16"))
+    assert any(value > limit for name, (value, limit) in found.items() if name.startswith("bf16"))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "loader-ffcv"])
 def test_every_pair_is_equal(name):
-    for quantity, (found, limit) in CASES[name].prepare(TINY).check().items():
-        assert found <= limit, quantity
+    for pair in CASES[name].prepare(TINY):
+        for quantity, (found, limit) in pair.check().items():
+            assert found <= limit, quantity
 
 
 def allocated_at_most(call) -> int:
@@ -104,16 +205,16 @@ def allocated_at_most(call) -> int:
     return max(held)
 
 
-def test_a_step_needs_no_more_memory_than_the_plain_loop():
+def test_a_step_needs_no_more_memory_than_the_released_structure():
     twins = cases._twins(cases.Size("resnet18", 16, "cpu", "fp32"), num_steps=1)
     ours = allocated_at_most(lambda: twins.step(twins.images, twins.labels))
-    theirs = allocated_at_most(lambda: twins.loop(twins.images_nchw, twins.labels))
+    theirs = allocated_at_most(lambda: twins.loop(twins.images_nchw.clone(), twins.labels))
     assert theirs > 150e6
     assert ours <= theirs
 
 
 def test_an_unequal_pair_is_not_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(CASES, "broken", Case("broken", "", lambda size: constant_pair(float("nan"))))
+    monkeypatch.setitem(CASES, "broken", Case("broken", "", lambda size: [constant_pair(float("nan"))]))
     assert run("broken", "--dry", "--out", str(tmp_path)) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
     (result,) = json.loads(next(tmp_path.iterdir()).read_text())["results"]
@@ -122,7 +223,11 @@ def test_an_unequal_pair_is_not_timed(monkeypatch, tmp_path, capsys):
 
 def test_numbers_follow_from_the_samples(monkeypatch):
     order = []
-    times = {"fast": iter([9, 9, 9, 2.0, 1.0, 4.0]), "plain": iter([9, 9, 9, 8.0, 2.0, 6.0])}
+    times = {
+        "plain": iter([9, 9, 9, 8.0, 2.0, 6.0]),
+        "fast": iter([9, 9, 9, 2.0, 1.0, 4.0]),
+        "bf16": iter([9, 9, 9, 1.0, 1.0, 2.0]),
+    }
 
     def clock(self, call, calls):
         order.append(call())
@@ -130,9 +235,14 @@ def test_numbers_follow_from_the_samples(monkeypatch):
 
     pair = replace(constant_pair(0.0), fast=lambda: "fast", plain=lambda: "plain", work=Work(6.0, "image"))
     monkeypatch.setattr(harness.Clock, "__call__", clock)
-    monkeypatch.setattr(harness, "_peak_memory", lambda *args: {})
-    found = harness.measure(Case("made", "", lambda size: pair), TINY, repeats=3)
-    assert order[6:] == ["fast", "plain", "plain", "fast", "fast", "plain"]
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}, {}])
+    missing, second = cases.Unavailable("not today"), replace(pair, fast=lambda: "bf16", plain=lambda: "not called")
+    measured = harness.measure(Case("made", "", lambda size: [pair, missing, second]), TINY, repeats=3)
+    assert order[9:] == ["plain", "fast", "bf16", "fast", "bf16", "plain", "bf16", "plain", "fast"]
+    found, skipped, other = measured
+    assert skipped == {"case": "made", "skipped": "not today"}
+    assert other["samples_s"] == {"fast": [1.0, 1.0, 2.0], "plain": [8.0, 2.0, 6.0], "ceiling": []}
+    assert other["ratio"] == {"q1": 2.5, "median": 3.0, "q3": 5.5}
     assert found["samples_s"] == {"fast": [2.0, 1.0, 4.0], "plain": [8.0, 2.0, 6.0], "ceiling": []}
     assert found["ratio"] == {"q1": 1.75, "median": 2.0, "q3": 3.0}
     assert found["ms"]["fast"]["median"] == 2000
@@ -141,8 +251,8 @@ def test_numbers_follow_from_the_samples(monkeypatch):
 
 
 def test_short_calls_are_repeated_within_a_sample(monkeypatch):
-    monkeypatch.setattr(harness, "_peak_memory", lambda *args: {})
-    found = harness.measure(Case("made", "", lambda size: constant_pair(0.0)), TINY, repeats=2)
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}])
+    (found,) = harness.measure(Case("made", "", lambda size: [constant_pair(0.0)]), TINY, repeats=2)
     for side, calls in found["calls_per_sample"].items():
         assert calls * statistics.median(found["samples_s"][side]) > 0.002
 
@@ -176,6 +286,95 @@ def test_a_run_writes_what_its_numbers_depend_on_and_the_table_reads_it(tmp_path
     header, _, row = capsys.readouterr().out.splitlines()
     assert row.count("|") == header.count("|")
     assert f"{result['ratio']['median']:.3g}" in row
+    assert "| two nn.BatchNorm2d, float32 NCHW |" in row
+    assert "| baseline, ms |" in header
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_one_command_measures_float32_and_bf16_against_the_released_structure(able, monkeypatch, tmp_path, capsys):
+    if not able or not cases.bf16_support("cpu")[0]:
+        # A process of its own measures memory, and asks the machine itself.
+        monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}, {}])
+    monkeypatch.setattr(cases, "bf16_support", lambda device: (able, "the CPU of this test"))
+    argv = ["arat-step", "--dry", "--device", "cpu", "--threads", "1", "--out"]
+    assert run(*argv, str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    single, half = json.loads(path.read_text())["results"]
+    assert single["info"]["precision"] == "fp32"
+    assert single["info"]["baseline"] == "released structure"
+    assert any(name.startswith("float64") for name in single["equality"])
+    if able:
+        assert half["info"]["precision"] == "bf16"
+        assert any(name.startswith("bf16") for name in half["equality"])
+        assert half["samples_s"]["plain"] == single["samples_s"]["plain"]
+        assert len(half["samples_s"]["fast"]) == len(half["samples_s"]["plain"]) == 2
+        assert "bfloat16" in half["ceiling"]["name"]
+        assert "float32" in single["ceiling"]["name"]
+    else:
+        assert half == {"case": "arat-step", "skipped": "no bf16 row: the CPU of this test"}
+        assert "skipped: no bf16 row" in printed
+        assert run(*argv, str(tmp_path), "--precision", "bf16") == 2
+        assert "no bf16 row: the CPU of this test" in capsys.readouterr().err
+    if "fast" in single["peak_memory"]:
+        for result in (single, half):
+            assert all(result["peak_memory"][side]["rise_bytes"] > 0 for side in ("fast", "plain"))
+        assert "memory " in printed
+    capsys.readouterr()
+    assert run("table", str(path)) == 0
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert "| released structure, ms | fastarat, ms | ratio |" in header
+    assert [row.split(" | ")[3] for row in rows] == (["fp32", "bf16"] if able else ["fp32"])
+    assert all(row.count("|") == header.count("|") for row in rows)
+
+
+def test_steps_are_timed_in_at_least_seven_rounds_unless_told(monkeypatch):
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}])
+    case = CASES["arat-step"]._replace(prepare=lambda size: [constant_pair(0.0)])
+    (found,) = harness.measure(case, replace(TINY, dry=False))
+    assert found["repeats"] == len(found["samples_s"]["plain"]) >= 7
+
+
+def made_result(case: str, plain_ms: float, **info: str) -> dict:
+    q = {"q1": plain_ms, "median": plain_ms, "q3": plain_ms}
+    half = {name: value / 2 for name, value in q.items()}
+    info = {"what": "made", "plain": "of old", **info}
+    rates = {"fast": 2.0, "plain": 1.0}
+    return {"case": case, "info": info, "ms": {"plain": q, "fast": half}, "ratio": dict.fromkeys(q, 2.0), "rate": rates,
+            "work": {"amount": 1.0, "unit": "image"}}  # fmt: skip
+
+
+def test_the_released_structure_leads_the_tables_and_old_records_are_not_shown_as_it():
+    machine = {"device": "A CPU", "threads": 1, "commit": "0123456789abcdef"}
+    steps = {"baseline": plain.STRUCTURE, "precision": "bf16"}
+    record = {
+        "machine": machine,
+        "results": [made_result("split-bn", 31.0), made_result("arat-step", 41.0), made_result("arat-step", 51.0, **steps)],
+    }  # fmt: skip
+    told = tables.markdown([record])
+    lines = [line for line in told.splitlines() if line.startswith("| ")]
+    header, row, other_header, other = [line for line in lines if not line.startswith("| ---")]
+    assert "released structure, ms" in header
+    assert "| bf16 | 51 (51 to 51) | 25.5 (25.5 to 25.5) | 2 (2 to 2) |" in row
+    assert "released" not in other_header
+    assert "| of old | 31 (31 to 31) |" in other
+    assert "41" not in told
+    del record["results"][2]
+    fresh = {"machine": machine, "results": [made_result("arat-step", 51.0, **steps)]}
+    told = tables.markdown([record])
+    assert "41" not in told
+    assert "`arat-step` on A CPU, 1 threads (commit 0123456789ab) is not shown" in told
+    assert "python -m benchmarks arat-step" in told
+    assert "not shown" not in tables.markdown([record, fresh])
+    elsewhere = {**fresh, "machine": machine | {"cpu_capability": "AVX2"}}
+    assert "not shown" in tables.markdown([record, elsewhere])
+    assert "| A CPU, AVX2, 1 threads |" in tables.markdown([record, elsewhere])
+    phases = {"case": "arat-phases", "info": {"what": "made"}, "phase_ms": {"plain": {"attack": {"q1": 1, "median": 1, "q3": 1}}}}  # fmt: skip
+    assert "| attack |" not in tables.markdown([{"machine": machine, "results": [phases]}])
+    phases["info"] |= steps
+    assert "| released structure | A CPU, 1 threads | made | attack |" in tables.markdown(
+        [{"machine": machine, "results": [phases]}]
+    )
 
 
 @pytest.mark.parametrize(

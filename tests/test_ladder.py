@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from costs import Backwards
 
 from fastarat.bench import Event
 from fastarat.models import build_model
@@ -67,9 +68,9 @@ def climbed(tmp_path_factory):
 def test_a_ladder_times_every_rung_this_machine_has(climbed):
     (found,) = climbed["results"]
     names = [r["name"] for r in found["rungs"]]
-    assert names == ["plain", "step", "channels-last", "bf16", "triton", "graph", "fold", "sgd", "compile"]
+    assert names == ["released", "step", "channels-last", "bf16", "triton", "graph", "fold", "sgd", "compile"]
     timed = [r for r in found["rungs"] if "ms" in r]
-    assert {"plain", "step", "channels-last", "graph", "fold"} <= {r["name"] for r in timed}
+    assert {"released", "step", "channels-last", "graph", "fold"} <= {r["name"] for r in timed}
     for r in found["rungs"]:
         assert ("ms" in r) != ("skipped" in r), r["name"]
     assert climbed["dry"]
@@ -92,12 +93,15 @@ def test_a_ladders_numbers_follow_from_its_samples(climbed):
         if before is not None:
             gains = [1e3 * (a - b) for a, b in zip(before["samples_s"], times, strict=True)]
             assert r["gain_ms"]["median"] == pytest.approx(statistics.median(gains))
+        # Against what people run, however many rungs lie between.
+        ratios = [a / b for a, b in zip(timed[0]["samples_s"], times, strict=True)]
+        assert r["ratio"]["median"] == pytest.approx(statistics.median(ratios))
         assert "predicted" not in r  # the predictions are for ResNet-18 at batch 128
         assert r["launches"]["ops"] > 100
 
 
 @pytest.mark.parametrize("defense", ["at", "at-eval", "trades"])
-def test_plain_loops_take_the_engines_step(defense):
+def test_loops_of_the_released_structure_take_the_engines_step(defense):
     setup = tiny(defense)
     for name, (found, limit) in ladder.equality(setup, ladder.rungs(setup, CPU)[0], CPU).items():
         assert found <= limit, name
@@ -105,7 +109,7 @@ def test_plain_loops_take_the_engines_step(defense):
 
 @pytest.mark.parametrize("broken", ["beta", "attack_mode", "num_steps", "start"])
 def test_the_equality_check_notices_a_wrong_loop(monkeypatch, broken):
-    right = ladder.plain_loop
+    right = ladder.released_loop
 
     def wrong(*args):
         loop, network = right(*args)
@@ -117,7 +121,7 @@ def test_the_equality_check_notices_a_wrong_loop(monkeypatch, broken):
             setattr(loop, broken, values[broken])
         return loop, network
 
-    monkeypatch.setattr(ladder, "plain_loop", wrong)
+    monkeypatch.setattr(ladder, "released_loop", wrong)
     setup = tiny("trades")
     found = ladder.equality(setup, ladder.rungs(setup, CPU)[0], CPU)
     assert any(value > limit for value, limit in found.values())
@@ -130,7 +134,7 @@ def test_times_of_an_unequal_rung_are_not_printed_and_fail_the_run(monkeypatch, 
     assert "NOT EQUAL" in capsys.readouterr().out
     rungs = {r["name"]: r for r in json.loads(out.read_text())["results"][0]["rungs"]}
     assert "ms" in rungs["channels-last"]
-    gain = rungs["plain"]["samples_s"][0] - rungs["channels-last"]["samples_s"][0]
+    gain = rungs["released"]["samples_s"][0] - rungs["channels-last"]["samples_s"][0]
     assert rungs["channels-last"]["gain_ms"]["median"] == pytest.approx(1e3 * gain)
     assert run("table", out) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "| our step, eager" in line]
@@ -160,7 +164,7 @@ def test_out_of_time_keeps_what_was_built_and_says_so(tmp_path):
     timed = [r for r in found["rungs"] if "ms" in r]
     assert [r["name"] for r in timed] == ["graph"]  # the rung built first
     assert len(timed[0]["samples_s"]) == 3
-    assert {r["skipped"] for r in found["rungs"] if r["name"] in ("plain", "step")} == {"out of time"}
+    assert {r["skipped"] for r in found["rungs"] if r["name"] in ("released", "step")} == {"out of time"}
     assert '"alone_ms"' in kept[0]
 
 
@@ -171,6 +175,28 @@ def test_predictions_are_printed_beside_what_they_are_for():
     assert set(ladder.PREDICTED) <= {r.name for r in ladder.rungs(tiny("trades"), CPU)}
     shown = tables.predicted(ladder.PREDICTED["compile"]._asdict())
     assert shown == "0.05 to 0.1 ms (item 16)"
+
+
+@pytest.mark.parametrize("defense", list(ladder.DEFENSES))
+def test_every_full_ladder_begins_with_the_released_structure_and_its_attack_makes_no_weight_gradient(defense):
+    setup = tiny(defense)
+    first = ladder.rungs(setup, CPU)[0]
+    assert (first.name, first.options) == ("released", None)
+    call, *_ = ladder._built(setup, first, CPU, ladder.random_batch(4, CPU), {}, 3)
+    with Backwards() as full:
+        call()
+    few, *_ = ladder._built(setup, first, CPU, ladder.random_batch(4, CPU), {}, 1)
+    with Backwards() as short:
+        few()
+    assert full.to_weight == short.to_weight > 0
+    assert full.to_input - short.to_input == 2 * full.convolutions
+
+
+def test_no_ratio_is_given_to_a_released_loop_that_is_unequal(monkeypatch, tmp_path):
+    monkeypatch.setattr(ladder, "equality", lambda setup, rung, device: {"x": (1.0, 0.0)} if rung.name == "released" else {})  # fmt: skip
+    out = tmp_path / "l.json"
+    assert run("ladder", "at:resnet18:128", "--dry", "--device", "cpu", "--repeats", "1", "--out", out) == 1
+    assert not any("ratio" in r for r in json.loads(out.read_text())["results"][0]["rungs"])
 
 
 def test_rungs_add_one_thing_at_a_time():
