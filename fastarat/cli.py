@@ -124,7 +124,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.config import check_epsilon, coerce
     from fastarat.data import load_dataset
     from fastarat.evaluate import evaluate, parse_attacks
-    from fastarat.train import load_run, pick_device
+    from fastarat.train import accuracy_name, load_run, pick_device
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
@@ -180,7 +180,11 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
         else folder / ("eval.json" if args.weights == "last" else f"eval-{args.weights}.json")
     )
     result.save(where)
-    print(f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}), {dataset.name} test set")
+    best = meta.get("best")
+    chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
+    print(
+        f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}{chosen}), {dataset.name} test set"
+    )
     print(result.table())
     print(f"saved: {where}")
     return 0

@@ -45,6 +45,7 @@ from fastarat.schedules import RECIPES, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 from fastarat.winograd import qualifies
 
+_NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 _MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "tensorboard", "out")
 
 
@@ -310,8 +311,9 @@ class _Training:
             "norm": config.attack.norm,
         }
         self.folder = RunFolder(config.out, resume=resume)
-        self.best: dict[str, Any] = {"epoch": 0, "value": -1.0}
+        self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
         self.first_epoch = 1
+        self.other_rule = ""
         if resume:
             self._load()
 
@@ -327,6 +329,12 @@ class _Training:
                 print(f"{folder.path} is finished: nothing to do")
             elif self.resume:
                 print(f"continuing after epoch {self.first_epoch - 1}")
+                if self.other_rule:
+                    before, now = (accuracy_name(key) for key in (self.other_rule, self.best["by"]))
+                    print(
+                        f"note: the best checkpoint so far was chosen by the highest {before}, and is now by the "
+                        f"highest {now}: it starts anew from epoch {self.first_epoch} on"
+                    )
         writer = self._tensorboard()
         total = (config.epochs - self.first_epoch + 1) * self.steps_per_epoch
         bar = tqdm(
@@ -339,11 +347,16 @@ class _Training:
                 for key, value in row.items():
                     if writer is not None and key != "epoch":
                         writer.add_scalar(key, value, epoch)
-                value = row.get(self._chosen_by())
                 state = self._state(epoch)
-                if value is not None and value > self.best["value"]:
-                    self.best = state["best"] = {"epoch": epoch, "value": value}
-                    folder.save("best", state, self.meta)
+                by, tie = best_by(config)
+                # Strictly better: among equals the earliest stays.
+                if f"val/{by}" in row and (row[f"val/{by}"], row[f"val/{tie}"]) > (
+                    self.best["value"],
+                    self.best["tie"],
+                ):
+                    self.best = {"epoch": epoch, "by": by, "value": row[f"val/{by}"], "tie": row[f"val/{tie}"]}
+                    state["best"] = self.best
+                    folder.save("best", state, {**self.meta, "best": self.best})
                 if self.ema is not None:
                     folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": config.ema})
                 folder.save("last", state, self.meta)
@@ -400,9 +413,6 @@ class _Training:
         if epoch % config.eval.every == 0 or epoch == config.epochs:
             row |= self._validate()
         return row
-
-    def _chosen_by(self) -> str:
-        return f"val/robust_acc_pgd{self.config.eval.num_steps}"
 
     def _validate(self) -> dict[str, float]:
         if not len(self.dataset.val):
@@ -504,7 +514,13 @@ class _Training:
             self.average.load_state_dict(state["average"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
-        self.best, self.first_epoch = state["best"], state["epoch"] + 1
+        self.first_epoch = state["epoch"] + 1
+        # Runs from before the rule was a defense's own: PGD chose, and the earliest of equals stayed.
+        best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **state["best"]}
+        if best["by"] == self.best["by"]:
+            self.best = best
+        elif best["epoch"]:
+            self.other_rule = best["by"]
         self.folder.truncate_metrics(state["epoch"])
 
     def _tensorboard(self):
@@ -543,9 +559,10 @@ class _Training:
         rows |= {
             "model": f"{config.model}, {parameters:,} parameters, input [0, 1]"
             + (", normalised inside" if config.normalize else ""),
-            "data": f"{self.dataset.name}: {train:,} train, {val:,} validation (chooses best), {test:,} test, "
+            "data": f"{self.dataset.name}: {train:,} train, {val:,} validation, {test:,} test, "
             f"{len(self.dataset.classes)} classes, {'x'.join(map(str, self.dataset.shape))}",
             **{f"data note {i}": note for i, note in enumerate(self.dataset.notes, 1)},
+            "best": self._best_rule(),
             "augmentation": "off"
             if self.augment is None
             else f"random crop, zero padding {self.augment.padding}"
@@ -574,6 +591,18 @@ class _Training:
         width = max(map(len, rows))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
 
+    def _best_rule(self) -> str:
+        if not len(self.dataset.val):
+            return "no validation images: no best"
+        by, tie = (accuracy_name(key) for key in best_by(self.config))
+        every = (
+            "" if self.config.eval.every == 1 else f", measured every {self.config.eval.every} epochs and at the end"
+        )
+        return (
+            f"highest {by} on {len(self.dataset.val):,} validation images{every}; of equal ones the highest {tie}, "
+            "then the earliest epoch"
+        )
+
     def _fast_paths(self) -> dict[str, str]:
         layers = sum(isinstance(m, BatchNorm2d) for m in self.step.model.modules())
         why = "asked for plain" if self.config.kernels == "plain" else why_not_triton(self.device)
@@ -599,6 +628,20 @@ class _Training:
         elif layers:
             off.append(f"Triton kernels ({why})")
         return {"fast paths on": ", ".join(on), **({"fast paths off": "; ".join(off)} if off else {})}
+
+
+def best_by(config: Config) -> tuple[str, str]:
+    """Return the keys of the accuracies on validation images that choose the best checkpoint.
+
+    The first decides; the second decides between equals, and then the earliest epoch is best.
+    """
+    keys = (f"robust_acc_pgd{config.eval.num_steps}", "clean_acc")
+    return keys if config.defense.chosen_by == "robust" else keys[::-1]
+
+
+def accuracy_name(key: str) -> str:
+    """robust_acc_pgd10 -> PGD-10 accuracy."""
+    return "clean accuracy" if key == "clean_acc" else f"PGD-{key.removeprefix('robust_acc_pgd')} accuracy"
 
 
 _START = {

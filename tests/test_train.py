@@ -72,15 +72,85 @@ def test_run_folder(unbroken):
     assert (saved.model, saved.epochs, saved.optim.lr, saved.optim.recipe) == ("resnet-small", 3, 0.1, "arat")
     assert saved.attack.step_size == pytest.approx(0.025)
     best = load_checkpoint(unbroken / "best.pt")
-    values = [r["val/robust_acc_pgd2"] for r in rows]
-    assert best["best"] == {"epoch": 1 + values.index(max(values)), "value": max(values)}
+    values = [(r["val/robust_acc_pgd2"], r["val/clean_acc"]) for r in rows]
+    value, tie = max(values)
+    epoch = 1 + values.index(max(values))
+    assert best["best"] == {"epoch": epoch, "by": "robust_acc_pgd2", "value": value, "tie": tie}
+    assert load_run(unbroken, "best")[1]["best"] == best["best"]
 
 
 def test_run_card_says_what_a_number_depends_on(unbroken):
     card = (unbroken / "card.txt").read_text()
     for words in ("ar-at: minimise", "center", "noisy (x + U", "0.1", "step 0.025", "attack BN", "train (batch statistics",
-                  "split BatchNorm", "float32", "resident", "Triton kernels", "chooses best", "weight decay 0.0005", "milestones scaled from 100 epochs"):  # fmt: skip
+                  "split BatchNorm", "float32", "resident", "Triton kernels", "highest PGD-2 accuracy on 40 validation images; of equal ones", "weight decay 0.0005", "milestones scaled from 100 epochs"):  # fmt: skip
         assert words in card
+
+
+def scored(monkeypatch, scores):
+    """Let the validations score (clean, robust) accuracies given in turn."""
+    module, scores = sys.modules["fastarat.train"], iter(scores)
+
+    class Scored:
+        def __init__(self) -> None:
+            clean, robust = next(scores)
+            self.accuracy = {"clean_acc": clean, "robust_acc_pgd2": robust}
+
+    monkeypatch.setattr(module, "evaluate", lambda *args, **options: Scored())
+
+
+@pytest.mark.parametrize(
+    ("defense", "scores", "epoch"),
+    [
+        (fastarat.Standard(), [(0.4, 0.4), (0.9, 0.1), (0.8, 0.0)], 2),
+        (fastarat.Standard(), [(0.9, 0.1), (0.9, 0.2), (0.9, 0.2)], 2),
+        (fastarat.AT(), [(0.9, 0.1), (0.4, 0.4), (0.8, 0.3)], 2),
+        (fastarat.AT(), [(0.2, 0.0), (0.4, 0.0), (0.3, 0.0)], 2),  # nothing withstands the attack: clean decides
+        (fastarat.AT(), [(0.2, 0.1), (0.4, 0.3), (0.4, 0.3)], 2),  # the earlier of two equals
+    ],
+)
+def test_best_is_chosen_by_what_the_defense_is_for(defense, scores, epoch, tmp_path, monkeypatch):
+    scored(monkeypatch, scores)
+    run = train(small(tmp_path / "run", defense=defense), progress=False).run
+    assert load_checkpoint(run / "best.pt")["epoch"] == epoch
+    assert load_run(run, "best")[1]["best"]["epoch"] == epoch
+
+
+def test_the_best_standard_network_has_the_highest_clean_accuracy(tmp_path):
+    options = {"attack": AttackConfig(epsilon=0.3, num_steps=2), "eval": EvalConfig(val_images=100, num_steps=2)}
+    run = train(small(tmp_path / "run", defense=fastarat.Standard(), epochs=5, **options), progress=False).run
+    clean, robust = ([row[f"val/{key}"] for row in metrics(run)] for key in ("clean_acc", "robust_acc_pgd2"))
+    best = load_checkpoint(run / "best.pt")["epoch"]
+    assert clean[best - 1] == max(clean)
+    assert robust.index(max(robust)) != best - 1, "the rules agree here: this test shows nothing"
+    card = (run / "card.txt").read_text()
+    assert "highest clean accuracy on 100 validation images; of equal ones the highest PGD-2 accuracy" in card
+
+
+def test_without_validation_images_there_is_no_best(tmp_path):
+    run = train(small(tmp_path / "run", epochs=1, eval=EvalConfig(val_images=0)), progress=False).run
+    assert "no validation images: no best" in (run / "card.txt").read_text()
+    assert not (run / "best.pt").exists()
+
+
+@pytest.mark.parametrize("defense", [fastarat.Standard(), fastarat.AT()])
+def test_a_run_whose_best_was_chosen_by_another_rule_resumes(defense, tmp_path, monkeypatch, capsys):
+    """Before the rule was a defense's own, PGD chose every best, and nothing was said about it."""
+    scored(monkeypatch, [(0.5, 0.4), (0.4, 0.3), (0.45, 0.4)])
+    run = train(small(tmp_path / "run", defense=defense), progress=False).run
+    state = torch.load(run / "best.pt")
+    assert state["epoch"] == 1
+    state["best"] = {"epoch": 1, "value": 0.4}
+    torch.save(state, run / "last.pt")
+    scored(monkeypatch, [(0.4, 0.3), (0.45, 0.4)])
+    train(resume=run)
+    if defense.name == "at":
+        assert load_checkpoint(run / "best.pt")["epoch"] == 1
+        assert "anew" not in capsys.readouterr().out
+    else:
+        best = load_checkpoint(run / "best.pt")["best"]
+        assert best == {"epoch": 3, "by": "clean_acc", "value": 0.45, "tie": 0.4}
+        assert "was chosen by the highest PGD-2 accuracy, and is now by the highest clean accuracy: it starts anew " \
+            "from epoch 2 on" in capsys.readouterr().out  # fmt: skip
 
 
 def test_same_seed_same_weights_other_seed_other_weights(unbroken, tmp_path):
