@@ -44,6 +44,10 @@ PGD_GAP = 0.02
 SQUARE_GAP = 0.002  # the limit of the official `check_square_sr`
 
 
+class NonFinite(UserError):
+    """The model's logits are NaN or infinite."""
+
+
 class Attack(NamedTuple):
     """One entry of an attack list: its name, the key of its accuracy, and for PGD its steps and restarts."""
 
@@ -526,7 +530,7 @@ def _check_logits(logits: Tensor) -> None:
     if logits.dtype != torch.float32:
         raise UserError(f"the model returned {logits.dtype}: expected float32 logits; turn off autocast in its forward")
     if not bool(logits.isfinite().all()):
-        raise UserError("the model returned NaN or infinite logits: expected finite ones; check the checkpoint")
+        raise NonFinite("the model returned NaN or infinite logits: expected finite ones; check the checkpoint")
 
 
 def _furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
@@ -541,6 +545,8 @@ def _furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
             PERTURBATION_TOLERANCE + 1e-5 * budget.epsilon,
         )
     low, high = (v.item() for v in points.aminmax())
+    if math.isnan(low):
+        raise NonFinite("the model's input gradient is NaN: expected a finite one; check the checkpoint")
     assert distance <= budget.epsilon + slack, f"perturbation {distance} exceeds epsilon {budget.epsilon}"
     assert 0 <= low <= high <= 1, f"adversarial images span [{low}, {high}]"
     return distance
@@ -606,7 +612,9 @@ def _pgd_robust(
             for rows, points in _pgd_points(forward, x, y, entry, budget, generator, correct):
                 furthest = max(furthest, _furthest(points, x[rows], budget))
                 with torch.no_grad():
-                    correct[rows] = forward(points).argmax(1) == y[rows]
+                    logits = forward(points)
+                    _check_logits(logits)
+                    correct[rows] = logits.argmax(1) == y[rows]
             parts.append(correct.cpu())
             robust += int(correct.sum())
             bar.update()

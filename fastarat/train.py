@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
+from fastarat.attacks import mode_of
 from fastarat.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
 from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
 from fastarat.data import (
@@ -36,7 +38,7 @@ from fastarat.defenses.base import resuming
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
-from fastarat.evaluate import evaluate
+from fastarat.evaluate import NonFinite, evaluate
 from fastarat.kernels import why_not_triton
 from fastarat.models import build_model
 from fastarat.optim import SGD
@@ -60,7 +62,7 @@ class Result:
 
 
 class Diverged(UserError):
-    """A loss term stopped being finite."""
+    """A loss term, a weight, a running statistic or the network's logits stopped being finite."""
 
 
 def train(
@@ -82,8 +84,9 @@ def train(
             tensorboard).
         progress: print the run card, a progress bar (on a terminal) and one line per epoch.
     Returns: Result.
-    Raises: UserError before any training for every mistake in the config; Diverged when a loss term becomes NaN or
-        infinite, naming the step, the term and the last good checkpoint.
+    Raises: UserError before any training for every mistake in the config; Diverged when a loss term, a weight, a
+        running statistic or the network's logits become NaN or infinite, naming it, the step and the last good
+        checkpoint; what is written is finite.
     """
     if resume is not None:
         config = _resumed_config(Path(resume), config, overrides or {})
@@ -311,8 +314,10 @@ class _Training:
             "norm": config.attack.norm,
         }
         self.folder = RunFolder(config.out, resume=resume)
+        # A buffer may hold infinity on purpose, such as a mask.
+        self.never_finite = _not_finite(self._tensors())
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
-        self.first_epoch = 1
+        self.first_epoch, self.saved_epoch = 1, 0
         self.other_rule = ""
         if resume:
             self._load()
@@ -360,6 +365,7 @@ class _Training:
                 if self.ema is not None:
                     folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": config.ema})
                 folder.save("last", state, self.meta)
+                self.saved_epoch = epoch
                 if self.progress:
                     tqdm.write(_line(row, config.epochs), file=sys.stdout)
                     sys.stdout.flush()
@@ -403,31 +409,35 @@ class _Training:
                 self._check_finite(epoch)
                 rate = images_seen / (time.perf_counter() - started)
                 means = step.meter.read()
-                shown = {k: f"{means[k]:.3f}" for k in ("loss", "clean_acc", "robust_acc") if k in means}
+                shown = {k: _loss(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
                 bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
         wall = time.perf_counter() - started
         row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": images_seen / wall}
         row |= {f"train/{name}": value for name, value in step.meter.read().items()}
+        self._check_network(epoch, batch.images)
         if epoch % config.eval.every == 0 or epoch == config.epochs:
-            row |= self._validate()
+            row |= self._validate(epoch)
         return row
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[str, float]:
         if not len(self.dataset.val):
             return {}
-        result = evaluate(
-            self.step.model,
-            self.dataset.val,
-            f"clean,pgd-{self.config.eval.num_steps}",
-            epsilon=self.config.attack.epsilon,
-            norm=self.config.attack.norm,
-            seed=self.config.seed,
-            batch_size=max(256, self.config.batch_size),
-            device=self.device,
-            progress=False,
-        )
+        try:
+            result = evaluate(
+                self.step.model,
+                self.dataset.val,
+                f"clean,pgd-{self.config.eval.num_steps}",
+                epsilon=self.config.attack.epsilon,
+                norm=self.config.attack.norm,
+                seed=self.config.seed,
+                batch_size=max(256, self.config.batch_size),
+                device=self.device,
+                progress=False,
+            )
+        except NonFinite as error:
+            raise self._diverged("the network's logits on the validation images", epoch) from error
         return {f"val/{name}": value for name, value in result.accuracy.items()}
 
     @torch.no_grad()
@@ -435,13 +445,18 @@ class _Training:
         """Accuracy of branch `name`, eval mode, on the first whole batches of a fresh augmented pass."""
         model, seen = self.step.model.eval(), 0
         correct = torch.zeros((), device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         for batch in self.probe_loader.epoch(epoch):
             with branch(model, name):
-                correct += (model(batch.images).argmax(1) == batch.labels).sum()
+                logits = model(batch.images)
+            correct += (logits.argmax(1) == batch.labels).sum()
+            finite &= logits.isfinite().all()
             seen += len(batch.labels)
             if seen >= count:
                 break
         model.train()
+        if not finite:
+            raise self._diverged(f"the network's logits in eval mode (BatchNorm branch {name!r})", epoch, step=0)
         return correct / seen
 
     def _check_finite(self, epoch: int) -> None:
@@ -449,15 +464,52 @@ class _Training:
         if bad is None:
             return
         index, name = bad
-        what = name if name in self.step.meter.watched else f"loss term {name!r}"
+        raise self._diverged(name if name in self.step.meter.watched else f"loss term {name!r}", epoch, step=index + 1)
+
+    @torch.no_grad()
+    def _check_network(self, epoch: int, images: Tensor) -> None:
+        """Raise Diverged unless all that this epoch leaves behind is finite; one or two reads of the device.
+
+        No loss sees what the last step made of the weights, and in train mode none sees the running statistics, which
+        may overflow by themselves, or give logits that do. images: a batch to look at those logits with.
+        """
+        named = self._tensors()
+        if self.ema is not None:
+            named += [(f"the moving average of {k!r}", v) for k, v in self.ema.state.items() if k in self.ema.averaged]
+        if self.average is not None:
+            named += [("the mean of the weights (SWA)", value) for value in self.average.parameters]
+        if bad := [name for name in _not_finite(named) if name not in self.never_finite]:
+            raise self._diverged(bad[0], epoch)
+        model, logits = self.step.model, []
+        images = images.to(memory_format=self.step.memory_format)
+        with mode_of(model, False):
+            for name in branches_of(model) or ("adv",):
+                which = f" (BatchNorm branch {name!r})" if branches_of(model) else ""
+                with branch(model, name):
+                    logits.append((f"the network's logits in eval mode{which}", model(images)))
+            if self.ema is not None:
+                logits.append(("the averaged network's logits (EMA)", functional_call(model, self.ema.state, images)))
+        if bad := _not_finite(logits):
+            raise self._diverged(bad[0], epoch)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*_named(self.step.model), *_named(self.step.companions, " of the defense's companions")]
+
+    def _diverged(self, what: str, epoch: int, step: int | None = None) -> Diverged:
+        """Build the error that `what` is not finite at `step` of `epoch`, by default after its last one."""
         last = (
-            f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {epoch - 1})"
-            if (self.folder.path / "last.pt").exists()
+            f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {self.saved_epoch})"
+            if self.saved_epoch
             else "no checkpoint was written yet"
         )
-        raise Diverged(
-            f"training stopped: {what} became NaN or infinite at epoch {epoch}, step {index + 1} of "
-            f"{self.steps_per_epoch}; {last}. A smaller --optim.lr is the usual mend"
+        when = f"at epoch {epoch}, step {step} of {self.steps_per_epoch}"
+        if step == 0:
+            when = f"before the first step of epoch {epoch}"
+        elif step is None:
+            when = f"by the end of epoch {epoch} ({self.steps_per_epoch} steps)"
+        return Diverged(
+            f"training stopped: {what} became NaN or infinite {when}; {last}. The usual mend is an --optim.lr below "
+            f"{self.config.optim.lr:g}, with another --out"
         )
 
     # --- averaging --------------------------------------------------------------------------------------------------
@@ -488,6 +540,8 @@ class _Training:
         if self.progress:
             print(f"SWA: re-estimating BatchNorm of the mean of {self.average.count} snapshots", flush=True)
         model = averaged_model(step, self.average, batches, exact=self.config.swa_config.exact)
+        if bad := [name for name in _not_finite(_named(model)) if name not in self.never_finite]:
+            raise self._diverged(f"{bad[0]} of the averaged network (SWA)", self.config.epochs)
         self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.config.epochs, "swa": True})
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -514,7 +568,8 @@ class _Training:
             self.average.load_state_dict(state["average"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
-        self.first_epoch = state["epoch"] + 1
+        self.saved_epoch = state["epoch"]
+        self.first_epoch = self.saved_epoch + 1
         # Runs from before the rule was a defense's own: PGD chose, and the earliest of equals stayed.
         best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **state["best"]}
         if best["by"] == self.best["by"]:
@@ -630,6 +685,21 @@ class _Training:
         return {"fast paths on": ", ".join(on), **({"fast paths off": "; ".join(off)} if off else {})}
 
 
+def _named(module: nn.Module, owner: str = "") -> list[tuple[str, Tensor]]:
+    """Return everything a network consists of, with names for people."""
+    named = [(f"weight {name!r}{owner}", p) for name, p in module.named_parameters()]
+    for name, buffer in module.named_buffers():
+        kind = "running statistic" if "running_" in name else "buffer"
+        named.append((f"{kind} {name!r}{owner}", buffer))
+    return named
+
+
+def _not_finite(named: list[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity, in order; one read of the device."""
+    flags = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
+    return [name for (name, _), finite in zip(named, flags, strict=True) if not finite]
+
+
 def best_by(config: Config) -> tuple[str, str]:
     """Return the keys of the accuracies on validation images that choose the best checkpoint.
 
@@ -667,8 +737,12 @@ def pixels(value: float) -> str:
     return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
 
 
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
 def _line(row: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", f"loss {row['train/loss']:.3f}"]
+    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", f"loss {_loss(row['train/loss'])}"]
     train = [
         f"{short} {row[f'train/{key}']:.1%}"
         for key, short in (("clean_acc", "clean"), ("robust_acc", "attacked"))

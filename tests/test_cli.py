@@ -263,3 +263,15 @@ def test_nan_exits_1_and_names_the_checkpoint(tmp_path, capsys):
     code = main(["train", *SMALL, "--epochs", "3", "--optim.lr", "1e30", "--out", str(tmp_path / "run"), "--quiet"])
     assert code == 1
     assert "became NaN or infinite at epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("defense", ["ar-at", "at", "standard"])
+def test_divergence_is_the_message_of_the_training(defense, tmp_path, capsys):
+    """At this rate the losses, of batch statistics, stay finite for a while, and the running statistics do not."""
+    argv = ["train", "--defense", defense, "--limit-train", "320", "--batch-size", "32", "--epochs", "3", "--optim.lr", "1000",
+            "--attack.epsilon", "0.1", "--attack.num-steps", "2", "--no-tensorboard", "--quiet"]  # fmt: skip
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastarat: training stopped: ")
+    assert error.count("\n") == 1
+    assert "check the checkpoint" not in error
