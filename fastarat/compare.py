@@ -24,7 +24,7 @@ import torch
 from fastarat.config import Config, from_dict, read_yaml, resolve_defense, to_dict, write_yaml
 from fastarat.data import load_dataset
 from fastarat.errors import UserError
-from fastarat.evaluate import evaluate, parse_attacks
+from fastarat.evaluate import attack_title, evaluate, parse_attacks
 from fastarat.record import RunFolder, load_checkpoint, load_weights, write_atomic
 from fastarat.train import load_run, pick_device, pixels, train
 
@@ -96,7 +96,7 @@ class Comparison:
 
     def markdown(self) -> str:
         head, body = self._cells("±", "–")
-        lines = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"], *body]
+        lines = [head, ["---:" if right else "---" for right in self._right(head)], *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + self.note()
 
     def latex(self) -> str:
@@ -104,7 +104,13 @@ class Comparison:
         rows = [" & ".join(c.replace("%", "\\%").replace("_", "\\_") for c in line) + " \\\\" for line in [head, *body]]
         rows.insert(1, "\\midrule")
         table = "\n".join(
-            ["\\begin{tabular}{l" + "r" * (len(head) - 2) + "l}", "\\toprule", *rows, "\\bottomrule", "\\end{tabular}"]
+            [
+                "\\begin{tabular}{" + "".join("lr"[r] for r in self._right(head)) + "}",
+                "\\toprule",
+                *rows,
+                "\\bottomrule",
+                "\\end{tabular}",
+            ]
         )
         return f"% {self.note()}\n{table}\n"
 
@@ -147,19 +153,24 @@ class Comparison:
         )
         return (
             f"{s['dataset']}, {s['model']}, {s['epochs']} epochs, {s['norm']} epsilon {pixels(s['epsilon'])}, "
-            f"{s['num_images']:,} test images, last checkpoint, {ended}; accuracies in %. Sum = clean + AutoAttack, "
-            "NRR = their harmonic mean. s/epoch on " + s["device"] + "."
+            f"{s['num_images']:,} test images, last checkpoint, {ended}; accuracies in %. "
+            + ("Sum = clean + AutoAttack, NRR = their harmonic mean. " if self._sums() else "")
+            + f"s/epoch on {s['device']}."
         )
+
+    def _sums(self) -> bool:
+        return {"clean_acc", "robust_acc_aa"} <= set(self.settings["keys"])
+
+    def _right(self, head: list[str]) -> list[bool]:
+        """Whether each column holds numbers, to be set flush right."""
+        return [title != "defense" and not title.startswith("published") for title in head]
 
     def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
         keys = self.settings["keys"]
-        shown = [*keys, *(("sum", "nrr") if "robust_acc_aa" in keys else ())]
-        titles = {"clean_acc": "clean", "robust_acc_aa": "AutoAttack", "sum": "Sum", "nrr": "NRR"}
-        head = [
-            "defense",
-            *(titles.get(k, k.removeprefix("robust_acc_").upper().replace("PGD", "PGD-")) for k in shown),
-        ]
-        head += ["s/epoch", "published clean / AutoAttack"]
+        shown = [*keys, *(("sum", "nrr") if self._sums() else ())]
+        head = ["defense", *({"sum": "Sum", "nrr": "NRR"}.get(k) or attack_title(k) for k in shown), "s/epoch"]
+        compared = any(row["published"] for row in self.rows)
+        head += ["published clean / AutoAttack"] if compared else []
         body = []
         for row in self.rows:
             cells = [row["defense"]]
@@ -169,11 +180,12 @@ class Comparison:
                 cells.append(empty if value is None else f"{100 * value['mean']:.2f}{spread}")
             published = row["published"]
             cells.append(f"{row['epoch_s']:.1f}")
-            cells.append(
-                f"{published['clean']:.2f} / {published['autoattack']:.2f} ({published['source']})"
-                if published
-                else empty
-            )
+            if compared:
+                cells.append(
+                    f"{published['clean']:.2f} / {published['autoattack']:.2f} ({published['source']})"
+                    if published
+                    else empty
+                )
             body.append(cells)
         return head, body
 
@@ -436,7 +448,8 @@ def _tabulate(
     shown = [load_run_config(Path(p.config.out)) for p in plans.values() if p.defense in defenses]
     epochs = sorted({c.epochs for c in shown})
     settings = {
-        "dataset": first.dataset,
+        # By its name: a folder's path says little, and differs from machine to machine.
+        "dataset": load_weights(Path(mine[0].config.out) / "last.safetensors")[1]["dataset"],
         "model": first.model,
         "epochs": " / ".join(map(str, epochs)),
         "seeds": list(seeds),

@@ -17,7 +17,8 @@ import yaml
 
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
-from fastarat.schedules import recipe_of
+from fastarat.models import MODELS
+from fastarat.schedules import RECIPES, recipe_of
 
 
 def _f(default: Any, text: str) -> Any:
@@ -48,7 +49,7 @@ class AttackConfig:
 class OptimConfig:
     """SGD and its schedule. Unset fields follow the recipe."""
 
-    recipe: str | None = _f(None, "named schedule (default: the defense's)")
+    recipe: str | None = _f(None, f"named schedule, of {', '.join(RECIPES)} (default: the defense's)")
     lr: float | None = _f(None, "base learning rate")
     momentum: float | None = _f(None, "of SGD")
     weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released")
@@ -80,11 +81,11 @@ class SwaConfig:
 class Config:
     """Everything a run depends on. The resolved form is saved in the run folder and reloads to an equal object."""
 
-    defense: Defense = field(default_factory=ARAT, metadata={"help": "standard, at, ar-at, or FILE.py:CLASS"})
+    defense: Defense = field(default_factory=ARAT, metadata={"help": ", ".join(DEFENSES) + ", or FILE.py:CLASS"})
     dataset: str = _f("digits", "digits, cifar10, cifar100, an image folder, an archive of one, or a .beton")
     model: str | None = _f(
         None,
-        "resnet-small, resnet18, preactresnet18, wrn-34-10 or timm:NAME "
+        f"{', '.join(sorted(MODELS))}, any wrn-DEPTH-WIDTH, or timm:NAME "
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
     epochs: int | None = _f(None, "default: the recipe's")
@@ -93,7 +94,7 @@ class Config:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = _f(
         "fp32", "of convolutions; statistics and losses are float32"
     )
-    swa: bool = _f(False, "also average weights (see --swa-config)")
+    swa: bool = _f(False, "also average weights (see --swa-config.start)")
     ema: float | None = _f(
         None, "also keep an exponential moving average of the weights with this decay, such as 0.995"
     )
@@ -147,6 +148,7 @@ class Config:
             ("limit_train", self.limit_train, 1),
             ("threads", self.threads, 1),
             ("log_every", self.log_every, 1),
+            ("awp_warmup", self.awp_warmup, 0),
         ):
             if value is not None and value < least:
                 raise UserError(f"{name}={value}: expected {least} or more")
@@ -364,7 +366,10 @@ def write_yaml(config: Config, path: Path) -> None:
 def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
     """Add one flag per field of `cls`: --batch-size, --attack.epsilon, --amp / --no-amp."""
     hints = typing.get_type_hints(cls)
-    group = parser.add_argument_group((cls.__doc__ or "").strip().split("\n")[0]) if prefix else parser
+    title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    if issubclass(cls, Defense) and cls.name:
+        title = f"{cls.name}: {title}"
+    group = parser.add_argument_group(title) if prefix else parser
     for f in dataclasses.fields(cls):
         hint, flag = hints[f.name], "--" + prefix + f.name.replace("_", "-")
         if f.name == "defense" and cls is Config:
@@ -390,9 +395,12 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> N
                 flag, dest=dest, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text
             )
         else:
-            choices = [
-                a for o in (hint, *typing.get_args(hint)) if typing.get_origin(o) is Literal for a in typing.get_args(o)
-            ]
+            options = (hint, *typing.get_args(hint))
+            choices = [str(a) for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
+            if any("," in choice for choice in choices):
+                choices = [repr(choice) for choice in choices]  # one could be taken for two
+            elif bool in options:
+                choices = ["true", "false"]
             group.add_argument(
                 flag,
                 dest=dest,

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -319,6 +320,15 @@ def parse_attacks(attack: str) -> list[Attack]:
             raise unknown("attack", name, ["clean", "pgd-20", "pgd-20-5", "autoattack", *STANDARD])
         entries[entry.name] = entry
     return list(entries.values())
+
+
+def attack_title(key: str) -> str:
+    """Name what an accuracy was measured under: robust_acc_pgd20_r5 -> PGD-20 x5 restarts, clean_acc -> clean."""
+    name = key.removeprefix("robust_acc_")
+    if found := re.fullmatch(r"pgd(\d+)(?:_r(\d+))?", name):
+        return f"PGD-{found[1]}" + (f" x{found[2]} restarts" if found[2] else "")
+    titles = {"clean_acc": "clean", "aa": "AutoAttack", "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab_t": "FAB-T"}
+    return titles.get(name, name.capitalize())
 
 
 def checked_budget(epsilon: float, step_size: float | None, norm: str) -> Budget:

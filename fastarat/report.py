@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastarat.batchnorm import branch
 from fastarat.data import Dataset, Split, load_dataset
 from fastarat.errors import UserError
-from fastarat.evaluate import adversarial_examples, collect, wilson
+from fastarat.evaluate import adversarial_examples, attack_title, collect, wilson
 from fastarat.record import load_weights, write_atomic
 from fastarat.train import load_run, pick_device, pixels
 
@@ -582,14 +582,7 @@ def _best(path: Path, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _attack_of(key: str) -> str:
     """val/robust_acc_pgd10 -> PGD-10."""
-    return _attack_name(re.sub(r"^pgd(\d+)(_r(\d+))?$", r"pgd-\1-\3", key.split("robust_acc_")[-1]).rstrip("-"))
-
-
-def _attack_name(name: str) -> str:
-    """pgd-20 -> PGD-20, pgd-20-5 -> PGD-20 with 5 restarts, autoattack -> AutoAttack."""
-    if match := re.fullmatch(r"pgd-(\d+)-(\d+)", name):
-        return f"PGD-{match[1]} with {match[2]} restarts"
-    return {"clean": "none (clean)", "autoattack": "AutoAttack", "square": "Square"}.get(name, name.upper())
+    return attack_title(key.removeprefix("val/"))
 
 
 # Text: the contents once, then one writer for each format
@@ -691,7 +684,17 @@ def _evaluation_table(runs: list[_Run]) -> _Table:
                 low, high = wilson(value, count)
                 budget = "" if name == "clean" else _budget(settings)
                 interval = f"{low:.2%} to {high:.2%}"
-                rows.append([run.label, weights, _attack_name(name), budget, f"{count:,}", f"{value:.2%}", interval])
+                rows.append(
+                    [
+                        run.label,
+                        weights,
+                        "none (clean)" if name == "clean" else _attack_of(key),
+                        budget,
+                        f"{count:,}",
+                        f"{value:.2%}",
+                        interval,
+                    ]
+                )
     return _Table(["run", "weights", "attack", "budget", "images", "accuracy", "95 % interval"], rows)
 
 

@@ -38,9 +38,9 @@ from fastarat.defenses.base import resuming
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
-from fastarat.evaluate import NonFinite, evaluate
+from fastarat.evaluate import NonFinite, attack_title, evaluate
 from fastarat.kernels import why_not_triton
-from fastarat.models import build_model
+from fastarat.models import build_model, check_takes
 from fastarat.optim import SGD
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
 from fastarat.schedules import RECIPES, lr_at, momentum_at, recipe_of
@@ -88,12 +88,22 @@ def train(
         running statistic or the network's logits become NaN or infinite, naming it, the step and the last good
         checkpoint; what is written is finite.
     """
+    one_process()
     if resume is not None:
         config = _resumed_config(Path(resume), config, overrides or {})
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
     return _Training(config, resume is not None, progress).run()
+
+
+def one_process() -> None:
+    """Raise UserError inside a launcher that starts a command several times, torchrun's way."""
+    if (size := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(size) > 1:
+        raise UserError(
+            f"WORLD_SIZE={size}: fastarat runs in one process on one device, and a launcher such as torchrun starts "
+            f"the same run {size} times; start it without one (several seeds at once: fastarat compare --parallel)"
+        )
 
 
 def _resumed_config(run: Path, config: Config | None, overrides: dict[str, Any]) -> Config:
@@ -215,6 +225,12 @@ class _Training:
         self.progress, self.resume = progress, resume
         self.device = pick_device(config.device)
         if config.threads is not None:
+            cores = os.cpu_count() or 1
+            if config.threads > 8 * cores:
+                raise UserError(
+                    f"threads={config.threads}: this machine has {cores} core(s), and more threads than cores slow it "
+                    f"down; write --threads {cores} or leave it out"
+                )
             torch.set_num_threads(config.threads)
         self.dataset = _limited(
             load_dataset(
@@ -225,6 +241,7 @@ class _Training:
             ),
             config.limit_train,
         )
+        _check_sizes(self.dataset, config)
         self.config = config = resolve(config, self.dataset)
         self.recipe = recipe_of(config.optim.recipe)
         self.precision, self.precision_note = usable_precision(config.precision, self.device)
@@ -244,6 +261,7 @@ class _Training:
             mean=mean,
             std=std,
         ).to(self.device)
+        check_takes(model, config.model, self.dataset.shape)
         with resuming(resume and (Path(config.out) / "last.pt").is_file()):
             self.step = TrainStep(
                 model,
@@ -711,7 +729,7 @@ def best_by(config: Config) -> tuple[str, str]:
 
 def accuracy_name(key: str) -> str:
     """robust_acc_pgd10 -> PGD-10 accuracy."""
-    return "clean accuracy" if key == "clean_acc" else f"PGD-{key.removeprefix('robust_acc_pgd')} accuracy"
+    return f"{attack_title(key)} accuracy"
 
 
 _START = {
@@ -775,6 +793,28 @@ def _limited(dataset: Dataset, count: int | None) -> Dataset:
     return dataclasses.replace(dataset, train=train)
 
 
+def _check_sizes(dataset: Dataset, config: Config) -> None:
+    """Raise UserError for a training set that leaves a class out or does not fill a batch."""
+    count = len(dataset.train)
+    limit = "" if config.limit_train is None or config.limit_train > count else f" (limit_train={config.limit_train})"
+    empty = (torch.bincount(dataset.train.labels, minlength=len(dataset.classes)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(
+            f"the {count} training image(s) of {dataset.name}{limit} leave out {len(empty)} of its "
+            f"{len(dataset.classes)} classes, {dataset.classes[empty[0]]!r} first: "
+            + (
+                f"write --limit-train {len(dataset.classes)} or more"
+                if limit
+                else "hold out fewer with --eval.val-images, or remove those classes"
+            )
+        )
+    if config.batch_size > count:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {count:,} training images of {dataset.name}{limit}: "
+            f"every step would see fewer than asked for; write --batch-size {count} for all of them, or less"
+        )
+
+
 def _mean_std(split: Split) -> tuple[list[float], list[float]]:
     loader: Loader = make_loader(split, batch_size=1024, device="cpu")
     total, square, count = 0.0, 0.0, 0
@@ -785,6 +825,16 @@ def _mean_std(split: Split) -> tuple[list[float], list[float]]:
         count += pixels_.numel() // pixels_.shape[1]
     mean = total / count
     return mean.tolist(), (square / count - mean.square()).sqrt().tolist()
+
+
+def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str = "last") -> None:
+    """Raise UserError unless a run's network has a BatchNorm set `branch` that can be used."""
+    known = meta["branches"] or ["adv"]
+    if branch not in known:
+        why = "" if meta["branches"] else " (this network has one BatchNorm set, called adv)"
+        raise UserError(f"no BatchNorm branch {branch!r} in {run}: it has {', '.join(known)}{why}")
+    if (which == "swa" or meta.get("swa")) and meta["branches"] and branch != "adv":
+        raise UserError("the averaged network's clean BatchNorm was never re-estimated: take branch adv, or last")
 
 
 def load_run(path: str | Path, which: str = "last") -> tuple[nn.Module, dict[str, Any], Config | None]:

@@ -98,7 +98,7 @@ def test_text_escapes_names_and_names_attack_images_and_budget(trained, tmp_path
         assert len(columns) == 1, table
     saved = json.loads((trained[0] / "eval.json").read_text())
     value, (low, high) = saved["accuracy"]["robust_acc_pgd2_r2"], saved["interval_95"]["robust_acc_pgd2_r2"]
-    row = ["PGD-2 with 2 restarts", "L∞ ε = 8/255", "20", f"{value:.2%}", f"{low:.2%} to {high:.2%}"]
+    row = ["PGD-2 x2 restarts", "L∞ ε = 8/255", "20", f"{value:.2%}", f"{low:.2%} to {high:.2%}"]
     assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert " | ".join(row) in markdown
     assert f"not evaluated yet: fastarat eval {trained[1]}" in page
@@ -285,7 +285,7 @@ def test_many_runs_differ_in_colour_or_marker():
     ("name", "shown"),
     [
         ("val/robust_acc_pgd10", "PGD-10"),
-        ("val/robust_acc_pgd20_r5", "PGD-20 with 5 restarts"),
+        ("val/robust_acc_pgd20_r5", "PGD-20 x5 restarts"),
     ],
 )
 def test_attack_names(name, shown):
