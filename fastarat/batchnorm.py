@@ -178,7 +178,7 @@ def split_batchnorm(model: nn.Module, branches: Sequence[str] = BRANCHES) -> nn.
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise UserError(
             f"{type(model).__name__} has no BatchNorm layer to split: use a network with BatchNorm, or turn "
-            "splitting off (--defense.split_bn false)"
+            "splitting off (--no-defense.split-bn)"
         )
     return _convert(model, lambda m: not isinstance(m, SplitBatchNorm2d), lambda m: _rebuilt(m, branches))
 

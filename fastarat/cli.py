@@ -34,6 +34,17 @@ class _Parser(argparse.ArgumentParser):
         return namespace, rest
 
 
+# What an interrupted command leaves, and how to go on.
+_INTERRUPTED = {
+    "train": "the run folder keeps the last finished epoch: `fastarat train --resume RUN` continues after it",
+    "eval": "AutoAttack's finished batches are kept, and the same command goes on after them; nothing else was written",
+    "compare": "finished and begun runs are kept: the same command goes on from there",
+    "report": "the report was not finished; the same command writes it anew",
+    "import": "the same command starts again, once the folder it may have begun (--out) is deleted",
+    "bench": "defenses that were finished are in the file named with --out; the same command starts again",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code; prints a person's mistake as one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -45,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastarat: {error}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        print("fastarat: interrupted; `fastarat train --resume RUN` continues after the last epoch", file=sys.stderr)
+        kept = _INTERRUPTED.get(argv[0] if argv else "", "nothing was written; the same command starts again")
+        print(f"fastarat: interrupted; {kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -79,6 +91,10 @@ def _dispatch(argv: list[str]) -> int:
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)} Known: {', '.join(commands)}.")
     run, text = commands[name]
+    if name != "doctor" and not {"-h", "--help"} & set(rest):
+        from fastarat.train import one_process
+
+        one_process()
     return run(_Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
 
 
@@ -124,7 +140,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.checks import checked_budget
     from fastarat.data import load_dataset
     from fastarat.evaluate import evaluate, parse_attacks
-    from fastarat.train import load_run, pick_device
+    from fastarat.train import accuracy_name, check_branch, load_run, pick_device
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
@@ -148,9 +164,12 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: expected 1 or more")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: expected a whole number from 0 to 2^63 - 1")
     parse_attacks(args.attack)
     device = pick_device(args.device)
     model, meta, config = load_run(args.run, args.weights)
+    check_branch(args.run, meta, args.branch, args.weights if Path(args.run).is_dir() else "")
     epsilon = meta["epsilon"] if args.epsilon is None else args.epsilon
     budget = checked_budget(epsilon, args.step_size, meta["norm"] if args.norm is None else args.norm, where="--")
     if config is None and not args.dataset:
@@ -166,6 +185,8 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
             f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
             f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
         )
+    if args.limit is not None and args.limit > len(dataset.test):
+        print(f"note: --limit {args.limit} is above the {len(dataset.test):,} test images: all of them are evaluated")
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     result = evaluate(
         model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
@@ -178,7 +199,11 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
         else folder / ("eval.json" if args.weights == "last" else f"eval-{args.weights}.json")
     )
     result.save(where)
-    print(f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}), {dataset.name} test set")
+    best = meta.get("best")
+    chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
+    print(
+        f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}{chosen}), {dataset.name} test set"
+    )
     print(result.table())
     print(f"saved: {where}")
     return 0
@@ -191,7 +216,8 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
     from fastarat.compare import compare, parse_tune
 
-    parser.add_argument("--defenses", required=True, help="comma-separated names; NAME+swa averages weights")
+    parser.add_argument("--defenses", required=True, help="comma-separated, of " + ", ".join(c.DEFENSES) + ", or "
+                        "FILE.py:CLASS; NAME+swa averages weights")  # fmt: skip
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     parser.add_argument("--test-attack", default="clean,pgd-20,autoattack", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="evaluate on this many test images")

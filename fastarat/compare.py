@@ -395,8 +395,8 @@ def _at_once(call: Callable[[Any], tuple[str, Any]], jobs: Sequence[Any], parall
 def rule(seeds: Sequence[int]) -> str:
     """How a row's settings were chosen, in one sentence."""
     return (
-        "Chosen on validation images by the same rule in every row: highest mean of clean + PGD accuracy after the "
-        f"last epoch; every combination with seed {seeds[0]}"
+        "Chosen on validation images by the same rule in every row: highest mean of clean + PGD accuracy (clean alone "
+        f"for what is trained on clean images) after the last epoch; every combination with seed {seeds[0]}"
         + (f", the best {FINALISTS} with seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "")
         + ". The test images chose nothing."
     )
@@ -454,8 +454,8 @@ def _score(plan: Plan, diverged: bool) -> dict[str, Any]:
     found = _last_validation(plan)
     if "clean_acc" not in found:
         raise UserError("tuning chooses on validation images, and there are none: give --eval.val-images")
-    attacks = plan.config.defense.attacks
-    return {"score": found["clean_acc"] + (found["robust_acc"] if attacks else 0.0), "diverged": False, **found}
+    robust = found["robust_acc"] if plan.config.defense.chosen_by == "robust" else 0.0
+    return {"score": found["clean_acc"] + robust, "diverged": False, **found}
 
 
 def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:
@@ -534,7 +534,8 @@ def _tabulate(
         row["warnings"] = sorted({w for e in evals for w in e["warnings"]})
         rows.append(row)
     settings = {
-        "dataset": first.dataset,
+        # By its name: a folder's path says little, and differs from machine to machine.
+        "dataset": load_weights(Path(mine[0].config.out) / "last.safetensors")[1]["dataset"],
         "model": first.model,
         "epochs": " / ".join(map(str, sorted({c.epochs for c in configs.values()}))),
         "seeds": list(seeds),

@@ -18,7 +18,8 @@ from fastarat.attacks import Backend, BatchNormMode, Objective, Start
 from fastarat.checks import Norm, Precision, checked_budget, coerce, hints_of, settle, shown
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
-from fastarat.schedules import recipe_of
+from fastarat.models import MODELS
+from fastarat.schedules import RECIPES, recipe_of
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
@@ -55,7 +56,7 @@ class AttackConfig:
 class OptimConfig:
     """SGD and its schedule. Unset fields follow the recipe."""
 
-    recipe: str | None = _f(None, "named schedule (default: the defense's)")
+    recipe: str | None = _f(None, f"named schedule, of {', '.join(RECIPES)} (default: the defense's)")
     lr: float | None = _f(None, "base learning rate", _FROM_0)
     warmup: int | None = _f(
         None,
@@ -105,18 +106,18 @@ class SwaConfig:
 class Config:
     """Everything a run depends on. The resolved form is saved in the run folder and reloads to an equal object."""
 
-    defense: Defense = field(default_factory=ARAT, metadata={"help": "standard, at, ar-at, or FILE.py:CLASS"})
+    defense: Defense = field(default_factory=ARAT, metadata={"help": ", ".join(DEFENSES) + ", or FILE.py:CLASS"})
     dataset: str = _f("digits", "digits, cifar10, cifar100, an image folder, an archive of one, or a .beton")
     model: str | None = _f(
         None,
-        "resnet-small, resnet18, preactresnet18, wrn-34-10 or timm:NAME "
+        f"{', '.join(sorted(MODELS))}, any wrn-DEPTH-WIDTH, or timm:NAME "
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
     epochs: int | None = _f(None, "default: the recipe's", _COUNT)
     batch_size: int = _f(128, "images per step")
     amp: bool = _f(False, "short for --precision bf16, where the hardware has it")
     precision: Precision = _f("fp32", "of convolutions; statistics and losses are float32")
-    swa: bool = _f(False, "also average weights (see --swa-config)")
+    swa: bool = _f(False, "also average weights (see --swa-config.start)")
     ema: float | None = _f(
         None, "also keep an exponential moving average of the weights with this decay, such as 0.995", "(0, 1)"
     )
@@ -302,7 +303,10 @@ def write_yaml(config: Config, path: Path) -> None:
 def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
     """Add one flag per field of `cls`: --batch-size, --attack.epsilon, --amp / --no-amp."""
     hints = hints_of(cls)
-    group = parser.add_argument_group((cls.__doc__ or "").strip().split("\n")[0]) if prefix else parser
+    title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    if issubclass(cls, Defense) and cls.name:
+        title = f"{cls.name}: {title}"
+    group = parser.add_argument_group(title) if prefix else parser
     for f in dataclasses.fields(cls):
         hint, flag = hints[f.name], "--" + prefix + f.name.replace("_", "-")
         if f.name == "defense" and cls is Config:
@@ -328,9 +332,12 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> N
                 flag, dest=dest, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text
             )
         else:
-            choices = [
-                a for o in (hint, *typing.get_args(hint)) if typing.get_origin(o) is Literal for a in typing.get_args(o)
-            ]
+            options = (hint, *typing.get_args(hint))
+            choices = [str(a) for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
+            if any("," in choice for choice in choices):
+                choices = [repr(choice) for choice in choices]  # one could be taken for two
+            elif bool in options:
+                choices = ["true", "false"]
             group.add_argument(
                 flag,
                 dest=dest,

@@ -38,6 +38,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
 _SPLIT_SEED = 0  # of the test images held out of sets that come without any
 _DIGITS_TEST = 360
+_LARGEST_SIDE = 4096
 _FOLDER_TEST_FRACTION = 0.2
 _RESIDENT_FRACTION = 0.25  # of the free device memory, or of the host's memory
 
@@ -168,7 +169,10 @@ def load_dataset(
     if val_images is None:
         val_images = 1000 if count >= 10_000 else count // 10
     if not 0 <= val_images < count:
-        raise UserError(f"val_images={val_images} does not fit: {stored.name} has {count} training images to cut from")
+        raise UserError(
+            f"val_images={val_images} does not fit: {stored.name} has {count} training images to cut from: "
+            f"write 0 to {count - 1}"
+        )
     held_out = stratified_indices(stored.train.labels, val_images, val_seed)
     kept = np.setdiff1d(np.arange(count), held_out)
     return Dataset(
@@ -284,8 +288,10 @@ def prepare(
 
 def _open(name_or_path: str | os.PathLike, data_dir: Path, download: bool, image_size: int | None) -> _Stored:
     name, path = str(name_or_path), Path(name_or_path)
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size={image_size} is not a number of pixels: write 1 or more")
+    if image_size is not None and not 1 <= image_size <= _LARGEST_SIDE:
+        raise UserError(
+            f"image_size={image_size} is not a side of images to train on: write 1 to {_LARGEST_SIDE} pixels"
+        )
     if name in NAMES:
         if image_size is not None:
             raise UserError(f"image_size={image_size} is for image folders; the images of {name} have one size")

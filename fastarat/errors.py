@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MANY = 40  # names that a line still holds
+
 
 class UserError(ValueError):
     """A mistake the person can mend. The command line prints its text alone and exits with code 2."""
@@ -18,6 +20,10 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
-    """Build the error for a name that is not one of `choices`, naming the nearest one."""
+    """Build the error for a name that is not one of `choices`: it names all of them, or of many the nearest three."""
     choices = sorted(choices)
-    return UserError(f"unknown {kind} {name!r}{nearest(name, choices) or '.'} Known: {', '.join(choices)}.")
+    known = f"Known: {', '.join(choices)}."
+    if len(choices) > _MANY:
+        close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0)
+        known = f"Nearest of {len(choices):,} known: {', '.join(close)}."
+    return UserError(f"unknown {kind} {name!r}{nearest(name, choices) or '.'} {known}")

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,6 +56,10 @@ PERTURBATION_TOLERANCE = 1e-6
 # Trained robust networks lose 2 to 5 points from PGD-20 to AutoAttack; from 2 on PGD alone misleads.
 PGD_GAP = 0.02
 SQUARE_GAP = 0.002  # the limit of the official `check_square_sr`
+
+
+class NonFinite(UserError):
+    """The model's logits are NaN or infinite."""
 
 
 class Attack(NamedTuple):
@@ -326,6 +331,15 @@ def parse_attacks(attack: str) -> list[Attack]:
     return list(entries.values())
 
 
+def attack_title(key: str) -> str:
+    """Name what an accuracy was measured under: robust_acc_pgd20_r5 -> PGD-20 x5 restarts, clean_acc -> clean."""
+    name = key.removeprefix("robust_acc_")
+    if found := re.fullmatch(r"pgd(\d+)(?:_r(\d+))?", name):
+        return f"PGD-{found[1]}" + (f" x{found[2]} restarts" if found[2] else "")
+    titles = {"clean_acc": "clean", "aa": "AutoAttack", "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab_t": "FAB-T"}
+    return titles.get(name, name.capitalize())
+
+
 def collect(
     data: Any, *, limit: int | None = None, batch_size: int = 256, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -506,7 +520,7 @@ def _check_logits(logits: Tensor) -> None:
     if logits.dtype != torch.float32:
         raise UserError(f"the model returned {logits.dtype}: expected float32 logits; turn off autocast in its forward")
     if not bool(logits.isfinite().all()):
-        raise UserError("the model returned NaN or infinite logits: expected finite ones; check the checkpoint")
+        raise NonFinite("the model returned NaN or infinite logits: expected finite ones; check the checkpoint")
 
 
 def _furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
@@ -521,6 +535,8 @@ def _furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
             PERTURBATION_TOLERANCE + 1e-5 * budget.epsilon,
         )
     low, high = (v.item() for v in points.aminmax())
+    if math.isnan(low):
+        raise NonFinite("the model's input gradient is NaN: expected a finite one; check the checkpoint")
     assert distance <= budget.epsilon + slack, f"perturbation {distance} exceeds epsilon {budget.epsilon}"
     assert 0 <= low <= high <= 1, f"adversarial images span [{low}, {high}]"
     return distance
@@ -586,7 +602,9 @@ def _pgd_robust(
             for rows, points in _pgd_points(forward, x, y, entry, budget, generator, correct):
                 furthest = max(furthest, _furthest(points, x[rows], budget))
                 with torch.no_grad():
-                    correct[rows] = forward(points).argmax(1) == y[rows]
+                    logits = forward(points)
+                    _check_logits(logits)
+                    correct[rows] = logits.argmax(1) == y[rows]
             parts.append(correct.cpu())
             robust += int(correct.sum())
             bar.update()

@@ -7,10 +7,8 @@ import hashlib
 import importlib
 import json
 import logging
-import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,8 +28,8 @@ from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.evaluate import collect
 from fastarat.models import build_model
-from fastarat.record import RunFolder, load_into, write_atomic
-from fastarat.train import load_run, pixels
+from fastarat.record import RunFolder, check_kind, load_into, load_tensors, write_atomic
+from fastarat.train import check_branch, load_run, pixels
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.
@@ -197,29 +195,13 @@ def _read(path: Path) -> Any:
         raise UserError(f"no checkpoint {path}" + (": it is a folder" if path.is_dir() else ""))
     try:
         if path.suffix == ".safetensors":
+            check_kind(path)
             return load_file(path)
         with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if named := re.search(r"(?:GLOBAL|global|class|type) ([\w.]+\.\w+)", text):
-            raise UserError(
-                f"{path} holds a pickled {named[1]}, and unpickling classes runs code of the file, so it is not "
-                "loaded: in the authors' own code, save the state dict alone (torch.save(model.state_dict(), FILE))"
-            ) from error
-        raise _unreadable(path, text) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        raise _unreadable(path, str(error)) from error
-
-
-def _unreadable(path: Path, text: str) -> UserError:
-    if "TorchScript" in text:
-        return UserError(
-            f"{path} is a TorchScript program, not a state dict: save model.state_dict() in the authors' code"
-        )
-    first = text.strip().split("\n")[0][:200]
-    return UserError(f"{path} cannot be read ({first}): it is corrupt or not a PyTorch checkpoint; download it again")
+            return load_tensors(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read: it is corrupt or no safetensors file ({error})") from error
 
 
 def _numpy_numbers() -> list:
@@ -494,12 +476,7 @@ def export(
     if num_images < 1:
         raise UserError(f"num_images={num_images}: expected 1 or more")
     model, meta, config = load_run(run, which)
-    known = meta["branches"] or ["adv"]
-    if branch not in known:
-        why = "" if meta["branches"] else " (this network has one BatchNorm set, called adv)"
-        raise UserError(f"no BatchNorm branch {branch!r} in {run}: it has {', '.join(known)}{why}")
-    if which == "swa" and meta["branches"] and branch != "adv":
-        raise UserError("the averaged network's clean BatchNorm was never re-estimated: export branch adv, or last")
+    check_branch(run, meta, branch, which)
     if meta["model"].startswith("timm:") and meta["normalized"] and format != "onnx":
         raise UserError(f"{meta['model']} with normalisation has no ordinary names for it: use --format onnx")
     plain = single_branch(model, branch) if meta["branches"] else model

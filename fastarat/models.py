@@ -433,6 +433,26 @@ def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
 
 
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+    """Raise UserError unless the network takes images of `shape`, (C, H, W)."""
+    device = next((p.device for p in model.parameters()), None)
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()(torch.zeros(2, *shape, device=device))
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a network of anybody's fails in its own way
+        first = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise UserError(
+            f"{name} does not take images of {shape[1]}x{shape[2]} with {shape[0]} channel(s) ({first}): choose a "
+            "network that does, such as resnet18, or resize an image folder with --image-size"
+        ) from error
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
 def tap_names(model: nn.Module) -> tuple[str, ...]:
     """Return the layers AR-AT aligns by default in `model`: a built-in network's own, else the penultimate feature."""
     return model.tap_names if isinstance(model, Network) else (PENULTIMATE,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import zipfile
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +95,76 @@ class RunFolder:
         write_atomic(self.path / "metrics.jsonl", lambda p: p.write_text(text))
 
 
+# What people take for a checkpoint: first bytes, and what a file that begins with them is.
+_KINDS = (
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF8", "a GIF image"),
+    (b"%PDF", "a PDF document"),
+    (b"\x1f\x8b", "a gzip archive (unpack it)"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull gets the file itself)"),
+    (b"<", "a web page (the download did not give the file)"),
+)
+
+
+def check_kind(path: Path) -> None:
+    """Raise UserError for a file whose first bytes say that it is something else than a checkpoint."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    found = next((what for magic, what in _KINDS if head.lstrip().startswith(magic)), None)
+    if not head:
+        found = "an empty file"
+    elif found is None and path.suffix != ".safetensors":
+        # What torch.save writes is a zip archive, long ago a pickle or a tar archive.
+        torchs = head.startswith((b"PK", b"\x80")) or head[257:262] == b"ustar"
+        found = None if torchs else f"a file that begins with {head[:8]!r}"
+    if found:
+        raise UserError(f"{path} cannot be read: it is {found}, not a checkpoint, or corrupt")
+
+
+def load_tensors(path: Path, map_location: Any = "cpu") -> Any:
+    """Read what torch.save wrote, running no code of the file. Raises: UserError for all that it cannot read."""
+    try:
+        check_kind(path)
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if named := re.search(r"(?:GLOBAL|global|class|type) ([\w.]+\.\w+)", str(error)):
+            raise UserError(
+                f"{path} cannot be read: it holds a pickled {named[1]}, and unpickling classes would run code of the "
+                "file, which fastarat never does; in the authors' own code, save the state dict alone "
+                "(torch.save(model.state_dict(), FILE))"
+            ) from error
+        # PyTorch's own text advises to switch its protection off.
+        raise UserError(f"{path} cannot be read: it is corrupt or not a PyTorch checkpoint; get it again") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} cannot be read: it is a TorchScript program, not a state dict; save model.state_dict() in the "
+                "authors' code"
+            ) from error
+        first = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{path} cannot be read ({first}): it is corrupt or not a PyTorch checkpoint; get it again"
+        ) from error
+
+
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a .pt checkpoint of fastarat (tensors and plain values only). Raises: UserError if missing or corrupt."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
-        first = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"checkpoint {path} cannot be read ({first}): it is corrupt or not one of fastarat's; use another "
-            "(best.pt beside last.pt, or an earlier run)"
-        ) from error
+        state = load_tensors(Path(path), map_location)
+    except UserError as error:
+        raise UserError(f"{error}. Or use another: best.pt beside last.pt, or an earlier run") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "step" not in state:
-        raise UserError(f"{path} is not a fastarat checkpoint of format {FORMAT}")
+        raise UserError(
+            f"{path} is not a fastarat checkpoint of format {FORMAT}; others' are read by "
+            f"`fastarat import {path} --out RUN`"
+        )
     return state
 
 
@@ -119,11 +175,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises: UserError for a missing, corrupt or foreign file.
     """
     path = Path(path)
-    if path.suffix == ".pt":
+    if path.suffix != ".safetensors":
         state = load_checkpoint(path)
         return state["step"]["model"], {**state["meta"], "epoch": state["epoch"]}
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
+    check_kind(path)
     try:
         with safe_open(path, "pt") as file:
             meta = (file.metadata() or {}).get("fastarat")

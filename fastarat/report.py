@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from fastarat.batchnorm import branch
 from fastarat.data import Dataset, Split, load_dataset
 from fastarat.errors import UserError
-from fastarat.evaluate import adversarial_examples, collect, wilson
-from fastarat.record import write_atomic
+from fastarat.evaluate import adversarial_examples, attack_title, collect, wilson
+from fastarat.record import load_weights, write_atomic
 from fastarat.train import load_run, pick_device, pixels
 
 NUM_STEPS = 20
@@ -43,7 +43,10 @@ _DROP = 0.7
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What is read from one run folder. label: a short name, unique in the report."""
+    """What is read from one run folder.
+
+    label: a short name, unique in the report. best: epoch of the best checkpoint and the accuracy that chose it.
+    """
 
     path: Path
     label: str
@@ -53,6 +56,7 @@ class _Run:
     model: nn.Module
     meta: dict[str, Any]
     config: Any
+    best: dict[str, Any] | None
 
 
 class Examples(NamedTuple):
@@ -163,6 +167,7 @@ def _read(path: Path, label: str) -> _Run:
         model=model,
         meta=meta,
         config=config,
+        best=_best(path, metrics),
     )
 
 
@@ -400,8 +405,12 @@ def curves_figure(runs: Sequence[_Run]) -> Figure:
             _line(axes, run, key, {**style, "markerfacecolor": "white"}, dashes=_DASHES[2], percent=True)
         if key := _robust_key(run):
             _line(robust, run, key, style, dashes=solid[attacks.index(key) % len(solid)], percent=True)
-            best = _best(run)
-            robust.plot(best["epoch"], 100 * best[key], "o", ms=9, mfc="none", mec=style["color"], mew=1.2, zorder=4)
+        best = [row for row in run.metrics if run.best and row["epoch"] == run.best["epoch"]]
+        for axes, shown in ((clean, "val/clean_acc"), (robust, key)):
+            for row in best:
+                if row.get(shown) is not None:
+                    ring = {"ms": 9, "mfc": "none", "mec": style["color"], "mew": 1.2, "zorder": 4}
+                    axes.plot(row["epoch"], 100 * row[shown], "o", **ring)
 
     logarithmic = [_spread(axes) for axes in (loss, parts) if axes is not None]
     drops = [_mark_drops(axes, runs, styles) for axes in (loss, parts, clean, robust) if axes is not None]
@@ -415,14 +424,15 @@ def curves_figure(runs: Sequence[_Run]) -> Figure:
     batches = {"linestyle": _DASHES[2], "marker": "o", "markerfacecolor": "white"}
     ring = {"linestyle": "", "marker": "o", "markersize": 8, "markerfacecolor": "none"}
     trained = {key for run in runs for row in run.metrics for key in row}
+    rings = [(ring, "best epoch")] if any(run.best for run in runs) else []
     key = [(batches, "training batches")] if "train/clean_acc" in trained else []
-    _title(clean, "Clean accuracy", False, [(held_out, "validation"), *key])
+    _title(clean, "Clean accuracy", False, [(held_out, "validation"), *key, *rings])
     key = [
         ({**held_out, "linestyle": solid[i % len(solid)]}, f"validation, {_attack_of(name)}")
         for i, name in enumerate(attacks)
     ]
     key += [(batches, "training attack")] if "train/robust_acc" in trained else []
-    _title(robust, "Robust accuracy", False, [*key, *([(ring, "best epoch")] if attacks else [])])
+    _title(robust, "Robust accuracy", False, [*key, *(rings if attacks else [])])
 
     for axes in figure.axes:
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.7)
@@ -556,22 +566,23 @@ def _robust_key(run: _Run) -> str | None:
     return next((k for row in run.metrics for k in row if k.startswith("val/robust_acc")), None)
 
 
-def _best(run: _Run) -> dict[str, Any]:
-    """Return the epoch that best.pt was saved at: the first of the highest validation robust accuracy."""
-    key = _robust_key(run)
-    return max((row for row in run.metrics if row.get(key) is not None), key=lambda row: row[key])
+def _best(path: Path, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return epoch, accuracy (`value`) and its name (`by`) of the best checkpoint, or None where there is none."""
+    file = path / "best.safetensors"
+    if not file.is_file():
+        return None
+    meta = load_weights(file)[1]
+    if "best" in meta:
+        return meta["best"]
+    # A run from before the rule was kept: PGD chose.
+    row = next((row for row in metrics if row["epoch"] == meta["epoch"]), {})
+    key = next((key for key in row if key.startswith("val/robust_acc")), None)
+    return key and {"epoch": meta["epoch"], "by": key.removeprefix("val/"), "value": row[key]}
 
 
 def _attack_of(key: str) -> str:
     """val/robust_acc_pgd10 -> PGD-10."""
-    return _attack_name(re.sub(r"^pgd(\d+)(_r(\d+))?$", r"pgd-\1-\3", key.split("robust_acc_")[-1]).rstrip("-"))
-
-
-def _attack_name(name: str) -> str:
-    """pgd-20 -> PGD-20, pgd-20-5 -> PGD-20 with 5 restarts, autoattack -> AutoAttack."""
-    if match := re.fullmatch(r"pgd-(\d+)-(\d+)", name):
-        return f"PGD-{match[1]} with {match[2]} restarts"
-    return {"clean": "none (clean)", "autoattack": "AutoAttack", "square": "Square"}.get(name, name.upper())
+    return attack_title(key.removeprefix("val/"))
 
 
 # Text: the contents once, then one writer for each format
@@ -681,7 +692,17 @@ def _evaluation_table(runs: list[_Run]) -> _Table:
                 low, high = wilson(value, count)
                 budget = "" if name == "clean" else _budget(settings)
                 interval = f"{low:.2%} to {high:.2%}"
-                rows.append([run.label, weights, _attack_name(name), budget, f"{count:,}", f"{value:.2%}", interval])
+                rows.append(
+                    [
+                        run.label,
+                        weights,
+                        "none (clean)" if name == "clean" else _attack_of(key),
+                        budget,
+                        f"{count:,}",
+                        f"{value:.2%}",
+                        interval,
+                    ]
+                )
     return _Table(["run", "weights", "attack", "budget", "images", "accuracy", "95 % interval"], rows)
 
 
@@ -694,8 +715,8 @@ def _metrics_table(runs: list[_Run]) -> _Table:
         rows.append([name, *(_value(key, run.metrics[-1].get(key)) for run in runs)])
     best = ["best epoch on validation"]
     for run in runs:
-        key = _robust_key(run)
-        best.append(f"{_best(run)['epoch']} ({_best(run)[key]:.2%} under {_attack_of(key)})" if key else "")
+        by = run.best and ("clean" if run.best["by"] == "clean_acc" else f"under {_attack_of(run.best['by'])}")
+        best.append(f"{run.best['epoch']} (chosen by {run.best['value']:.2%} {by})" if run.best else "none")
     return _Table(["", *(run.label for run in runs)], [*rows, best])
 
 

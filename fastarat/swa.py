@@ -40,21 +40,21 @@ class MovingAverage:
     """Exponential moving average of a network's parameters and running statistics, updated after every step.
 
     The decay is min(decay, (1 + n) / (10 + n)) at update n, so that the start is forgotten quickly. Integer buffers
-    (batch counters) are copied. Source: Polyak and Juditsky, 1992; used with adversarial training by Gowal et al.,
-    2020 (arXiv 2010.03593), whose averaged networks are the ones evaluated.
+    (batch counters) and those that hold infinity (masks) are copied. Source: Polyak and Juditsky, 1992; used with
+    adversarial training by Gowal et al., 2020 (arXiv 2010.03593), whose averaged networks are the ones evaluated.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0
         self.state: dict[str, Tensor] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.averaged = [k for k, v in self.state.items() if v.is_floating_point() and v.isfinite().all()]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
         now = model.state_dict()
-        floats = [k for k, v in self.state.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in floats], [now[k] for k in floats], weight)
-        for key in self.state.keys() - set(floats):
+        torch._foreach_lerp_([self.state[k] for k in self.averaged], [now[k] for k in self.averaged], weight)
+        for key in self.state.keys() - set(self.averaged):
             self.state[key].copy_(now[key])
         self.count += 1
 

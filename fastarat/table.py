@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastarat.evaluate import attack_title
 from fastarat.record import write_atomic
 from fastarat.train import pixels
 
@@ -181,16 +182,7 @@ class Comparison:
 
 
 def _title(key: str) -> str:
-    """The heading of an accuracy: `robust_acc_apgd_ce` is APGD-CE, `robust_acc_pgd20_r5` PGD-20 (5 restarts)."""
-    titles = {"clean_acc": "clean", "robust_acc_aa": "AutoAttack", "sum": "Sum", "nrr": "NRR"}
-    titles |= {"robust_acc_square": "Square"}
-    if key in titles:
-        return titles[key]
-    name = key.removeprefix("robust_acc_")
-    if name.startswith("pgd"):
-        steps, _, restarts = name.removeprefix("pgd").partition("_r")
-        return f"PGD-{steps}" + (f" ({restarts} restarts)" if restarts else "")
-    return name.replace("_", "-").upper()
+    return {"sum": "Sum", "nrr": "NRR"}.get(key) or attack_title(key)
 
 
 def _in_words(settings: dict[str, Any]) -> str:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
+from fastarat.attacks import mode_of
 from fastarat.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
 from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
 from fastarat.data import (
@@ -36,9 +38,9 @@ from fastarat.defenses.base import resuming
 from fastarat.doctor import bf16_support
 from fastarat.engine import TrainStep
 from fastarat.errors import UserError
-from fastarat.evaluate import evaluate
+from fastarat.evaluate import NonFinite, attack_title, evaluate
 from fastarat.kernels import why_not_triton
-from fastarat.models import build_model
+from fastarat.models import build_model, check_takes
 from fastarat.optim import SGD
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
 from fastarat.released import card_rows, default_recipe
@@ -46,6 +48,7 @@ from fastarat.schedules import in_words, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 from fastarat.winograd import qualifies
 
+_NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 _MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "tensorboard", "out")
 
 
@@ -60,7 +63,7 @@ class Result:
 
 
 class Diverged(UserError):
-    """A loss term stopped being finite."""
+    """A loss term, a weight, a running statistic or the network's logits stopped being finite."""
 
 
 def train(
@@ -82,15 +85,26 @@ def train(
             tensorboard).
         progress: print the run card, a progress bar (on a terminal) and one line per epoch.
     Returns: Result.
-    Raises: UserError before any training for every mistake in the config; Diverged when a loss term becomes NaN or
-        infinite, naming the step, the term and the last good checkpoint.
+    Raises: UserError before any training for every mistake in the config; Diverged when a loss term, a weight, a
+        running statistic or the network's logits become NaN or infinite, naming it, the step and the last good
+        checkpoint; what is written is finite.
     """
+    one_process()
     if resume is not None:
         config = _resumed_config(Path(resume), config, overrides or {})
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
     return _Training(config, resume is not None, progress).run()
+
+
+def one_process() -> None:
+    """Raise UserError inside a launcher that starts a command several times, torchrun's way."""
+    if (size := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(size) > 1:
+        raise UserError(
+            f"WORLD_SIZE={size}: fastarat runs in one process on one device, and a launcher such as torchrun starts "
+            f"the same run {size} times; start it without one (several seeds at once: fastarat compare --parallel)"
+        )
 
 
 def _resumed_config(run: Path, config: Config | None, overrides: dict[str, Any]) -> Config:
@@ -210,6 +224,12 @@ class _Training:
         self.progress, self.resume = progress, resume
         self.device = pick_device(config.device)
         if config.threads is not None:
+            cores = os.cpu_count() or 1
+            if config.threads > 8 * cores:
+                raise UserError(
+                    f"threads={config.threads}: this machine has {cores} core(s), and more threads than cores slow it "
+                    f"down; write --threads {cores} or leave it out"
+                )
             torch.set_num_threads(config.threads)
         self.dataset = _limited(
             load_dataset(
@@ -220,6 +240,7 @@ class _Training:
             ),
             config.limit_train,
         )
+        _check_sizes(self.dataset, config)
         self.config = config = resolve(config, self.dataset)
         self.recipe = recipe_of(config.optim.recipe)
         self.precision, self.precision_note = usable_precision(config.precision, self.device)
@@ -239,6 +260,7 @@ class _Training:
             mean=mean,
             std=std,
         ).to(self.device)
+        check_takes(model, config.model, self.dataset.shape)
         with resuming(resume and (Path(config.out) / "last.pt").is_file()):
             self.step = TrainStep(
                 model,
@@ -309,8 +331,11 @@ class _Training:
             "norm": config.attack.norm,
         }
         self.folder = RunFolder(config.out, resume=resume)
-        self.best: dict[str, Any] = {"epoch": 0, "value": -1.0}
-        self.first_epoch = 1
+        # A buffer may hold infinity on purpose, such as a mask.
+        self.never_finite = _not_finite(self._tensors())
+        self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
+        self.first_epoch, self.saved_epoch = 1, 0
+        self.other_rule = ""
         if resume:
             self._load()
 
@@ -326,6 +351,12 @@ class _Training:
                 print(f"{folder.path} is finished: nothing to do")
             elif self.resume:
                 print(f"continuing after epoch {self.first_epoch - 1}")
+                if self.other_rule:
+                    before, now = (accuracy_name(key) for key in (self.other_rule, self.best["by"]))
+                    print(
+                        f"note: the best checkpoint so far was chosen by the highest {before}, and is now by the "
+                        f"highest {now}: it starts anew from epoch {self.first_epoch} on"
+                    )
         writer = self._tensorboard()
         total = (config.epochs - self.first_epoch + 1) * self.steps_per_epoch
         bar = tqdm(
@@ -338,14 +369,20 @@ class _Training:
                 for key, value in row.items():
                     if writer is not None and key != "epoch":
                         writer.add_scalar(key, value, epoch)
-                value = row.get(self._chosen_by())
                 state = self._state(epoch)
-                if value is not None and value > self.best["value"]:
-                    self.best = state["best"] = {"epoch": epoch, "value": value}
-                    folder.save("best", state, self.meta)
+                by, tie = best_by(config)
+                # Strictly better: among equals the earliest stays.
+                if f"val/{by}" in row and (row[f"val/{by}"], row[f"val/{tie}"]) > (
+                    self.best["value"],
+                    self.best["tie"],
+                ):
+                    self.best = {"epoch": epoch, "by": by, "value": row[f"val/{by}"], "tie": row[f"val/{tie}"]}
+                    state["best"] = self.best
+                    folder.save("best", state, {**self.meta, "best": self.best})
                 if self.ema is not None:
                     folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": config.ema})
                 folder.save("last", state, self.meta)
+                self.saved_epoch = epoch
                 if self.progress:
                     tqdm.write(_line(row, config.epochs), file=sys.stdout)
                     sys.stdout.flush()
@@ -395,34 +432,35 @@ class _Training:
                 self._check_finite(epoch)
                 rate = images_seen / (time.perf_counter() - started)
                 means = step.meter.read()
-                shown = {k: f"{means[k]:.3f}" for k in ("loss", "clean_acc", "robust_acc") if k in means}
+                shown = {k: _loss(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
                 bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
         wall = time.perf_counter() - started
         row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": images_seen / wall}
         row |= {f"train/{name}": value for name, value in step.meter.read().items()}
+        self._check_network(epoch, batch.images)
         if epoch % config.eval.every == 0 or epoch == config.epochs:
-            row |= self._validate()
+            row |= self._validate(epoch)
         return row
 
-    def _chosen_by(self) -> str:
-        return f"val/robust_acc_pgd{self.config.eval.num_steps}"
-
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[str, float]:
         if not len(self.dataset.val):
             return {}
-        result = evaluate(
-            self.step.model,
-            self.dataset.val,
-            f"clean,pgd-{self.config.eval.num_steps}",
-            epsilon=self.config.attack.epsilon,
-            norm=self.config.attack.norm,
-            seed=self.config.seed,
-            batch_size=max(256, self.config.batch_size),
-            device=self.device,
-            progress=False,
-        )
+        try:
+            result = evaluate(
+                self.step.model,
+                self.dataset.val,
+                f"clean,pgd-{self.config.eval.num_steps}",
+                epsilon=self.config.attack.epsilon,
+                norm=self.config.attack.norm,
+                seed=self.config.seed,
+                batch_size=max(256, self.config.batch_size),
+                device=self.device,
+                progress=False,
+            )
+        except NonFinite as error:
+            raise self._diverged("the network's logits on the validation images", epoch) from error
         return {f"val/{name}": value for name, value in result.accuracy.items()}
 
     @torch.no_grad()
@@ -430,13 +468,18 @@ class _Training:
         """Accuracy of branch `name`, eval mode, on the first whole batches of a fresh augmented pass."""
         model, seen = self.step.model.eval(), 0
         correct = torch.zeros((), device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         for batch in self.probe_loader.epoch(epoch):
             with branch(model, name):
-                correct += (model(batch.images).argmax(1) == batch.labels).sum()
+                logits = model(batch.images)
+            correct += (logits.argmax(1) == batch.labels).sum()
+            finite &= logits.isfinite().all()
             seen += len(batch.labels)
             if seen >= count:
                 break
         model.train()
+        if not finite:
+            raise self._diverged(f"the network's logits in eval mode (BatchNorm branch {name!r})", epoch, step=0)
         return correct / seen
 
     def _check_finite(self, epoch: int) -> None:
@@ -444,15 +487,52 @@ class _Training:
         if bad is None:
             return
         index, name = bad
-        what = name if name in self.step.meter.watched else f"loss term {name!r}"
+        raise self._diverged(name if name in self.step.meter.watched else f"loss term {name!r}", epoch, step=index + 1)
+
+    @torch.no_grad()
+    def _check_network(self, epoch: int, images: Tensor) -> None:
+        """Raise Diverged unless all that this epoch leaves behind is finite; one or two reads of the device.
+
+        No loss sees what the last step made of the weights, and in train mode none sees the running statistics, which
+        may overflow by themselves, or give logits that do. images: a batch to look at those logits with.
+        """
+        named = self._tensors()
+        if self.ema is not None:
+            named += [(f"the moving average of {k!r}", v) for k, v in self.ema.state.items() if k in self.ema.averaged]
+        if self.average is not None:
+            named += [("the mean of the weights (SWA)", value) for value in self.average.parameters]
+        if bad := [name for name in _not_finite(named) if name not in self.never_finite]:
+            raise self._diverged(bad[0], epoch)
+        model, logits = self.step.model, []
+        images = images.to(memory_format=self.step.memory_format)
+        with mode_of(model, False):
+            for name in branches_of(model) or ("adv",):
+                which = f" (BatchNorm branch {name!r})" if branches_of(model) else ""
+                with branch(model, name):
+                    logits.append((f"the network's logits in eval mode{which}", model(images)))
+            if self.ema is not None:
+                logits.append(("the averaged network's logits (EMA)", functional_call(model, self.ema.state, images)))
+        if bad := _not_finite(logits):
+            raise self._diverged(bad[0], epoch)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*_named(self.step.model), *_named(self.step.companions, " of the defense's companions")]
+
+    def _diverged(self, what: str, epoch: int, step: int | None = None) -> Diverged:
+        """Build the error that `what` is not finite at `step` of `epoch`, by default after its last one."""
         last = (
-            f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {epoch - 1})"
-            if (self.folder.path / "last.pt").exists()
+            f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {self.saved_epoch})"
+            if self.saved_epoch
             else "no checkpoint was written yet"
         )
-        raise Diverged(
-            f"training stopped: {what} became NaN or infinite at epoch {epoch}, step {index + 1} of "
-            f"{self.steps_per_epoch}; {last}. A smaller --optim.lr is the usual mend"
+        when = f"at epoch {epoch}, step {step} of {self.steps_per_epoch}"
+        if step == 0:
+            when = f"before the first step of epoch {epoch}"
+        elif step is None:
+            when = f"by the end of epoch {epoch} ({self.steps_per_epoch} steps)"
+        return Diverged(
+            f"training stopped: {what} became NaN or infinite {when}; {last}. The usual mend is an --optim.lr below "
+            f"{self.config.optim.lr:g}, with another --out"
         )
 
     # --- averaging --------------------------------------------------------------------------------------------------
@@ -483,6 +563,8 @@ class _Training:
         if self.progress:
             print(f"SWA: re-estimating BatchNorm of the mean of {self.average.count} snapshots", flush=True)
         model = averaged_model(step, self.average, batches, exact=self.config.swa_config.exact)
+        if bad := [name for name in _not_finite(_named(model)) if name not in self.never_finite]:
+            raise self._diverged(f"{bad[0]} of the averaged network (SWA)", self.config.epochs)
         self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.config.epochs, "swa": True})
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -509,7 +591,14 @@ class _Training:
             self.average.load_state_dict(state["average"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
-        self.best, self.first_epoch = state["best"], state["epoch"] + 1
+        self.saved_epoch = state["epoch"]
+        self.first_epoch = self.saved_epoch + 1
+        # Runs from before the rule was a defense's own: PGD chose, and the earliest of equals stayed.
+        best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **state["best"]}
+        if best["by"] == self.best["by"]:
+            self.best = best
+        elif best["epoch"]:
+            self.other_rule = best["by"]
         self.folder.truncate_metrics(state["epoch"])
 
     def _tensorboard(self):
@@ -548,9 +637,10 @@ class _Training:
         rows |= {
             "model": f"{config.model}, {parameters:,} parameters, input [0, 1]"
             + (", normalised inside" if config.normalize else ""),
-            "data": f"{self.dataset.name}: {train:,} train, {val:,} validation (chooses best), {test:,} test, "
+            "data": f"{self.dataset.name}: {train:,} train, {val:,} validation, {test:,} test, "
             f"{len(self.dataset.classes)} classes, {'x'.join(map(str, self.dataset.shape))}",
             **{f"data note {i}": note for i, note in enumerate(self.dataset.notes, 1)},
+            "best": self._best_rule(),
             "augmentation": "off"
             if self.augment is None
             else f"random crop, zero padding {self.augment.padding}"
@@ -581,6 +671,18 @@ class _Training:
         width = max(map(len, rows))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
 
+    def _best_rule(self) -> str:
+        if not len(self.dataset.val):
+            return "no validation images: no best"
+        by, tie = (accuracy_name(key) for key in best_by(self.config))
+        every = (
+            "" if self.config.eval.every == 1 else f", measured every {self.config.eval.every} epochs and at the end"
+        )
+        return (
+            f"highest {by} on {len(self.dataset.val):,} validation images{every}; of equal ones the highest {tie}, "
+            "then the earliest epoch"
+        )
+
     def _fast_paths(self) -> dict[str, str]:
         layers = sum(isinstance(m, BatchNorm2d) for m in self.step.model.modules())
         why = "asked for plain" if self.config.kernels == "plain" else why_not_triton(self.device)
@@ -608,6 +710,35 @@ class _Training:
         return {"fast paths on": ", ".join(on), **({"fast paths off": "; ".join(off)} if off else {})}
 
 
+def _named(module: nn.Module, owner: str = "") -> list[tuple[str, Tensor]]:
+    """Return everything a network consists of, with names for people."""
+    named = [(f"weight {name!r}{owner}", p) for name, p in module.named_parameters()]
+    for name, buffer in module.named_buffers():
+        kind = "running statistic" if "running_" in name else "buffer"
+        named.append((f"{kind} {name!r}{owner}", buffer))
+    return named
+
+
+def _not_finite(named: list[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity, in order; one read of the device."""
+    flags = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
+    return [name for (name, _), finite in zip(named, flags, strict=True) if not finite]
+
+
+def best_by(config: Config) -> tuple[str, str]:
+    """Return the keys of the accuracies on validation images that choose the best checkpoint.
+
+    The first decides; the second decides between equals, and then the earliest epoch is best.
+    """
+    keys = (f"robust_acc_pgd{config.eval.num_steps}", "clean_acc")
+    return keys if config.defense.chosen_by == "robust" else keys[::-1]
+
+
+def accuracy_name(key: str) -> str:
+    """robust_acc_pgd10 -> PGD-10 accuracy."""
+    return f"{attack_title(key)} accuracy"
+
+
 _START = {
     "none": "none (the centre itself)",
     "uniform": "uniform in the ball, clamped to [0, 1]",
@@ -631,8 +762,12 @@ def pixels(value: float) -> str:
     return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
 
 
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
 def _line(row: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", f"loss {row['train/loss']:.3f}"]
+    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", f"loss {_loss(row['train/loss'])}"]
     train = [
         f"{short} {row[f'train/{key}']:.1%}"
         for key, short in (("clean_acc", "clean"), ("robust_acc", "attacked"))
@@ -665,6 +800,28 @@ def _limited(dataset: Dataset, count: int | None) -> Dataset:
     return dataclasses.replace(dataset, train=train)
 
 
+def _check_sizes(dataset: Dataset, config: Config) -> None:
+    """Raise UserError for a training set that leaves a class out or does not fill a batch."""
+    count = len(dataset.train)
+    limit = "" if config.limit_train is None or config.limit_train > count else f" (limit_train={config.limit_train})"
+    empty = (torch.bincount(dataset.train.labels, minlength=len(dataset.classes)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(
+            f"the {count} training image(s) of {dataset.name}{limit} leave out {len(empty)} of its "
+            f"{len(dataset.classes)} classes, {dataset.classes[empty[0]]!r} first: "
+            + (
+                f"write --limit-train {len(dataset.classes)} or more"
+                if limit
+                else "hold out fewer with --eval.val-images, or remove those classes"
+            )
+        )
+    if config.batch_size > count:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {count:,} training images of {dataset.name}{limit}: "
+            f"every step would see fewer than asked for; write --batch-size {count} for all of them, or less"
+        )
+
+
 def _mean_std(split: Split) -> tuple[list[float], list[float]]:
     loader: Loader = make_loader(split, batch_size=1024, device="cpu")
     total, square, count = 0.0, 0.0, 0
@@ -675,6 +832,16 @@ def _mean_std(split: Split) -> tuple[list[float], list[float]]:
         count += pixels_.numel() // pixels_.shape[1]
     mean = total / count
     return mean.tolist(), (square / count - mean.square()).sqrt().tolist()
+
+
+def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str = "last") -> None:
+    """Raise UserError unless a run's network has a BatchNorm set `branch` that can be used."""
+    known = meta["branches"] or ["adv"]
+    if branch not in known:
+        why = "" if meta["branches"] else " (this network has one BatchNorm set, called adv)"
+        raise UserError(f"no BatchNorm branch {branch!r} in {run}: it has {', '.join(known)}{why}")
+    if (which == "swa" or meta.get("swa")) and meta["branches"] and branch != "adv":
+        raise UserError("the averaged network's clean BatchNorm was never re-estimated: take branch adv, or last")
 
 
 def load_run(path: str | Path, which: str = "last") -> tuple[nn.Module, dict[str, Any], Config | None]:

@@ -1,6 +1,8 @@
 """The command line: every mistake one line and exit code 2, nothing overwritten; the real commands end to end."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import fastarat
 from fastarat.cli import main
+from fastarat.schedules import RECIPES
 
 SMALL = ["--limit-train", "64", "--batch-size", "32", "--epochs", "1", "--attack.num-steps", "1", "--eval.num-steps", "1",
          "--eval.val-images", "20", "--attack.epsilon", "0.1", "--no-tensorboard"]  # fmt: skip
@@ -74,6 +78,32 @@ def folder_of_images(root: Path, classes: int) -> Path:
         (["data", "prepare", "digits"], "--out"),
         (["data", "info", "no/such/folder"], "no/such/folder"),
         (["report", "nowhere"], "nowhere"),
+        (
+            ["train", "--batch-size", "5000"],
+            "batch_size=5000 is more than the 1,294 training images of digits: every step",
+        ),
+        (
+            ["train", "--limit-train", "40"],
+            "the 40 training images of digits (limit_train=40): every step would see fewer",
+        ),
+        (
+            ["train", "--limit-train", "5"],
+            "(limit_train=5) leave out 5 of its 10 classes, '0' first: write --limit-train 10",
+        ),
+        (
+            ["train", "--eval.val-images", "1436"],
+            "leave out 9 of its 10 classes, '0' first: hold out fewer with --eval.val",
+        ),
+        (["train", "--eval.val-images", "2000"], "1437 training images to cut from: write 0 to 1436"),
+        (["train", "--threads", "100000"], "threads=100000: this machine has"),
+        (["train", "--awp-warmup", "-1"], "awp_warmup=-1: expected 0 or more"),
+        (["train", "--epochs", "0"], "epochs=0"),
+        (["train", "--seed", "-1"], "seed=-1"),
+        (["eval", "nowhere", "--seed", "-1"], "--seed -1: expected"),
+        (
+            ["data", "info", "digits", "--image-size", "60000"],
+            "image_size=60000 is not a side of images to train on: write 1 to 4096",
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -115,6 +145,220 @@ def test_a_network_without_batchnorm_cannot_be_split(capsys, tmp_path, monkeypat
     monkeypatch.setitem(__import__("fastarat").models.MODELS, "plain", lambda k, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, k)))  # fmt: skip
     assert "no BatchNorm layer to split" in mistake(["train", "--model", "plain"], capsys)
     assert not (tmp_path / "runs").exists()
+    assert main(["train", "--model", "plain", "--no-defense.split-bn", *SMALL, "--quiet"]) == 0, "the mend it names"
+
+
+def test_a_batch_of_the_whole_set_is_taken(tmp_path):
+    argv = [
+        "train",
+        "--defense",
+        "standard",
+        *SMALL,
+        "--limit-train",
+        "64",
+        "--batch-size",
+        "64",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*argv, "--quiet"]) == 0
+
+
+class Fixed(torch.nn.Module):
+    """Takes images of one size only, as a vision transformer does."""
+
+    def __init__(self, size, num_classes, in_chans):
+        super().__init__()
+        self.size, self.bn = size, torch.nn.BatchNorm2d(in_chans)
+        self.linear = torch.nn.Linear(in_chans * size * size, num_classes)
+
+    def forward(self, x):
+        assert x.shape[2] == self.size, f"Input height ({x.shape[2]}) doesn't match model ({self.size})."
+        return self.linear(self.bn(x).flatten(1))
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    module = type(sys)("timm")
+    module.list_models = lambda: [
+        f"vit_{size}_patch{p}_{n}" for size in ("tiny", "base") for p in range(20) for n in range(40)
+    ]
+    module.create_model = lambda name, pretrained, num_classes, in_chans: Fixed(int(name[-1]), num_classes, in_chans)
+    monkeypatch.setitem(sys.modules, "timm", module)
+
+
+def test_a_network_of_another_image_size(timm, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for defense in ("ar-at", "at", "standard"):
+        error = mistake(["train", "--model", "timm:vit_tiny_patch16_4", "--defense", defense], capsys)
+        assert (
+            "timm:vit_tiny_patch16_4 does not take images of 8x8 with 1 channel(s) (Input height (8) doesn't match"
+            in error
+        )
+    assert not (tmp_path / "runs").exists()
+    assert main(["train", "--model", "timm:vit_tiny_patch16_8", *SMALL, "--quiet", "--out", "run"]) == 0
+
+
+def test_of_many_names_the_nearest_are_listed(timm, capsys):
+    error = mistake(["train", "--model", "timm:vit_tiny_patch16_x"], capsys)
+    assert "Nearest of 1,600 known: vit_tiny_patch16_" in error
+    assert len(error) < 250
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+        (b"\xff\xd8\xff\xe0", "a JPEG image"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"\x1f\x8b\x08", "a gzip archive"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"hello", "a file that begins with b'hello"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_by_its_name(start, what, capsys, tmp_path):
+    for name in ("x.pt", "x.png", "x.safetensors"):
+        if name == "x.safetensors" and start == b"hello":
+            continue  # the format has no magic number
+        (tmp_path / name).write_bytes(start + bytes(range(100)))
+        for argv in (["import", str(tmp_path / name), "--out", str(tmp_path / "run")], ["eval", str(tmp_path / name)]):
+            error = mistake(argv, capsys)
+            assert f"cannot be read: it is {what}" in error
+            assert "weights_only" not in error
+
+
+class Person:
+    pass
+
+
+def test_a_checkpoint_of_pickled_classes(capsys, tmp_path):
+    file = tmp_path / "x.pt"
+    torch.save({"state_dict": {}, "who": Person()}, file)
+    for argv in (["import", str(file), "--out", str(tmp_path / "run")], ["eval", str(file)]):
+        error = mistake(argv, capsys)
+        for words in (
+            "test_cli.Person",
+            "run code of the file, which fastarat never does",
+            "torch.save(model.state_dict(), FILE)",
+        ):
+            assert words in error
+        assert "weights_only" not in error
+    file.write_bytes(b"\x80\x02broken")
+    error = mistake(["import", str(file), "--out", str(tmp_path / "run")], capsys)
+    assert "corrupt or not a PyTorch checkpoint" in error
+    assert "weights_only" not in error
+    torch.save({"conv.weight": torch.ones(2)}, file)
+    assert f"fastarat import {file} --out RUN" in mistake(["eval", str(file)], capsys)
+
+
+COMMANDS = ["train", "eval", "compare", "report", "import", "export", "data", "bench", "doctor"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", "`fastarat train --resume RUN` continues after it"),
+        ("eval", "AutoAttack's finished batches are kept"),
+        ("compare", "finished and begun runs are kept: the same command goes on"),
+        ("report", "the same command writes it anew"),
+        ("import", "once the folder it may have begun (--out) is deleted"),
+        ("export", "nothing was written; the same command starts again"),
+        ("data", "nothing was written; the same command starts again"),
+        ("bench", "are in the file named with --out"),
+        ("doctor", "the same command starts again"),
+    ],
+)
+def test_interrupts_say_what_is_kept(command, words, capsys, monkeypatch):
+    import fastarat.cli as module
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, f"_{command}", interrupt)
+    assert main([command]) == 130
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert command == "train" or "train --resume" not in error
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "doctor"])
+def test_a_launcher_of_several_processes_is_refused(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2: fastarat runs in one process" in mistake([command], capsys)
+    with pytest.raises(fastarat.UserError, match="WORLD_SIZE=2"):
+        fastarat.train()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "unknown flag" in mistake(["train", "--nonsense"], capsys)
+
+
+def help_of(command, capsys, monkeypatch, *argv) -> str:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([command, *argv, "--help"])
+    return capsys.readouterr().out
+
+
+def strings(path: Path):
+    """The string literals of a source file, adjacent ones as one; what is filled in at run time as a space."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(v.value if isinstance(v, ast.Constant) else " " for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_flag_that_a_text_names_exists(capsys, monkeypatch):
+    known = {"--help", "--version"}
+    flag = re.compile(r"(?<![\w-])--[a-z][a-z0-9_.-]*[a-z0-9]")
+    for command in COMMANDS:
+        known |= set(flag.findall(help_of(command, capsys, monkeypatch)))
+    for name in fastarat.DEFENSES:
+        known |= set(flag.findall(help_of("train", capsys, monkeypatch, "--defense", name)))
+    assert "--no-defense.split-bn" in known
+    others = {"--format=csv": 0, "--query-gpu": 0, "--porcelain": 0, "--no-build-isolation": 0, "--force-reinstall": 0}
+    package = Path(fastarat.__file__).parent
+    for path in (*package.glob("*.py"), *package.glob("defenses/*.py")):
+        for text in strings(path):
+            for name in [] if ":root" in text else flag.findall(text):
+                assert name in known or name in others, (
+                    f"{path.name} names {name}, which no command takes: {text[:100]}"
+                )
+
+
+def test_help_names_what_can_be_chosen(capsys, monkeypatch):
+    text = help_of("train", capsys, monkeypatch)
+    joined = re.sub(r"\n {20,}", " ", text).splitlines()
+    lines = {line.split()[0].rstrip(","): line for line in joined if line.strip().startswith("--")}
+    for name in fastarat.DEFENSES:
+        assert f"{name}," in lines["--defense"]
+    assert "FILE.py:CLASS" in lines["--defense"]
+    assert all(name in lines["--optim.recipe"] for name in RECIPES)
+    assert all(name in lines["--model"] for name in fastarat.models.MODELS)
+    assert "wrn-DEPTH-WIDTH" in lines["--model"]
+    assert "timm:NAME" in lines["--model"]
+    assert "{'x->y','y->x','x->y,y->x','x<->y'}" in lines["--defense.align"]
+    assert "the mean of both" in lines["--defense.align"]
+    assert "{true,false}" in lines["--optim.nesterov"]
+    assert "\nar-at: L = a CE" in text
+    assert ".:\n" not in text
+    assert all(f"{name}," in help_of("compare", capsys, monkeypatch) for name in fastarat.DEFENSES)
+
+
+def test_branches_and_limits_of_an_evaluation(run, tmp_path, capsys):
+    one = tmp_path / "one"
+    assert main(["train", "--defense", "at", *SMALL, "--out", str(one), "--quiet"]) == 0
+    assert "one BatchNorm set, called adv" in mistake(
+        ["eval", str(one), "--branch", "clean", "--attack", "clean"], capsys
+    )
+    assert "it has clean, adv" in mistake(["eval", str(run), "--branch", "advs", "--attack", "clean"], capsys)
+    assert not (one / "eval.json").exists()
+    assert main(["eval", str(one), "--branch", "adv", "--attack", "clean", "--limit", "5000"]) == 0
+    assert "note: --limit 5000 is above the 360 test images: all of them are evaluated" in capsys.readouterr().out
+    assert main(["eval", str(one), "--attack", "clean", "--weights", "best", "--limit", "10"]) == 0
+    assert "(best, epoch 1, highest validation PGD-1 accuracy)" in capsys.readouterr().out
 
 
 def test_the_norm_in_other_spellings(run, capsys, tmp_path):
@@ -273,8 +517,9 @@ def test_mistakes_in_a_defense_of_ones_own(body, words, capsys, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_exit_codes_of_the_installed_command():
-    command = [sys.executable, "-m", "fastarat.cli"]
+@pytest.mark.parametrize("module", ["fastarat", "fastarat.cli"])
+def test_exit_codes_of_the_installed_command(module):
+    command = [sys.executable, "-m", module]
     assert subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0
     done = subprocess.run([*command, "train", "--attack.epsilon", "8"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -294,3 +539,15 @@ def test_nan_exits_1_and_names_the_checkpoint(tmp_path, capsys):
     code = main(["train", *SMALL, "--epochs", "3", "--optim.lr", "1e30", "--out", str(tmp_path / "run"), "--quiet"])
     assert code == 1
     assert "became NaN or infinite at epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("defense", ["ar-at", "at", "standard"])
+def test_divergence_is_the_message_of_the_training(defense, tmp_path, capsys):
+    """At this rate the losses, of batch statistics, stay finite for a while, and the running statistics do not."""
+    argv = ["train", "--defense", defense, "--limit-train", "320", "--batch-size", "32", "--epochs", "3", "--optim.lr", "1000",
+            "--attack.epsilon", "0.1", "--attack.num-steps", "2", "--no-tensorboard", "--quiet"]  # fmt: skip
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastarat: training stopped: ")
+    assert error.count("\n") == 1
+    assert "check the checkpoint" not in error

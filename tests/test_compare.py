@@ -51,7 +51,10 @@ def test_four_formats(table):
     for suffix in ("md", "tex"):
         assert mean in text[suffix]
     assert "| at |" in text["md"]
-    assert "PGD-2" in text["md"]
+    assert "| defense | clean | PGD-2 | s/epoch |" in text["md"], "no column that is empty in every row"
+    assert "Sum" not in text["md"]
+    assert "published" not in text["md"] + text["tex"]
+    assert "\\begin{tabular}{lrrr}" in text["tex"]
     assert "mean ± standard deviation over seeds 0, 1" in text["md"]
     assert "\\toprule" in text["tex"]
     assert json.loads(text["json"])["rows"] == table.rows
@@ -171,6 +174,42 @@ def test_mistakes_come_before_any_training(options, words, tmp_path):
     with pytest.raises(fastarat.UserError, match=words):
         run(tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_columns_and_what_is_said_of_them():
+    keys = ["clean_acc", "robust_acc_pgd20", "robust_acc_pgd20_r5", "robust_acc_apgd_ce", "robust_acc_apgd_t",
+            "robust_acc_fab_t", "robust_acc_square", "robust_acc_aa"]  # fmt: skip
+    one = {"mean": 0.5, "std": None}
+    row = {
+        "defense": "at",
+        "seeds": [0],
+        "epoch_s": 1.0,
+        "published": None,
+        **dict.fromkeys([*keys, "sum", "nrr"], one),
+    }
+    settings = {"dataset": "cifar10", "model": "resnet18", "epochs": "1", "seeds": [0], "epsilon": 8 / 255, "norm": "linf",
+                "keys": keys, "num_images": 10, "device": "x"}  # fmt: skip
+    text = module.Comparison([row], settings, None).markdown()
+    assert text.splitlines()[0] == "| defense | clean | PGD-20 | PGD-20 x5 restarts | APGD-CE | APGD-T | FAB-T | Square | " \
+        "AutoAttack | Sum | NRR | s/epoch |"  # fmt: skip
+    assert "NRR = their harmonic mean" in text
+    published = {**row, "published": {"clean": 1.0, "autoattack": 2.0, "source": "paper"}}
+    text = module.Comparison([row, published], settings, None).markdown()
+    assert "published clean / AutoAttack |" in text
+    assert text.splitlines()[1].endswith("| ---: | --- |")
+    text = module.Comparison([row], {**settings, "keys": ["robust_acc_aa"]}, None).markdown()
+    assert "Sum" not in text
+
+
+def test_a_folder_is_called_by_its_name(tmp_path):
+    from test_cli import folder_of_images
+
+    images = folder_of_images(tmp_path / "pictures", 3)
+    base = {**BASE, "dataset": str(images), "limit_train": 8, "batch_size": 4, "eval": {"val_images": 3, "num_steps": 1},
+            "data_dir": str(tmp_path / "data")}  # fmt: skip
+    table = run(tmp_path / "runs", ("standard",), (0,), base=base)
+    assert table.settings["dataset"] == "pictures"
+    assert str(tmp_path) not in table.markdown()
 
 
 def test_published_numbers_are_shown_only_for_their_setting(table):
@@ -332,7 +371,7 @@ def test_collapsed_and_diverged_seeds_are_counted_in_the_open(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("attack", "titles"),
     [
-        ("clean,pgd-2,pgd-2-2,apgd-ce", ["clean", "PGD-2", "PGD-2 (2 restarts)", "APGD-CE"]),
+        ("clean,pgd-2,pgd-2-2,apgd-ce", ["clean", "PGD-2", "PGD-2 x2 restarts", "APGD-CE"]),
         ("clean,fab-t,square", ["clean", "FAB-T", "Square"]),
     ],
 )

@@ -98,7 +98,7 @@ def test_text_escapes_names_and_names_attack_images_and_budget(trained, tmp_path
         assert len(columns) == 1, table
     saved = json.loads((trained[0] / "eval.json").read_text())
     value, (low, high) = saved["accuracy"]["robust_acc_pgd2_r2"], saved["interval_95"]["robust_acc_pgd2_r2"]
-    row = ["PGD-2 with 2 restarts", "L∞ ε = 8/255", "20", f"{value:.2%}", f"{low:.2%} to {high:.2%}"]
+    row = ["PGD-2 x2 restarts", "L∞ ε = 8/255", "20", f"{value:.2%}", f"{low:.2%} to {high:.2%}"]
     assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert " | ".join(row) in markdown
     assert f"not evaluated yet: fastarat eval {trained[1]}" in page
@@ -219,8 +219,8 @@ def test_perturbation_scale(largest, factor, scale):
     assert module._visible(difference) == (factor, scale)
 
 
-def curve_run(label, rows, epsilon=0.1):
-    return SimpleNamespace(label=label, metrics=rows, meta={"epsilon": epsilon, "norm": "linf"})
+def curve_run(label, rows, epsilon=0.1, best=None):
+    return SimpleNamespace(label=label, metrics=rows, meta={"epsilon": epsilon, "norm": "linf"}, best=best)
 
 
 def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
@@ -234,7 +234,8 @@ def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
         if value is not None:
             row["val/robust_acc_pgd10"] = value
     other = [{"epoch": i + 1, "lr": 0.1, "train/loss": 1.0, "val/robust_acc_pgd20": 0.3} for i in range(2)]
-    figure = curves_figure([curve_run("_one $x$", rows), curve_run("two", other, epsilon=8 / 255)])
+    best = {"epoch": 3, "by": "robust_acc_pgd10", "value": 0.5}
+    figure = curves_figure([curve_run("_one $x$", rows, best=best), curve_run("two", other, epsilon=8 / 255)])
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     assert list(panels) == ["Training loss", "Terms of the loss", "Clean accuracy", "Robust accuracy"]
 
@@ -247,7 +248,8 @@ def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
     assert ([1, 2, 3, 4], pytest.approx([0, 10, 20, 30])) in curves("Clean accuracy")
     assert ([2, 3, 4], [25, 50, 50]) in curves("Robust accuracy")
     assert ([1, 2], [30, 30]) in curves("Robust accuracy")
-    assert ([3], [50]) in curves("Robust accuracy"), "best.pt is the first of equals"
+    assert ([3], [50]) in curves("Robust accuracy")
+    assert ([3], pytest.approx([20])) in curves("Clean accuracy")
     for title in panels:
         assert [x for x, _ in curves(title) if len(set(x)) == 1 and len(x) == 2] == [[3.5, 3.5]], "the drop, no warm-up"
     keys = [text.get_text() for text in panels["Robust accuracy"].get_legend().get_texts()]
@@ -261,6 +263,20 @@ def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     assert pixels_of(buffer.getvalue()).shape[1] == 900
+
+
+def test_best_epoch_is_the_checkpoints_own(trained, run):
+    found = module._read(run, "run")
+    assert found.best == load_weights(run / "best.safetensors")[1]["best"]
+    assert found.best["by"] == "robust_acc_pgd10"
+    assert f"1 (chosen by {found.best['value']:.2%} under PGD-10)" in module._metrics_table([found]).rows[-1]
+    weights, meta = load_weights(run / "best.safetensors")
+    del meta["best"]  # a run from before the rule was kept
+    RunFolder(run, resume=True).save_weights("best", weights, meta)
+    assert module._read(run, "run").best == {key: found.best[key] for key in ("epoch", "by", "value")}
+    (run / "best.safetensors").unlink()
+    assert module._read(run, "run").best is None
+    assert module._metrics_table([module._read(run, "run")]).rows[-1] == ["best epoch on validation", "none"]
 
 
 def test_loss_is_logarithmic_only_when_its_range_is_wide():
@@ -280,7 +296,7 @@ def test_many_runs_differ_in_colour_or_marker():
     ("name", "shown"),
     [
         ("val/robust_acc_pgd10", "PGD-10"),
-        ("val/robust_acc_pgd20_r5", "PGD-20 with 5 restarts"),
+        ("val/robust_acc_pgd20_r5", "PGD-20 x5 restarts"),
     ],
 )
 def test_attack_names(name, shown):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import fastarat
 from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, read_yaml
+from fastarat.data import load_dataset
 from fastarat.engine import TrainStep, frozen
 from fastarat.record import RunFolder, load_checkpoint
 from fastarat.train import Diverged, load_run, train, usable_precision
@@ -72,15 +73,85 @@ def test_run_folder(unbroken):
     assert (saved.model, saved.epochs, saved.optim.lr, saved.optim.recipe) == ("resnet-small", 3, 0.1, "arat")
     assert saved.attack.step_size == pytest.approx(0.025)
     best = load_checkpoint(unbroken / "best.pt")
-    values = [r["val/robust_acc_pgd2"] for r in rows]
-    assert best["best"] == {"epoch": 1 + values.index(max(values)), "value": max(values)}
+    values = [(r["val/robust_acc_pgd2"], r["val/clean_acc"]) for r in rows]
+    value, tie = max(values)
+    epoch = 1 + values.index(max(values))
+    assert best["best"] == {"epoch": epoch, "by": "robust_acc_pgd2", "value": value, "tie": tie}
+    assert load_run(unbroken, "best")[1]["best"] == best["best"]
 
 
 def test_run_card_says_what_a_number_depends_on(unbroken):
     card = (unbroken / "card.txt").read_text()
     for words in ("ar-at: minimise", "center", "noisy (x + U", "0.1", "step 0.025", "attack BN", "train (batch statistics",
-                  "split BatchNorm", "float32", "resident", "Triton kernels", "chooses best", "weight decay 0.0005", "milestones scaled from 100 epochs"):  # fmt: skip
+                  "split BatchNorm", "float32", "resident", "Triton kernels", "highest PGD-2 accuracy on 40 validation images; of equal ones", "weight decay 0.0005", "milestones scaled from 100 epochs"):  # fmt: skip
         assert words in card
+
+
+def scored(monkeypatch, scores):
+    """Let the validations score (clean, robust) accuracies given in turn."""
+    module, scores = sys.modules["fastarat.train"], iter(scores)
+
+    class Scored:
+        def __init__(self) -> None:
+            clean, robust = next(scores)
+            self.accuracy = {"clean_acc": clean, "robust_acc_pgd2": robust}
+
+    monkeypatch.setattr(module, "evaluate", lambda *args, **options: Scored())
+
+
+@pytest.mark.parametrize(
+    ("defense", "scores", "epoch"),
+    [
+        (fastarat.Standard(), [(0.4, 0.4), (0.9, 0.1), (0.8, 0.0)], 2),
+        (fastarat.Standard(), [(0.9, 0.1), (0.9, 0.2), (0.9, 0.2)], 2),
+        (fastarat.AT(), [(0.9, 0.1), (0.4, 0.4), (0.8, 0.3)], 2),
+        (fastarat.AT(), [(0.2, 0.0), (0.4, 0.0), (0.3, 0.0)], 2),  # nothing withstands the attack: clean decides
+        (fastarat.AT(), [(0.2, 0.1), (0.4, 0.3), (0.4, 0.3)], 2),  # the earlier of two equals
+    ],
+)
+def test_best_is_chosen_by_what_the_defense_is_for(defense, scores, epoch, tmp_path, monkeypatch):
+    scored(monkeypatch, scores)
+    run = train(small(tmp_path / "run", defense=defense), progress=False).run
+    assert load_checkpoint(run / "best.pt")["epoch"] == epoch
+    assert load_run(run, "best")[1]["best"]["epoch"] == epoch
+
+
+def test_the_best_standard_network_has_the_highest_clean_accuracy(tmp_path):
+    options = {"attack": AttackConfig(epsilon=0.3, num_steps=2), "eval": EvalConfig(val_images=100, num_steps=2)}
+    run = train(small(tmp_path / "run", defense=fastarat.Standard(), epochs=5, **options), progress=False).run
+    clean, robust = ([row[f"val/{key}"] for row in metrics(run)] for key in ("clean_acc", "robust_acc_pgd2"))
+    best = load_checkpoint(run / "best.pt")["epoch"]
+    assert clean[best - 1] == max(clean)
+    assert robust.index(max(robust)) != best - 1, "the rules agree here: this test shows nothing"
+    card = (run / "card.txt").read_text()
+    assert "highest clean accuracy on 100 validation images; of equal ones the highest PGD-2 accuracy" in card
+
+
+def test_without_validation_images_there_is_no_best(tmp_path):
+    run = train(small(tmp_path / "run", epochs=1, eval=EvalConfig(val_images=0)), progress=False).run
+    assert "no validation images: no best" in (run / "card.txt").read_text()
+    assert not (run / "best.pt").exists()
+
+
+@pytest.mark.parametrize("defense", [fastarat.Standard(), fastarat.AT()])
+def test_a_run_whose_best_was_chosen_by_another_rule_resumes(defense, tmp_path, monkeypatch, capsys):
+    """Before the rule was a defense's own, PGD chose every best, and nothing was said about it."""
+    scored(monkeypatch, [(0.5, 0.4), (0.4, 0.3), (0.45, 0.4)])
+    run = train(small(tmp_path / "run", defense=defense), progress=False).run
+    state = torch.load(run / "best.pt")
+    assert state["epoch"] == 1
+    state["best"] = {"epoch": 1, "value": 0.4}
+    torch.save(state, run / "last.pt")
+    scored(monkeypatch, [(0.4, 0.3), (0.45, 0.4)])
+    train(resume=run)
+    if defense.name == "at":
+        assert load_checkpoint(run / "best.pt")["epoch"] == 1
+        assert "anew" not in capsys.readouterr().out
+    else:
+        best = load_checkpoint(run / "best.pt")["best"]
+        assert best == {"epoch": 3, "by": "clean_acc", "value": 0.45, "tie": 0.4}
+        assert "was chosen by the highest PGD-2 accuracy, and is now by the highest clean accuracy: it starts anew " \
+            "from epoch 2 on" in capsys.readouterr().out  # fmt: skip
 
 
 def test_same_seed_same_weights_other_seed_other_weights(unbroken, tmp_path):
@@ -175,12 +246,146 @@ def test_nan_stops_with_step_term_and_checkpoint(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(
         Diverged,
-        match=r"term 'bad' became NaN or infinite at epoch 2, step 5 of 5; the last good checkpoint is .*last.pt \(epoch 1\)",
+        match=r"term 'bad' became NaN or infinite at epoch 2, step 5 of 5; the last good checkpoint is .*last.pt \(epoch 1\)"
+        r"\. The usual mend is an --optim.lr below 0.1",
     ):
         train(small(out, defense=Breaks()), progress=False)
     assert load_checkpoint(out / "last.pt")["epoch"] == 1
     for value in load_checkpoint(out / "last.pt")["step"]["model"].values():
         assert torch.isfinite(value.float()).all()
+
+
+@pytest.mark.parametrize("lr", [100, 1e3, 1e5, 1e15])
+@pytest.mark.parametrize("name", ["standard", "at", "trades", "mart", "ar-at", "gairat"])
+def test_a_run_that_diverges_says_so_and_leaves_only_finite_files(name, lr, tmp_path):
+    options = {"limit_train": 320, "epochs": 2, "ema": 0.9, "optim": OptimConfig(lr=lr)}
+    out = tmp_path / "run"
+    said = ""
+    try:
+        train(small(out, defense=fastarat.DEFENSES[name](), **options), progress=False)
+    except Diverged as error:
+        said = str(error)
+    assert "became NaN or infinite" in said or (lr < 1e5 and not said)
+    assert "check the checkpoint" not in said
+    for file in out.glob("*.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(file).values()), file.name
+        fastarat.evaluate(load_run(file)[0], load_dataset("digits").test, "clean,pgd-1", epsilon=0.1, limit=50)
+
+
+def broken(monkeypatch, at: int, damage) -> None:
+    """Let `damage(step)` happen to the network after optimiser step number `at`, behind the back of the losses."""
+    own, calls = TrainStep.__call__, []
+
+    def call(step, images, labels):
+        terms = own(step, images, labels)
+        calls.append(1)
+        if len(calls) == at:
+            with torch.no_grad():
+                damage(step)
+        return terms
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+
+
+DAMAGES = {
+    "weight 'conv1.weight'": lambda step: step.model.conv1.weight.view(-1)[0].fill_(float("nan")),
+    "running statistic 'bn1.clean.running_var'": lambda step: step.model.bn1.clean.running_var[0].fill_(float("inf")),
+    "weight 'predictor_adv.0.layers.0.weight' of the defense's companions": lambda step: next(
+        step.companions.parameters()
+    ).fill_(float("inf")),
+    # Finite, but not what comes of it, and in train mode nothing does.
+    "the network's logits in eval mode (BatchNorm branch 'adv')": lambda step: [
+        m.running_mean.fill_(-3e38) for m in step.model.modules() if hasattr(m, "branch_set")
+    ],
+    "the network's logits in eval mode (BatchNorm branch 'clean')": lambda step: [
+        m.clean.running_mean.fill_(-3e38) for m in step.model.modules() if hasattr(m, "branch_set")
+    ],
+}
+
+
+@pytest.mark.parametrize("at", [5, 10], ids=["epoch 1", "epoch 2"])
+@pytest.mark.parametrize("what", DAMAGES)
+def test_what_no_loss_sees_is_found_at_the_epochs_end(what, at, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    if at == 10:
+        train(small(tmp_path / "one", epochs=1, optim=OptimConfig(recipe="constant")), progress=False)
+    broken(monkeypatch, at, DAMAGES[what])
+    with pytest.raises(Diverged) as stop:
+        train(small(out, optim=OptimConfig(recipe="constant")), progress=False)
+    assert f"training stopped: {what} became NaN or infinite by the end of epoch {at // 5} (5 steps)" in str(stop.value)
+    if at == 5:
+        assert "no checkpoint was written yet" in str(stop.value)
+        assert not list(out.glob("*.pt"))
+    else:
+        assert f"the last good checkpoint is {out / 'last.pt'} (epoch 1)" in str(stop.value)
+        assert [row["epoch"] for row in metrics(out)] == [1]
+        assert load_checkpoint(out / "last.pt")["epoch"] == load_checkpoint(out / "best.pt")["epoch"] == 1
+        assert all(
+            torch.equal(p, q) for p, q in zip(weights(out).values(), weights(tmp_path / "one").values(), strict=True)
+        )
+
+
+def test_averages_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
+    from fastarat.swa import MovingAverage, WeightAverage
+
+    def spoil(self, model):
+        (self.parameters if isinstance(self, WeightAverage) else list(self.state.values()))[0].fill_(float("inf"))
+        self.count += 1
+
+    monkeypatch.setattr(MovingAverage, "update", spoil)
+    with pytest.raises(Diverged, match=r"the moving average of 'conv1.weight' became NaN"):
+        train(small(tmp_path / "ema", ema=0.9), progress=False)
+    assert not list((tmp_path / "ema").glob("*.safetensors"))
+    monkeypatch.setattr(WeightAverage, "update", spoil)
+    with pytest.raises(Diverged, match=r"the mean of the weights \(SWA\) became NaN .* epoch 2 .*\(epoch 1\)"):
+        train(small(tmp_path / "swa", swa=True, swa_config=SwaConfig(start=0.4)), progress=False)
+    assert not (tmp_path / "swa" / "swa.safetensors").exists()
+
+
+def test_an_averaged_network_that_overflows_is_not_written(tmp_path, monkeypatch):
+    module = sys.modules["fastarat.train"]
+    own = module.averaged_model
+
+    def overflown(*args, **options):
+        model = own(*args, **options)
+        model.bn1.running_var[0] = float("inf")
+        return model
+
+    monkeypatch.setattr(module, "averaged_model", overflown)
+    with pytest.raises(Diverged, match=r"'bn1.running_var' of the averaged network \(SWA\) became .*\(epoch 3\)"):
+        train(small(tmp_path / "run", swa=True, swa_config=SwaConfig(start=0.4)), progress=False)
+    assert not (tmp_path / "run" / "swa.safetensors").exists()
+
+
+def test_the_probe_of_a_network_that_overflows_stops_training(tmp_path):
+    from fastarat.train import _Training
+
+    training = _Training(small(tmp_path / "run"), False, False)
+    for m in training.step.model.modules():
+        if hasattr(m, "branch_set"):
+            m.clean.running_mean.fill_(-3e38)
+    with pytest.raises(
+        Diverged, match=r"eval mode .BatchNorm branch 'clean'. became NaN or infinite before the first step"
+    ):
+        training._probe("clean", 70, 2)
+
+
+def test_a_complaint_of_the_validation_is_one_of_the_training(tmp_path, monkeypatch):
+    module = sys.modules["fastarat.train"]
+    monkeypatch.setattr(module._Training, "_check_network", lambda *args: None)
+    broken(monkeypatch, 10, DAMAGES["the network's logits in eval mode (BatchNorm branch 'adv')"])
+    with pytest.raises(Diverged, match=r"logits on the validation images became NaN .* epoch 2 .*last.pt \(epoch 1\)"):
+        train(small(tmp_path / "run"), progress=False)
+
+
+def test_a_buffer_that_is_infinite_on_purpose_is_no_divergence(tmp_path, monkeypatch):
+    def masked(k, c):
+        model = fastarat.build_model("resnet-small", num_classes=k, in_channels=c)
+        model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+        return model
+
+    monkeypatch.setitem(fastarat.models.MODELS, "masked", masked)
+    train(small(tmp_path / "run", model="masked", epochs=1, ema=0.9), progress=False)
 
 
 def test_loading_runs(unbroken, tmp_path):

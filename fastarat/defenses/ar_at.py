@@ -66,7 +66,13 @@ class ARAT(Defense):
     layers: tuple[str, ...] | None = field(
         default=None, metadata={"help": "aligned layers (default: the network's); 'penultimate' for one layer"}
     )
-    align: Align = field(default="x->y", metadata={"help": "which side moves, and where the gradient stops"})
+    align: Align = field(
+        default="x->y",
+        metadata={
+            "help": "which features move, x adversarial and y clean: x->y, y->x, the mean of "
+            "both, or x<->y (both at once, no stopped gradient)"
+        },
+    )
     metric: Distance = field(default="cos", metadata={"help": "feature distance"})
     predictor_adv: bool = field(default=True, metadata={"help": "predictor on adversarial features"})
     predictor_clean: bool = field(default=False, metadata={"help": "predictor on clean features"})

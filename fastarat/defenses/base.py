@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,8 @@ class Defense:
     """Why this defense's step cannot be captured as one graph; empty when it can."""
     starts_from: ClassVar[str] = ""
     """Name of the field that holds a `standard` run to start from, for a defense that needs one."""
+    chosen_by: ClassVar[Literal["robust", "clean"]] = "robust"
+    """Accuracy on validation images that chooses the best checkpoint; the other one decides between equals."""
     recipe: ClassVar[str] = "arat"
     """Name of the schedule in `fastarat.schedules` used when none is asked for."""
     released_budget: ClassVar[tuple[float, float]] = (8 / 255, 2 / 255)

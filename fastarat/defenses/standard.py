@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +19,7 @@ class Standard(Defense):
     name: ClassVar[str] = "standard"
     formula: ClassVar[str] = "CE(f(x), y)"
     attacks: ClassVar[bool] = False
+    chosen_by: ClassVar[Literal["robust", "clean"]] = "clean"
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {"ce_clean": F.cross_entropy(wide(views.logits_clean), views.labels)}
