@@ -326,6 +326,8 @@ def test_one_command_measures_float32_and_bf16_against_the_released_structure(ab
     assert "| released structure, ms | fastarat, ms | ratio |" in header
     assert [row.split(" | ")[3] for row in rows] == (["fp32", "bf16"] if able else ["fp32"])
     assert all(row.count("|") == header.count("|") for row in rows)
+    # The loop is in float32: it has no share of the bf16 rate.
+    assert ["(baseline: " in row for row in rows] == ([True, False] if able else [True])
 
 
 def test_steps_are_timed_in_at_least_seven_rounds_unless_told(monkeypatch):
