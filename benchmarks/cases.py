@@ -133,10 +133,12 @@ def _twins(size: Size, *, double: bool = False, num_steps: int = NUM_STEPS, eage
             optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True),
             epsilon=EPSILON,
             step_size=STEP_SIZE,
-            num_steps=num_steps,
+            num_steps=max(num_steps, 1),
             precision="fp32" if double else size.precision,
             capture=False if eager else "auto",
         )
+        if num_steps == 0:  # the training step alone, on equal images
+            step.attack = lambda images, labels, mode=None: Attacked(images.clone(), None)
     stages = [getattr(step.model, f"layer{i}") for i in range(1, step.model.num_stages + 1)]
     first = [stage[0].conv1 for stage in stages]
     network = plain.ResNet([c.out_channels for c in first], len(stages[0]), [c.stride[0] for c in first], NUM_CLASSES)
