@@ -29,6 +29,7 @@ from fastarat.checks import (
     named,
     readable,
     shown,
+    waits,
     whole,
 )
 from fastarat.errors import UserError
@@ -270,8 +271,8 @@ class PGD:
             start="gaussian" the first step too.
         count: also count kappa.
         generator: source of the random start, on the model's device; default a new one with seed 0.
-    Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked. The first call of each shape also looks at the
-        values: images in [0, 1], labels within the classes. During a capture nothing is read.
+    Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked. Every call (on a GPU the first of each
+        shape) looks at the values: images in [0, 1], labels within the classes. During a capture nothing is read.
     Raises: UserError for unknown names, budgets and counts out of range, and (call) images or labels that are not so.
     """
 
@@ -322,7 +323,7 @@ class PGD:
         reads_labels = self._count or self.objective in ("ce", "cw")
         if reads_labels:
             check_labels(labels, images)
-        if images.shape in self._seen or not readable(images):
+        if (waits(images) and images.shape in self._seen) or not readable(images):
             return False
         check_pixels(images)
         if not reads_labels:

@@ -1,7 +1,7 @@
 """What a person may give: names, numbers, budgets, images, labels. One place, the same words from Python and flags.
 
 What reads no tensor's values costs nothing and is asked at every call. `check_pixels` and `check_classes` wait for the
-device: they are asked once, before work starts, where `readable` says so.
+device: where that means waiting, they are asked once per shape, before work starts and where `readable` says so.
 """
 
 from __future__ import annotations
@@ -315,6 +315,11 @@ def readable(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     return not tensor.is_meta and detect_fake_mode([tensor]) is None
+
+
+def waits(tensor: Tensor) -> bool:
+    """Whether reading values makes the host wait for a device: then once per shape must do; a CPU's are always read."""
+    return tensor.is_cuda
 
 
 def input_channels(model: nn.Module) -> int | None:

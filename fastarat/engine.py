@@ -36,6 +36,7 @@ from fastarat.checks import (
     named,
     readable,
     shown,
+    waits,
     whole,
     within,
 )
@@ -153,8 +154,8 @@ class TrainStep:
     careful: whether the attack's first step is float32, and the clean logits of its KL, though the rest of it is not.
     one_pass: whether the optimiser's step also writes the attack's low-precision weights.
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
-        captured step overwrites at its next call. The first call of each batch shape also looks at the values: images
-        in [0, 1], labels within the classes.
+        captured step overwrites at its next call. Every call (on a GPU the first of each shape) looks at the values:
+        images in [0, 1], labels within the classes.
     Raises: UserError for a network without BatchNorm asked to split, an unknown option, a budget or count out of range,
         or a step that cannot be captured though capture=True; (call) for images or labels that are not so.
     """
@@ -300,13 +301,13 @@ class TrainStep:
             cudnn.benchmark = autotunes
 
     def _check(self, images: Tensor, labels: Tensor) -> None:
-        """Raise UserError for a batch that is not what the step takes; reads values at the first of each shape only."""
+        """Raise UserError for a batch that is not what the step takes; a GPU's values are read once per shape."""
         check_images(images, channels=self._channels)
         check_labels(labels, images)
         if images.shape[1] != self._channels:
             raise UserError(f"images have {images.shape[1]} channels, the example had {self._channels}")
         check_device(self.device, images=images, labels=labels)
-        if images.shape in self._shapes_seen or not readable(images):
+        if (waits(images) and images.shape in self._shapes_seen) or not readable(images):
             return
         check_pixels(images)
         check_classes(labels, self.num_classes)

@@ -118,7 +118,7 @@ class Comparison:
         lines = [
             f"{s['dataset']}, {s['model']}, {s['epochs']} epochs, {s['norm']} epsilon {pixels(s['epsilon'])}, "
             f"{s['num_images']:,} test images in every cell, last checkpoint, {ended}; accuracies in %."
-            + (" Sum = clean + AutoAttack, NRR = their harmonic mean." if "sum" in self.rows[0] else "")
+            + (" Sum = clean + AutoAttack, NRR = their harmonic mean." if self._sums() else "")
             + f" s/epoch on {s['device']}. Rows of one seed share data, batch order and initial weights."
         ]
         if len({row["schedule"] for row in self.rows}) == 1:
@@ -133,6 +133,9 @@ class Comparison:
         lines += [f"Warning: {text}" for text in s["warnings"]]
         return "\n\n".join(lines)
 
+    def _sums(self) -> bool:
+        return {"clean_acc", "robust_acc_aa"} <= set(self.settings["keys"])
+
     def _shows_collapsed(self) -> bool:
         return len(self.settings["seeds"]) > 1 and any(row["collapsed"] or row["diverged"] for row in self.rows)
 
@@ -142,7 +145,7 @@ class Comparison:
 
     def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
         keys = self.settings["keys"]
-        shown = [*keys, *(("sum", "nrr") if "sum" in self.rows[0] else ())]
+        shown = [*keys, *(("sum", "nrr") if self._sums() else ())]
         head = ["defense", *(_title(key) for key in shown), "s/epoch"]
         optional = {
             "collapsed": self._shows_collapsed(),

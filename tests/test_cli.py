@@ -341,7 +341,7 @@ def test_help_names_what_can_be_chosen(capsys, monkeypatch):
     assert "timm:NAME" in lines["--model"]
     assert "{'x->y','y->x','x->y,y->x','x<->y'}" in lines["--defense.align"]
     assert "the mean of both" in lines["--defense.align"]
-    assert "{true,false}" in lines["--optim.nesterov"]
+    assert "--no-optim.nesterov" in lines["--optim.nesterov"]
     assert "\nar-at: L = a CE" in text
     assert ".:\n" not in text
     assert all(f"{name}," in help_of("compare", capsys, monkeypatch) for name in fastarat.DEFENSES)

@@ -185,10 +185,14 @@ def test_columns_and_what_is_said_of_them():
         "seeds": [0],
         "epoch_s": 1.0,
         "published": None,
+        "schedule": "arat",
+        "chosen": None,
+        "collapsed": [],
+        "diverged": [],
         **dict.fromkeys([*keys, "sum", "nrr"], one),
     }
     settings = {"dataset": "cifar10", "model": "resnet18", "epochs": "1", "seeds": [0], "epsilon": 8 / 255, "norm": "linf",
-                "keys": keys, "num_images": 10, "device": "x"}  # fmt: skip
+                "keys": keys, "num_images": 10, "device": "x", "warnings": [], "rule": ""}  # fmt: skip
     text = module.Comparison([row], settings, None).markdown()
     assert text.splitlines()[0] == "| defense | clean | PGD-20 | PGD-20 x5 restarts | APGD-CE | APGD-T | FAB-T | Square | " \
         "AutoAttack | Sum | NRR | s/epoch |"  # fmt: skip

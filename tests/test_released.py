@@ -164,7 +164,7 @@ def test_the_run_card_holds_the_lines(tmp_path):
     assert "--swa-config.exact" in card
     assert "every 2 steps" in card
     fastarat.train(
-        Config(epochs=1, limit_train=32, tensorboard=False, defense=DEFENSES["at"](), attack=short,
+        Config(epochs=1, limit_train=128, tensorboard=False, defense=DEFENSES["at"](), attack=short,
                out=str(tmp_path / "at")), progress=False,
     )  # fmt: skip
     card = (tmp_path / "at" / "card.txt").read_text()

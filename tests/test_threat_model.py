@@ -393,17 +393,34 @@ def test_other_objects_are_refused():
 # --- once, and outside of what is captured ----------------------------------------------------------------------------
 
 
-def test_values_are_looked_at_once_per_shape(monkeypatch):
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_values_are_looked_at_once_per_shape_on_a_gpu_and_always_on_a_cpu(on_a_gpu, monkeypatch):
     images, labels = batch()
     step = fastarat.TrainStep(network(), fastarat.AT(), images, epsilon=0.1, num_steps=1)
     attack = PGD(network(), epsilon=0.1, num_steps=1)
     seen = []
     for module in ("fastarat.engine", "fastarat.attacks"):
         monkeypatch.setattr(f"{module}.check_pixels", lambda images: seen.append(tuple(images.shape)))
+    if on_a_gpu:  # there, a read would make the host wait
+        monkeypatch.setattr("fastarat.engine.waits", lambda images: True)
+        monkeypatch.setattr("fastarat.attacks.waits", lambda images: True)
     for n in (8, 8, 4, 8, 4):
         step(images[:n], labels[:n])
         attack(images[:n], labels[:n])
-    assert seen == [(8, 3, 8, 8)] * 2 + [(4, 3, 8, 8)] * 2
+    shapes = [(8, 3, 8, 8), (4, 3, 8, 8)] if on_a_gpu else [(n, 3, 8, 8) for n in (8, 8, 4, 8, 4)]
+    assert seen == [shape for shape in shapes for _ in range(2)]
+
+
+def test_a_bad_batch_is_refused_after_good_ones():
+    images, labels = batch()
+    step = fastarat.TrainStep(network(), fastarat.AT(), images, epsilon=0.1, num_steps=1)
+    attack = PGD(network(), epsilon=0.1, num_steps=1)
+    for call in (step, attack):
+        call(images, labels)
+        with pytest.raises(fastarat.UserError, match="outside"):
+            call(images * 255, labels)
+        with pytest.raises(fastarat.UserError, match="labels span"):
+            call(images, labels + 90)
 
 
 def test_a_refused_batch_is_looked_at_again():
@@ -653,9 +670,9 @@ def test_branches():
         (lambda z, y: losses.trades(z, y, z, 6.0), "logits_adv=an int64 tensor .*: expected logits"),
         (lambda z, y: losses.trades(z, z, y.float(), 6.0), r"write labels.long\(\)"),
         (lambda z, y: losses.mart(z, z, y[:3], 5.0), "8 images but 3 labels"),
-        (lambda z, y: losses.lbgat(z, None, z, y, 6.0), "logits_clean=None: expected logits"),
+        (lambda z, y: losses.lbgat(None, z, z, y, 6.0), "logits_clean=None: expected logits"),
         (lambda z, y: losses.lbgat(z, z, z[:, :2], y), r"logits_teacher is \[8, 2\]"),
-        (lambda z, y: losses.ar_at_invariance(z, z[:, :2]), r"z_adv is \[8, 4\], z_clean \[8, 2\]"),
+        (lambda z, y: losses.ar_at_invariance(z[:, :2], z), r"z_adv is \[8, 4\], z_clean \[8, 2\]"),
         (lambda z, y: losses.ar_at_invariance(z, z, distance="cosine"), "did you mean 'cos'"),
         (lambda z, y: losses.ar_at_invariance(z, z, align="xy"), "Known: x->y"),
         (lambda z, y: losses.gairat_weights(y, 10, kind="tan"), "did you mean 'tanh'"),
