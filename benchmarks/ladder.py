@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import cases, plain, tables
 from fastarat import bench
+from fastarat.attacks import Attacked
 from fastarat.bench import EPOCH_IMAGES, BenchConfig, Clock, cell, quartiles
 from fastarat.config import AttackConfig
 from fastarat.defenses import ARAT, AT, TRADES, Defense
@@ -300,12 +301,16 @@ class Outcome(NamedTuple):
     state: dict[str, Tensor]
 
 
-def _pinned(setup: Setup, start: Tensor) -> Defense:
-    """The setup's defense without its own randomness: its attack begins at `start`, its clean batch is the batch."""
+def _pinned(setup: Setup, start: Tensor, *, stays: bool) -> Defense:
+    """The setup's defense without its own randomness: its attack begins at `start`, its clean batch is the batch.
+
+    stays: the attack ends where it begins, which leaves the training step alone.
+    """
     defense = copy.copy(DEFENSES[setup.defense][0])
 
     def attack(pgd, forward, images, labels, target, own_start, **options):
-        return pgd(forward, images, labels, target, start.to(own_start).contiguous(memory_format=_format_of(own_start)))
+        at = start.to(own_start).contiguous(memory_format=_format_of(own_start))
+        return Attacked(at, None) if stays else pgd(forward, images, labels, target, at)
 
     object.__setattr__(defense, "inputs", lambda images, **options: images)
     object.__setattr__(defense, "attack", attack)
@@ -330,7 +335,10 @@ def _outcome(setup: Setup, options: dict[str, Any], batch: Batch, start: Tensor)
     if options["channels_last"]:
         images = images.contiguous(memory_format=torch.channels_last)
     eager = options | {"capture": False, "compile_loss": False}
-    attacking, step = (make_step(setup, o, device, n, _pinned(setup, start)) for o, n in ((eager, 1), (options, 0)))
+    attacking, step = (
+        make_step(setup, o, device, 1, _pinned(setup, start, stays=stays))
+        for o, stays in ((eager, False), (options, True))
+    )
     _sharpened(attacking.model), _sharpened(step.model)
     crafted = attacking.attack(images, batch.labels).images
     loss = sum(t.item() for t in step(images, batch.labels).values())

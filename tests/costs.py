@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastarat import engine
+
 _aten = torch.ops.aten
 # Operations whose result the host must wait for.
 _HOST = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.equal, _aten._unique2}
@@ -96,6 +98,8 @@ def _is_mask(index: Tensor | None) -> bool:
 def counting(step, size: int):
     """Count what `step` (a TrainStep) does inside the block, in batches of `size` images; yields a Counter."""
     counter = Counter(size)
+    waits = engine.waits
+    engine.waits = lambda images: True  # a CPU's batches are looked at in every call; a GPU's, once per shape
     teachers = [m for m in step.companions.children() if any(isinstance(c, nn.Conv2d) for c in m.modules())]
     hooks = [
         module.register_forward_pre_hook(lambda m, args, who=who: counter.entering(who, args[0]))
@@ -106,5 +110,6 @@ def counting(step, size: int):
         with counter:
             yield counter
     finally:
+        engine.waits = waits
         for hook in hooks:
             hook.remove()
