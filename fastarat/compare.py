@@ -21,22 +21,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastarat.config import Config, from_dict, merge, nest, read_yaml, resolve_defense, to_dict, write_yaml
+from fastarat.config import DEFENSES, Config, from_dict, merge, nest, read_yaml, resolve_defense, to_dict, write_yaml
 from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest
 from fastarat.evaluate import evaluate, parse_attacks
 from fastarat.record import RunFolder, load_checkpoint, load_weights, write_atomic
 from fastarat.schedules import ends_at, in_words, recipe_of
 from fastarat.table import PUBLISHED, Comparison
-from fastarat.train import Diverged, load_run, pick_device, train
+from fastarat.train import Diverged, load_run, pick_device, resolve, train
 
 _BUDGET = 8 / 255
 FINALISTS = 2
 """Settings of a row that get all tuning seeds; the others get the first one only."""
 
 
+_ROWS_OWN = {"seed": "seeds", "defense": "defenses", "swa": "a row named NAME+swa", "out": "out"}
+_ADDED = ("awp", "awp_warmup")
+_TUNED = ("bn", "start", "objective", "num_steps", "step_size", "num_restarts")
+
+
 class Plan(NamedTuple):
-    """One run of the comparison. needs: the run whose weights it starts from, or None."""
+    """One run of the comparison. config: resolved. needs: the run whose weights it starts from, or None."""
 
     name: str
     defense: str
@@ -96,9 +101,14 @@ def compare(
     Raises: UserError before any training for a mistake, or a folder of other settings; after the others are done for
         runs that failed.
     """
+    if not isinstance(base or {}, Mapping):
+        raise UserError(f"base={type(base).__name__}: expected a dict of Config's values, such as {{'epochs': 20}}")
     out, base, tune = Path(out), dict(base or {}), dict(tune or {})
     if not defenses or not seeds:
         raise UserError("compare needs at least one defense and one seed")
+    for key in _ROWS_OWN.keys() & base.keys():
+        raise UserError(f"base holds {key}={base[key]!r}, which is each run's own: give {_ROWS_OWN[key]} instead")
+    defenses = [_row_name(d) for d in defenses]
     if len(set(defenses)) != len(defenses) or len(set(seeds)) != len(seeds):
         raise UserError("a defense or seed is named twice")
     if parallel < 1:
@@ -111,8 +121,14 @@ def compare(
     grids = _grids(defenses, tune)
     runner = _Runner(out, base, parallel, progress)
     for row, grid in grids.items():  # every mistake before any training
+        known: list[dict[str, Any]] = []
         for settings in grid:
-            runner.plan(row, seeds[0], settings, out)
+            config = to_dict(runner.plan(row, seeds[0], settings, out).config)
+            if config in known:
+                raise UserError(f"tune: {row} would try {_said(settings)} twice: give each value once")
+            known.append(config)
+    if any(len(grid) > 1 for grid in grids.values()) and not len(runner.dataset.val):
+        raise UserError("tuning chooses on validation images, and there are none: give --eval.val-images")
     pick_device(runner.plan(defenses[0], seeds[0], {}, out).config.device)
     shared: dict[str, str] = {}
     for row in defenses:
@@ -135,7 +151,7 @@ def compare(
         )
     if not results:
         raise UserError(f"every run diverged ({next(iter(failed.values())).why}): lower --optim.lr, or tune it")
-    comparison = _tabulate(defenses, seeds, plans, results, chosen, list(tune_seeds), out)
+    comparison = _tabulate(defenses, seeds, plans, results, chosen, list(tune_seeds), runner.dataset.name, out)
     comparison.save()
     return comparison
 
@@ -164,8 +180,13 @@ def _grids(defenses: Sequence[str], tune: Mapping[str, Sequence[Any]]) -> dict[s
             raise UserError(f"tune: {name}: no such row {row!r}{nearest(row, axes)} Rows: {', '.join(axes)}.")
         if isinstance(values, str) or not values:
             raise UserError(f"tune: {name}={values!r}: expected a list of values")
-        if key.split(".")[0] in ("seed", "out", "dataset", "data_dir", "limit_train") or key == "eval.val_images":
-            raise UserError(f"tune: {name}: rows would no longer share their data; give it to all of them instead")
+        part, _, field = key.partition(".")
+        own = part == "defense" and field != "name" and bool(field)
+        if not (own or (part == "optim" and field) or (part == "attack" and field in _TUNED) or part in _ADDED):
+            raise UserError(
+                f"tune: {name}: only settings that leave rows comparable can be chosen: defense.*, optim.*, "
+                f"{', '.join(f'attack.{f}' for f in _TUNED)}, {', '.join(_ADDED)}; others are given to all rows"
+            )
         for d in [row] if colon else defenses:
             axes[d][key] = list(values)
     return {
@@ -180,6 +201,13 @@ class _Runner:
         self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: dict[str, Any] = {}
+        config = from_dict(base, source="compare")
+        self.dataset = load_dataset(
+            config.dataset,
+            data_dir=config.data_dir,
+            val_images=config.eval.val_images,
+            image_size=config.image_size,
+        )
 
     def plan(self, row: str, seed: int, settings: dict[str, Any], folder: Path, tag: str = "") -> Plan:
         """Return the run of `row` with `seed`. Raises: UserError for settings that are not a Config."""
@@ -196,7 +224,10 @@ class _Runner:
             defense[kind.starts_from] = str(needs.config.out)
         values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": bool(plus)}
         source = "compare" if not settings else f"compare, {row} with {settings}"
-        return Plan(name, row, seed, from_dict(merge(values, nest(settings)), source=source), needs)
+        config = from_dict(merge(values, nest(settings)), source=source)
+        if kind.starts_from and f"defense.{kind.starts_from}" in settings:
+            raise UserError(f"tune: {row}: defense.{kind.starts_from} is the standard run that compare trains for it")
+        return Plan(name, row, seed, resolve(config, self.dataset), needs)
 
     def tuned(self, grids: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Choice]:
         """Choose each row's settings on validation images, rows that others start from first."""
@@ -213,6 +244,8 @@ class _Runner:
             self._try(finals, seeds[1:])
             for row in rows:
                 best = max(finals[row], key=lambda t: t["mean"]) if row in finals else {"settings": grids[row][0]}
+                if all(r["diverged"] for r in best.get("runs", ())) and row in finals:
+                    raise UserError(f"every setting tried for {row} diverged: give --tune smaller values of optim.lr")
                 best["chosen"] = True
                 chosen[row] = Choice(best["settings"], tried.get(row, []))
             if "standard" in chosen:
@@ -241,15 +274,19 @@ class _Runner:
         return self.plan(row, seed, settings, self.out / "tune", f"-{digest}")
 
     def _save_tuning(self, chosen: dict[str, Choice], seeds: list[int]) -> None:
-        record = {"rule": rule(seeds), "seeds": seeds, "rows": {row: c._asdict() for row, c in chosen.items()}}
+        self.out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "rule": rule(seeds, list(chosen)),
+            "seeds": seeds,
+            "rows": {row: c._asdict() for row, c in chosen.items()},
+        }
         write_atomic(self.out / "tune.json", lambda p: p.write_text(json.dumps(record, indent=2) + "\n"))
         lines = ["| row | settings | seeds | clean | PGD | score | |", "| --- | --- |" + " ---: |" * 4 + " --- |"]
         for row, choice in chosen.items():
-            words = ", ".join(f"{k} {v}" for k, v in choice.settings.items())
             if self.progress:
-                print(f"chosen for {row}: {words or 'nothing to choose'}", flush=True)
+                print(f"{'chosen' if choice.tried else 'given'} for {row}: {_said(choice.settings)}", flush=True)
             for t in sorted(choice.tried, key=lambda t: (-len(t["runs"]), -t["mean"])):
-                cells = [row, ", ".join(f"{k} {v}" for k, v in t["settings"].items()), str(len(t["runs"]))]
+                cells = [row, _said(t["settings"]), str(len(t["runs"]))]
                 for key in ("clean_acc", "robust_acc"):
                     values = [r[key] for r in t["runs"] if key in r]
                     cells.append(f"{100 * statistics.fmean(values):.1f}" if values else "–")
@@ -274,11 +311,15 @@ class _Runner:
         def one(job: tuple[Plan, str]) -> tuple[str, Failure | None]:
             plan, state = job
             if plan.needs is not None and plan.needs.name in failed:
-                return plan.name, Failure(f"it starts from {plan.needs.name}, which failed", False)
+                cause = failed[plan.needs.name]
+                return plan.name, Failure(
+                    f"it starts from {plan.needs.name}, which failed: {cause.why}", cause.diverged
+                )
             if state == "diverged":
                 return plan.name, Failure(_diverged_file(plan).read_text().strip(), True)
             failure = self._in_a_process(plan, state) if self.parallel > 1 else self._here(plan, state)
             if failure is not None and failure.diverged:
+                _diverged_file(plan).parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(_diverged_file(plan), lambda p: p.write_text(failure.why + "\n"))
             return plan.name, failure
 
@@ -311,8 +352,10 @@ class _Runner:
             return None
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         why = last[0].removeprefix("fastarat: ") if last else f"exit code {code}"
-        return Failure(why if code == 1 and why.startswith("training stopped") else f"{why} (log: {log})",
-                       code == 1 and why.startswith("training stopped"))  # fmt: skip
+        if code < 0:
+            why = f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
+        diverged = code == 1 and why.startswith("training stopped")
+        return Failure(why if diverged else f"{why} (log: {log})", diverged)
 
     def _call(self, command: list[str], log: Path) -> int:
         threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
@@ -392,14 +435,26 @@ def _at_once(call: Callable[[Any], tuple[str, Any]], jobs: Sequence[Any], parall
     return done
 
 
-def rule(seeds: Sequence[int]) -> str:
-    """How a row's settings were chosen, in one sentence."""
+def rule(seeds: Sequence[int], rows: Sequence[str]) -> str:
+    """How settings were chosen, in a sentence or two."""
+    averaged = " (+swa: of the network before averaging)" if any("+swa" in row for row in rows) else ""
     return (
-        "Chosen on validation images by the same rule in every row: highest mean of clean + PGD accuracy (clean alone "
-        f"for what is trained on clean images) after the last epoch; every combination with seed {seeds[0]}"
+        "Settings (of N) were chosen among N combinations on validation images, by the same rule in every row: highest "
+        "mean of clean + PGD accuracy, clean alone for what is trained on clean images, after the last epoch"
+        f"{averaged}; every combination with seed {seeds[0]}"
         + (f", the best {FINALISTS} with seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "")
         + ". The test images chose nothing."
     )
+
+
+def _row_name(name: str) -> str:
+    """A row's name, built-in ones in the spelling of the tables."""
+    bare, plus, addon = name.partition("+")
+    return f"{bare.lower()}{plus}{addon}" if bare.lower() in DEFENSES else name
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "its own defaults"
 
 
 def _diverged_file(plan: Plan) -> Path:
@@ -428,13 +483,7 @@ def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "")
         other = found.get(key)
         if isinstance(value, dict):
             yield from _differences(value, other or {}, f"{prefix}{key}.")
-        elif key == "precision" and asked.get("amp"):
-            continue
-        elif (
-            value is not None
-            and value != other
-            and key not in ("device", "threads", "data_dir", "loader", "log_every", "tensorboard")
-        ):
+        elif value != other and key not in ("device", "threads", "data_dir", "loader", "log_every", "tensorboard"):
             yield prefix + key, other
 
 
@@ -486,16 +535,19 @@ def _spread(values: list[float]) -> dict[str, Any] | None:
     }
 
 
-def _collapsed(plans: Sequence[Plan]) -> list[int]:
-    """Seeds whose last robust accuracy on validation images is under half of the best of these runs."""
-    robust = {p.seed: _last_validation(p).get("robust_acc", 0.0) for p in plans if p.config.defense.attacks}
-    return [seed for seed, value in robust.items() if value < max(robust.values()) / 2]
+def _collapsed(plans: Sequence[Plan], num_classes: int) -> list[int]:
+    """Seeds no better than chance under attack, on validation images at the end, or under half of the best of these."""
+    robust = {p.seed: _last_validation(p).get("robust_acc") for p in plans if p.config.defense.attacks}
+    found = {seed: value for seed, value in robust.items() if value is not None}
+    return [seed for seed, value in found.items() if value <= 1 / num_classes or value < max(found.values()) / 2]
 
 
 def _schedule(config: Config) -> str:
     optim = config.optim
     lr = in_words(recipe_of(optim.recipe), epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
-    return f"{optim.recipe}: {config.epochs} epochs, {lr}; weight decay {optim.weight_decay:g}"
+    momentum = "" if optim.momentum == 0.9 and not optim.nesterov else f", momentum {optim.momentum or '0.95 to 0.85'}"
+    length = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
+    return f"{optim.recipe}: {length}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
 
 
 def _tabulate(
@@ -505,10 +557,12 @@ def _tabulate(
     results: dict[str, dict],
     chosen: dict[str, Choice],
     tune_seeds: list[int],
+    dataset: str,
     out: Path,
 ) -> Comparison:
     rows = []
-    keys = list(next(iter(results.values()))["accuracy"])
+    found = next(iter(results.values()))
+    keys = list(found["accuracy"])
     configs: dict[str, Config] = {}
     for name in defenses:
         mine = [p for p in plans if p.defense == name]
@@ -522,33 +576,45 @@ def _tabulate(
             row["sum"] = _spread([c + r for c, r in pairs])
             row["nrr"] = _spread([2 * c * r / (c + r) if c + r else 0.0 for c, r in pairs])
         walls = [m["wall_s"] for p in done for m in RunFolder(p.config.out, resume=True).metrics()]
-        row["epoch_s"] = statistics.median(walls) if walls else float("nan")
-        configs[name] = first = load_run_config(Path((done or mine)[0].config.out))
+        row["epoch_s"] = statistics.median(walls) if walls else None
+        configs[name] = first = mine[0].config
         published = PUBLISHED.get((first.dataset, first.model, name))
         same_budget = first.attack.norm == "linf" and abs(first.attack.epsilon - _BUDGET) < 1e-9
         row["published"] = published._asdict() if published and same_budget else None
         row["schedule"] = _schedule(first)
-        row["chosen"] = chosen[name].settings if name in chosen else None
-        row["collapsed"] = _collapsed(done)
+        row["settings"] = chosen[name].settings if name in chosen else {}
+        row["tried"] = len(chosen[name].tried) if name in chosen else 0
+        row["collapsed"] = _collapsed(done, found["settings"]["num_classes"])
         row["diverged"] = [p.seed for p in mine if p.name not in results]
         row["warnings"] = sorted({w for e in evals for w in e["warnings"]})
         rows.append(row)
     settings = {
         # By its name: a folder's path says little, and differs from machine to machine.
-        "dataset": load_weights(Path(mine[0].config.out) / "last.safetensors")[1]["dataset"],
+        "dataset": dataset,
         "model": first.model,
         "epochs": " / ".join(map(str, sorted({c.epochs for c in configs.values()}))),
         "seeds": list(seeds),
         "epsilon": first.attack.epsilon,
         "norm": first.attack.norm,
         "keys": keys,
-        "num_images": next(iter(results.values()))["num_images"],
+        "num_images": found["num_images"],
         "device": _device(),
         "torch": torch.__version__,
-        "rule": rule(tune_seeds),
-        "warnings": _unequal(configs),
+        "rule": rule(tune_seeds, [row["defense"] for row in rows if row["tried"]]),
+        "warnings": [*_unequal(configs), *_masked(rows)],
     }
     return Comparison(rows, settings, out)
+
+
+def _masked(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the rows that AutoAttack finds far less robust than PGD does, in the mean over seeds."""
+    found = []
+    for row in rows:
+        pgd = [v["mean"] for k, v in row.items() if k.startswith("robust_acc_pgd") and v]
+        aa = row.get("robust_acc_aa")
+        if pgd and aa and (gap := 100 * (min(pgd) - aa["mean"])) > 5:
+            found.append(f"{row['defense']}: AutoAttack is {gap:.1f} points below PGD: it probably masks gradients")
+    return found
 
 
 def _unequal(configs: dict[str, Config]) -> list[str]:
@@ -567,11 +633,6 @@ def _unequal(configs: dict[str, Config]) -> list[str]:
     if len(lengths) > 1:
         found.append(f"the rows were trained for {' / '.join(map(str, lengths))} epochs; --epochs N gives all the same")
     return found
-
-
-def load_run_config(folder: Path) -> Config:
-    """Read the resolved config of a run folder."""
-    return from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml"))
 
 
 def _device() -> str:

@@ -90,7 +90,7 @@ class Comparison:
             [
                 *("defense", "seeds", "images"),
                 *(f"{k}_{s}" for k in keys for s in ("mean", "std")),
-                *("epoch_s", "schedule", "chosen", "collapsed", "diverged"),
+                *("epoch_s", "schedule", "settings", "tried", "collapsed", "diverged"),
                 *("published_clean", "published_aa", "published_source"),
             ]
         )
@@ -99,13 +99,14 @@ class Comparison:
             for key in keys:
                 value = row.get(key) or {"mean": "", "std": ""}
                 cells += [value["mean"], "" if value["std"] is None else value["std"]]
-            cells += [row["epoch_s"], row["schedule"], _in_words(row["chosen"] or {})]
+            cells += ["" if row["epoch_s"] is None else row["epoch_s"], row["schedule"], _in_words(row["settings"])]
+            cells.append(row["tried"])
             cells += [" ".join(map(str, row[kind])) for kind in ("collapsed", "diverged")]
             writer.writerow([*cells, *((row["published"] or {}).get(k, "") for k in ("clean", "autoattack", "source"))])
         return file.getvalue()
 
     def to_json(self) -> str:
-        return json.dumps({"settings": self.settings, "rows": self.rows}, indent=2) + "\n"
+        return json.dumps({"settings": self.settings, "rows": self.rows}, indent=2, allow_nan=False) + "\n"
 
     def note(self) -> str:
         """What the numbers are, how the rows were trained, and what keeps them from being compared."""
@@ -123,12 +124,12 @@ class Comparison:
         ]
         if len({row["schedule"] for row in self.rows}) == 1:
             lines.append(f"Schedule of every row: {self.rows[0]['schedule']}.")
-        if any(row["chosen"] is not None for row in self.rows):
+        if any(row["tried"] for row in self.rows):
             lines.append(s["rule"])
         if self._shows_collapsed():
             lines.append(
-                "Collapsed: a seed that diverged, or whose last robust accuracy on validation images is under half of "
-                "its row's best seed's; counted in the means unless it diverged."
+                "Collapsed: a seed that diverged, or whose last PGD accuracy on validation images is no better than "
+                "chance or under half of its row's best seed's; counted in the means unless it diverged."
             )
         lines += [f"Warning: {text}" for text in s["warnings"]]
         return "\n\n".join(lines)
@@ -137,11 +138,11 @@ class Comparison:
         return {"clean_acc", "robust_acc_aa"} <= set(self.settings["keys"])
 
     def _shows_collapsed(self) -> bool:
-        return len(self.settings["seeds"]) > 1 and any(row["collapsed"] or row["diverged"] for row in self.rows)
+        return any(row["collapsed"] or row["diverged"] for row in self.rows)
 
     @staticmethod
     def _is_number(title: str) -> bool:
-        return not title.startswith(("published", "schedule", "chosen"))
+        return not title.startswith(("published", "schedule", "settings"))
 
     def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
         keys = self.settings["keys"]
@@ -150,13 +151,14 @@ class Comparison:
         optional = {
             "collapsed": self._shows_collapsed(),
             "schedule": len({row["schedule"] for row in self.rows}) > 1,
-            "chosen on validation": any(row["chosen"] for row in self.rows),
+            "settings": any(row["settings"] for row in self.rows),
             "published clean / AutoAttack": any(row["published"] for row in self.rows),
         }
         head += [title for title, there in optional.items() if there]
         body = []
         for row in self.rows:
-            cells = {"defense": row["defense"], "s/epoch": f"{row['epoch_s']:.1f}"}
+            cells = {"defense": row["defense"]}
+            cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"
             for key in shown:
                 value = row.get(key)
                 spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
@@ -164,7 +166,8 @@ class Comparison:
             bad = len({*row["collapsed"], *row["diverged"]})
             cells["collapsed"] = f"{bad} of {len(row['seeds'])}" if bad else "0"
             cells["schedule"] = row["schedule"]
-            cells["chosen on validation"] = _in_words(row["chosen"] or {}) or empty
+            tried = f" (of {row['tried']})" if row["tried"] else ""
+            cells["settings"] = f"{_in_words(row['settings'])}{tried}" or empty
             p = row["published"]
             cells["published clean / AutoAttack"] = (
                 f"{p['clean']:.2f} / {p['autoattack']:.2f} ({p['source']})" if p else empty

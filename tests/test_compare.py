@@ -54,7 +54,7 @@ def test_four_formats(table):
     assert "| defense | clean | PGD-2 | s/epoch |" in text["md"], "no column that is empty in every row"
     assert "Sum" not in text["md"]
     assert "published" not in text["md"] + text["tex"]
-    assert "\\begin{tabular}{lrrr}" in text["tex"]
+    assert "\\begin{tabular}{lrrr" in text["tex"]
     assert "mean ± standard deviation over seeds 0, 1" in text["md"]
     assert "\\toprule" in text["tex"]
     assert json.loads(text["json"])["rows"] == table.rows
@@ -186,7 +186,8 @@ def test_columns_and_what_is_said_of_them():
         "epoch_s": 1.0,
         "published": None,
         "schedule": "arat",
-        "chosen": None,
+        "settings": {},
+        "tried": 0,
         "collapsed": [],
         "diverged": [],
         **dict.fromkeys([*keys, "sum", "nrr"], one),
@@ -298,7 +299,7 @@ def test_settings_are_chosen_on_validation_images_by_one_rule(tmp_path, monkeypa
         config = (table.out / f"{row}-seed0" / "config.yaml").read_text()
         assert f"lr: {float(best['settings']['optim.lr'])}" in config
     assert len(looked_at) == 2  # the two reported runs: no test image before the choice
-    assert "| chosen on validation |" in table.markdown().splitlines()[0]
+    assert "| settings |" in table.markdown().splitlines()[0]
     assert "The test images chose nothing." in table.markdown()
     assert "gamma" in (table.out / "tune.md").read_text()
 
@@ -315,8 +316,8 @@ def test_the_teachers_of_a_row_are_trained_with_what_was_chosen_for_standard(tmp
         tune={"standard:optim.lr": [1e-7, 0.05]},
         tune_seeds=(7,),
     )
-    assert table.rows[0]["chosen"] == {"optim.lr": 0.05}
-    assert table.rows[1]["chosen"] == {}
+    assert (table.rows[0]["settings"], table.rows[0]["tried"]) == ({"optim.lr": 0.05}, 2)
+    assert (table.rows[1]["settings"], table.rows[1]["tried"]) == ({}, 0)
     assert "lr: 0.05" in (table.out / "standard-seed0" / "config.yaml").read_text()
     assert str(table.out / "standard-seed0") in (table.out / "arrest-seed0" / "config.yaml").read_text()
 
@@ -329,7 +330,20 @@ def test_the_teachers_of_a_row_are_trained_with_what_was_chosen_for_standard(tmp
         ({"tune": {"optim.lrr": [0.1, 0.2]}}, "did you mean 'lr'"),
         ({"tune": {"optim.lr": ["a", "b"]}}, "expected a number"),
         ({"tune": {"optim.lr": []}}, "expected a list of values"),
-        ({"tune": {"limit_train": [10, 20]}}, "no longer share their data"),
+        ({"tune": {"limit_train": [10, 20]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:attack.epsilon": ["1/255", "32/255"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:eval.num_steps": [1, 10]}}, "only settings that leave rows comparable"),
+        ({"tune": {"model": ["resnet18", "resnet-small"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:defense.name": ["trades", "at"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:defense": ["trades", "at"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:epochs": [1, 2]}}, "only settings that leave rows comparable"),
+        ({"tune": {"optim.lr": ["0.1", "0.10"]}}, "at would try optim.lr 0.10 twice|standard would try"),
+        ({"tune": {"optim.lr": [0.1, 0.2]}, "base": {**BASE, "eval": {"val_images": 0}}}, "there are none"),
+        ({"base": {**BASE, "seed": 3}}, "base holds seed=3, which is each run's own: give seeds"),
+        ({"base": {**BASE, "swa": True}}, r"NAME\+swa"),
+        ({"base": {**BASE, "defense": {"name": "trades", "beta": 1}}}, "give defenses"),
+        ({"base": [1]}, "expected a dict"),
+        ({"defenses": ("at", "AT")}, "twice"),
         ({"tune": {"at:defense.gamma": [10, 20]}}, "unknown key 'defense.gamma'"),
     ],
 )
@@ -337,6 +351,69 @@ def test_mistakes_in_tuning_come_before_any_training(options, words, tmp_path):
     with pytest.raises(fastarat.UserError, match=words):
         run(tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_other_settings_is_refused_though_nothing_was_asked(tmp_path):
+    """What this call leaves to defaults counts as much as what it names."""
+    run(tmp_path / "runs", ("at",), (0,), base={**BASE, "optim": {"recipe": "constant", "weight_decay": 0.01}})
+    with pytest.raises(fastarat.UserError, match=r"optim\.\w+=.*not as asked now"):
+        run(tmp_path / "runs", ("at",), (0, 1))
+
+
+def test_one_value_is_given_not_chosen(tmp_path):
+    table = run(tmp_path / "new" / "runs", ("at", "mart"), (0,), tune={"at:optim.lr": [0.03]})
+    assert (table.rows[0]["settings"], table.rows[0]["tried"]) == ({"optim.lr": 0.03}, 0)
+    text = table.markdown()
+    assert "| lr 0.03 |" in text
+    assert "chosen" not in text
+    assert "lr: 0.03" in (table.out / "at-seed0" / "config.yaml").read_text()
+
+
+def test_a_row_whose_seeds_all_diverge_leaves_a_valid_table(tmp_path, monkeypatch):
+    own = module.train
+
+    def train(config=None, **options):
+        if config.defense.name == "mart":
+            raise module.Diverged("training stopped: loss became NaN")
+        return own(config, **options)
+
+    monkeypatch.setattr(module, "train", train)
+    for order in (("at", "mart"), ("mart", "at")):
+        table = run(tmp_path / "-".join(order), order, (0,))
+        row = table.rows[order.index("mart")]
+        assert (row["clean_acc"], row["epoch_s"], row["diverged"]) == (None, None, [0])
+        json.loads(table.to_json(), parse_constant=pytest.fail)
+        assert "| mart | – | – | – | 1 of 1 |" in table.markdown()
+
+
+def test_a_diverged_teacher_is_a_diverged_student(tmp_path, monkeypatch):
+    own = module.train
+
+    def train(config=None, **options):
+        if config.defense.name == "standard":
+            raise module.Diverged("training stopped: loss became NaN")
+        return own(config, **options)
+
+    monkeypatch.setattr(module, "train", train)
+    table = run(tmp_path / "runs", ("at", "arrest"), (0,))
+    assert table.rows[1]["diverged"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("robust", "collapsed"),
+    [({0: 0.4, 1: 0.1, 2: 0.3}, [1]), ({0: 0.05, 1: 0.06}, [0, 1]), ({0: 0.0}, [0]), ({0: 0.6, 1: 0.29}, [1])],
+)
+def test_collapsed_is_half_of_the_best_or_chance(robust, collapsed, monkeypatch):
+    config = from_dict({**BASE, "defense": "at"})
+    plans = [module.Plan(f"at-seed{s}", "at", s, config, None) for s in robust]
+    monkeypatch.setattr(module, "_last_validation", lambda plan: {"robust_acc": robust[plan.seed]})
+    assert module._collapsed(plans, 10) == collapsed
+
+
+def test_masked_gradients_are_warned_of_under_the_table():
+    row = {"defense": "gairat", "robust_acc_pgd20": {"mean": 0.6}, "robust_acc_aa": {"mean": 0.5}}
+    (warning,) = module._masked([row, {**row, "robust_acc_aa": {"mean": 0.58}}])
+    assert warning == "gairat: AutoAttack is 10.0 points below PGD: it probably masks gradients"
 
 
 def test_tune_flags():
