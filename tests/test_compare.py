@@ -410,10 +410,12 @@ def test_collapsed_is_half_of_the_best_or_chance(robust, collapsed, monkeypatch)
     assert module._collapsed(plans, 10) == collapsed
 
 
-def test_masked_gradients_are_warned_of_under_the_table():
+def test_rows_that_pgd_overestimates_are_named():
     row = {"defense": "gairat", "robust_acc_pgd20": {"mean": 0.6}, "robust_acc_aa": {"mean": 0.5}}
-    (warning,) = module._masked([row, {**row, "robust_acc_aa": {"mean": 0.58}}])
-    assert warning == "gairat: AutoAttack is 10.0 points below PGD: it probably masks gradients"
+    close = {**row, "defense": "at", "robust_acc_aa": {"mean": 0.58}}
+    (warning,) = module._overestimates([row, close, {**row, "defense": "trades"}])
+    assert warning.startswith("PGD overestimates gairat by 10.0, trades by 10.0 points against AutoAttack")
+    assert module._overestimates([close]) == []
 
 
 def test_tune_flags():
