@@ -24,6 +24,7 @@ from fastarat.checks import (
     check_pixels,
     checked_budget,
     checked_length,
+    coerce,
     input_channels,
     logits_of,
     named,
@@ -33,7 +34,7 @@ from fastarat.checks import (
     whole,
 )
 from fastarat.errors import UserError
-from fastarat.kernels import pgd_update
+from fastarat.kernels import interpreting, pgd_update, why_not_triton
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that store weights and activations in 16 bits, by name."""
@@ -92,6 +93,14 @@ def objective_of(objective: str | Callable) -> Callable[[Tensor, Tensor], Tensor
 def objective_name(objective: str | Callable) -> str | Callable:
     """Return the canonical name of an objective, or the function given. Raises: UserError for an unknown name."""
     return objective if callable(objective) else named("objective", objective, tuple(OBJECTIVES))
+
+
+def checked_backend(key: str, backend: str, device: torch.device) -> str:
+    """Return the canonical name of a kernel backend. Raises: UserError for an unknown one, or Triton where it is not."""
+    backend = named(key, backend, Backend.__args__)
+    if backend == "triton" and not interpreting() and (reason := why_not_triton(device)) is not None:
+        raise UserError(f"{key}=triton cannot be had here: {reason}; write {key}=auto")
+    return backend
 
 
 def random_start(
@@ -171,8 +180,9 @@ def pgd(
     """
     objective = objective_name(objective)
     loss_of = objective_of(objective)
-    num_steps, backend = whole("num_steps", num_steps, 0), named("backend", backend, Backend.__args__)
+    num_steps, count = whole("num_steps", num_steps, 0), coerce(count, bool, "count")
     check_images(images)
+    backend = checked_backend("backend", backend, images.device)
     epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=images.shape, read=False)
     check_images(start, "start")
     if start.shape != images.shape:
@@ -305,7 +315,7 @@ class PGD:
         self.generator = generator if generator is not None else torch.Generator(device).manual_seed(0)
         self.generators = (self.generator,)
         self._seen: set[torch.Size] = set()
-        self._count = count
+        self._count = coerce(count, bool, "count")
         self._pgd = partial(
             pgd,
             epsilon=epsilon,
@@ -313,8 +323,8 @@ class PGD:
             num_steps=whole("num_steps", num_steps),
             objective=self.objective,
             norm=norm,
-            count=count,
-            backend=named("backend", backend, Backend.__args__),
+            count=self._count,
+            backend=checked_backend("backend", backend, device),
         )
 
     def _check(self, images: Tensor, labels: Tensor) -> bool:

@@ -121,7 +121,7 @@ def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -
             return value
     except UserError:
         raise
-    except (TypeError, ValueError, ArithmeticError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # the last: a tensor of several values
         pass
     wanted = {
         bool: "true or false",
@@ -144,9 +144,13 @@ def _is(value: Any, kind: type) -> bool:
         return True
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def _bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
+    if _is_bool(value):
+        return bool(value)
     if str(value).lower() in ("true", "yes", "on", "1"):
         return True
     if str(value).lower() in ("false", "no", "off", "0"):
@@ -155,13 +159,16 @@ def _bool(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+    if _is_bool(value):
         raise ValueError
-    return int(value)
+    result = int(value)
+    if not isinstance(value, str) and value != result:
+        raise ValueError
+    return result
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, bool):
+    if _is_bool(value):
         raise ValueError
     if isinstance(value, str) and "/" in value:
         top, bottom = value.split("/")
@@ -213,9 +220,39 @@ def within(key: str, value: Any, interval: str, about: str = "") -> Any:
     return value
 
 
-def whole(key: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`. Raises: UserError."""
-    return within(key, coerce(value, int, key), f"[{least}, inf)")
+def whole(key: str, value: Any, least: int = 1, below: str = "inf") -> int:
+    """Return `value` as an int of at least `least`, below `below` (as `within` writes it). Raises: UserError."""
+    return within(key, coerce(value, int, key), f"[{least}, {below})")
+
+
+def checked_seed(seed: Any) -> int:
+    """Return `seed` as an int that every generator takes, of the interval a config allows. Raises: UserError."""
+    return whole("seed", seed, 0, "2^63")
+
+
+def pick_device(name: Any) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:N", N or a device into a device; a CUDA one has its number.
+
+    Raises: UserError for another name, and for a device this machine has not.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+        name = f"cuda:{name}"
+    given = str(name) if isinstance(name, torch.device) else name
+    try:
+        if not isinstance(name, (str, torch.device)):
+            raise TypeError
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device {shown(given)}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {given!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {given!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # what torch.cuda.set_device and others insist on
+    return device
 
 
 @functools.cache
@@ -262,8 +299,9 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     Raises: UserError for what is no length, or given in other units.
     """
     if isinstance(value, Tensor):
-        if value.dim() or not value.is_floating_point():
-            raise UserError(f"{key}={shown(value)}: expected a number or a 0-d float32 tensor")
+        if value.dim() or value.dtype != torch.float32:
+            mend = f"; write {key}.float()" if value.is_floating_point() and not value.dim() else ""
+            raise UserError(f"{key}={shown(value)}: expected a number or a 0-d float32 tensor{mend}")
         if not (read and readable(value)):
             return value
         number = value.item()

@@ -30,6 +30,7 @@ from fastarat.checks import (
     check_labels,
     check_pixels,
     checked_budget,
+    checked_seed,
     coerce,
     input_channels,
     logits_of,
@@ -44,7 +45,7 @@ from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
-from fastarat.kernels import interpreting, why_not_fold, why_not_triton
+from fastarat.kernels import why_not_fold
 from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels, unfolded_batchnorm
 from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
@@ -202,18 +203,24 @@ class TrainStep:
         epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=shape)
         num_steps, num_restarts = whole("num_steps", num_steps), whole("num_restarts", num_restarts)
         precision = named("precision", precision, Precision.__args__)
-        kernels = named("kernels", kernels, attacks.Backend.__args__)
         if not isinstance(capture, bool):
             capture = named("capture", capture, ("auto", "on", "off", "fake"))
             capture = {"on": True, "off": False}.get(capture, capture)
         if awp is not None:
             awp = within("awp", coerce(awp, float, "awp"), "(0, 1)", "a share of each weight's norm, such as 0.005")
-        awp_warmup, seed = whole("awp_warmup", awp_warmup, 0), whole("seed", seed, 0)
+        awp_warmup, seed = whole("awp_warmup", awp_warmup, 0), checked_seed(seed)
+        channels_last, compile_loss, fold, winograd = (
+            coerce(value, bool, key)
+            for key, value in {
+                "channels_last": channels_last,
+                "compile_loss": compile_loss,
+                "fold": fold,
+                "winograd": winograd,
+            }.items()
+        )
         self.defense = defense
         self.device = next(model.parameters()).device
-        reason = why_not_triton(self.device)
-        if kernels == "triton" and reason is not None and not interpreting():
-            raise UserError(f"kernels=triton cannot be had here: {reason}; write kernels=auto")
+        kernels = attacks.checked_backend("kernels", kernels, self.device)
         if defense.splits:
             model = model if branches_of(model) else split_batchnorm(model)
         model = grouped_batchnorm(model)

@@ -40,9 +40,11 @@ from fastarat.checks import (
     check_labels,
     check_pixels,
     checked_budget,
+    checked_seed,
     coerce,
     input_channels,
     logits_of,
+    pick_device,
     shown,
     whole,
 )
@@ -173,7 +175,7 @@ def evaluate(
         step_size: of PGD; default epsilon / 4, which is 2/255 for 8/255.
         limit: number of images, at even distances through the set (one stored class by class stays balanced).
         batch_size: images per forward; with the seed it fixes AutoAttack's random numbers.
-        device: where to evaluate; default: where the model is.
+        device: where to evaluate: a device, its name, or "auto"; default: where the model is.
         branch: BN branch of a split model.
         state_dir: AutoAttack saves its state here after every batch, and a later call with the same weights,
             data and settings continues from it.
@@ -185,11 +187,12 @@ def evaluate(
     """
     attacks = parse_attacks(attack)
     budget = checked_budget(epsilon, step_size, norm)
-    batch_size, seed = whole("batch_size", batch_size), whole("seed", seed, 0)
+    batch_size, seed = whole("batch_size", batch_size), checked_seed(seed)
+    progress, tf32 = coerce(progress, bool, "progress"), coerce(tf32, bool, "tf32")
     _check_network(model)
     package = _autoattack_package() if any(a.members for a in attacks) else None
     home = _device_of(model)
-    device = torch.device(device) if device is not None else home
+    device = home if device is None else pick_device(device)
     images, labels = collect(data, limit=limit, batch_size=batch_size, channels=input_channels(model))
     _check_images(model, images, labels)
     budget = checked_budget(*budget, shape=images.shape)
@@ -286,7 +289,7 @@ def adversarial_examples(
     Returns: float32 [B, C, H, W] on the device of `images`, within epsilon of them and within [0, 1].
     Raises: UserError as `evaluate`.
     """
-    num_steps, seed = whole("num_steps", num_steps), whole("seed", seed, 0)
+    num_steps, seed = whole("num_steps", num_steps), checked_seed(seed)
     _check_network(model)
     _check_images(model, images, labels)
     budget = checked_budget(epsilon, step_size, norm, shape=images.shape)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
@@ -259,6 +261,78 @@ def test_counts(entry):
     if entry in CONFIGS or entry is train_step:
         refused(entry, "num_restarts=0: expected 1 or more", num_restarts=0)
     assert same(entry(*batch(), num_steps="2"), entry(*batch(), num_steps=2.0))
+
+
+NOT_WHOLE = (np.float32(2.7), np.float64(2.5), torch.tensor(2.9), Fraction(5, 2), Decimal("2.7"), np.bool_(True),
+             torch.tensor(True), torch.tensor([2, 3]))  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", COUNTED)
+def test_no_count_is_cut_to_a_whole_number(entry):
+    for value in NOT_WHOLE:
+        refused(entry, "num_steps=.*: expected a whole number", num_steps=value)
+    assert same(entry(*batch(), num_steps=np.float32(2)), entry(*batch(), num_steps=Fraction(4, 2)))
+
+
+def test_a_bool_is_no_number_and_is_a_bool():
+    for value in (np.bool_(True), torch.tensor(True)):
+        refused(pgd_class, "epsilon=.*: expected a number", epsilon=value)
+        assert coerce(value, bool, "x") is True
+
+
+SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold", "winograd")]
+SWITCHES += [(evaluated, "tf32"), (pgd_class, "count"), (pgd_function, "count")]
+
+
+@pytest.mark.parametrize(("entry", "switch"), SWITCHES)
+def test_a_switch_is_true_or_false(entry, switch):
+    for value in ("perhaps", 2, None, []):
+        refused(entry, f"{switch}=.*: expected true or false", **{switch: value})
+    assert same(entry(*batch(), **{switch: "no"}), entry(*batch(), **{switch: False}))
+
+
+def test_the_words_for_no_switch_off():
+    images, labels = batch()
+    assert PGD(network(), epsilon=0.1, num_steps=1, count="off")(images, labels).kappa is None
+    step = fastarat.TrainStep(network(), fastarat.AT(), images, channels_last="no", fold="off")
+    assert (step.memory_format, step.fold) == (torch.contiguous_format, False)
+    for tf32, precision in (("no", "float32"), ("yes", "tf32")):
+        measured = evaluate(network(), (images, labels), "clean", tf32=tf32, progress="off")
+        assert measured.settings["precision"] == precision
+    with pytest.raises(UserError, match="progress='maybe': expected true or false"):
+        evaluate(network(), (images, labels), "clean", progress="maybe")
+
+
+@pytest.mark.parametrize("entry", [pgd_class, pgd_function, start, several])
+def test_a_budget_tensor_is_float32(entry):
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        refused(entry, r"epsilon=.*0-d float32 tensor; write epsilon.float\(\)$", epsilon=torch.tensor(0.125, dtype=dtype))
+        if entry is not start:
+            refused(entry, r"write step_size.float\(\)$", step_size=torch.tensor(0.03, dtype=dtype))
+
+
+@pytest.mark.parametrize("entry", [evaluated, examples, train_step])
+def test_seeds(entry):
+    for value in (2**64, 2**63, -1):
+        refused(entry, rf"seed={value} is outside \[0, 2\^63\)", seed=value)
+    refused(entry, "seed='x': expected a whole number", seed="x")
+    entry(*batch(), seed=2**63 - 1)
+
+
+def test_devices():
+    for name in ("gpu", "mps", "cuda:99", -1, None if torch.cuda.is_available() else 0, True, 2.5, ["cpu"]):
+        if name is not None:
+            refused(evaluated, "device .*(expected auto, cpu, cuda|not supported: use cpu|this machine has)", device=name)
+    for name in ("auto", torch.device("cpu")):
+        assert same(evaluated(*batch(), device=name), evaluated(*batch(), device="cpu"))
+
+
+def test_triton_is_refused_on_a_cpu_before_any_work(monkeypatch):
+    monkeypatch.setattr(attacks, "interpreting", lambda: False)
+    with pytest.raises(UserError, match="backend=triton cannot be had here: .*write backend=auto"):
+        PGD(network(), epsilon=0.1, backend="Triton")
+    refused(pgd_function, "backend=triton cannot be had here", backend="triton", num_steps=0)
+    refused(train_step, "kernels=triton cannot be had here: .*write kernels=auto", kernels="triton")
 
 
 def test_no_step_is_the_start():
