@@ -21,6 +21,7 @@ from fastarat.checks import (
     check_classes,
     check_images,
     check_labels,
+    check_logits,
     check_pixels,
     checked_budget,
     checked_length,
@@ -96,7 +97,7 @@ def objective_name(objective: str | Callable) -> str | Callable:
 
 
 def checked_backend(key: str, backend: str, device: torch.device) -> str:
-    """Return the canonical name of a kernel backend. Raises: UserError for an unknown one, or Triton where it is not."""
+    """Return a kernel backend's canonical name. Raises: UserError for an unknown one, or Triton where it is not."""
     backend = named(key, backend, Backend.__args__)
     if backend == "triton" and not interpreting() and (reason := why_not_triton(device)) is not None:
         raise UserError(f"{key}=triton cannot be had here: {reason}; write {key}=auto")
@@ -196,6 +197,10 @@ def pgd(
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = forward(points)
+            if not callable(objective):  # one's own may want something else of one's own forward
+                check_logits(logits, images)
+            if objective == "kl" and target.shape != logits.shape:
+                raise UserError(f"target is {list(target.shape)}, the logits {list(logits.shape)}: expected one shape")
             loss = loss_of(logits, target).sum()
         (grad,) = torch.autograd.grad(loss, points)
         losses.append(loss.detach())
@@ -351,12 +356,12 @@ class PGD:
             target = labels
             if self.objective == "kl":
                 with torch.no_grad():
-                    target = (self.model if flat else forward)(images)
+                    target = logits_of(self.model if flat else forward, images, self.model)
             first = self.model if flat else forward
             if unread:  # how many classes there are is known from here on, before any loss
 
                 def first(points: Tensor, forward: Callable[[Tensor], Tensor] = first) -> Tensor:
-                    logits = logits_of(forward, points)
+                    logits = logits_of(forward, points, self.model)
                     check_classes(labels, logits.shape[1])
                     self._seen.add(images.shape)
                     return logits

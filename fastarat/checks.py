@@ -458,17 +458,37 @@ def check_logits(logits: Any, images: Tensor, who: str = "the model") -> None:
         raise UserError(f"{who} returned {got} for {size} images: expected logits [{size}, K], K >= 2")
 
 
-def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return a network's logits [B, K] of `images`. Raises: UserError in one line where it takes or makes others."""
+def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor, model: nn.Module | None = None) -> Tensor:
+    """Return a network's logits [B, K] of `images`. Raises: UserError in one line where it takes or makes others.
+
+    model: whose forward it is, to tell a network in another precision by. During a capture errors stay as they are.
+    """
     try:
         logits = forward(images)
-    except (UserError, torch.cuda.OutOfMemoryError):
+    except (UserError, torch.cuda.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
+        if not readable(images):
+            raise
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"the model does not take images {images.dtype} {list(images.shape)}: {first}") from error
+        if not isinstance(error, (RuntimeError, ValueError)):
+            first = f"{type(error).__name__}: {first}"
+        parameters = () if model is None else model.named_parameters()
+        others = [(n, p.dtype) for n, p in parameters if p.is_floating_point() and p.dtype != images.dtype]
+        # Not refused before: a network may cast its images itself.
+        mend = f"; {others[0][0]} is {others[0][1]}: call model.float()" if others else ""
+        raise UserError(f"the model does not take images {images.dtype} {list(images.shape)}: {first}{mend}") from error
     check_logits(logits, images)
     return logits
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Raise UserError for rows in [0, 1] that sum to 1. Reads the values: waits for the device."""
+    if logits.min() >= -1e-6 and logits.max() <= 1 + 1e-6 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
+        raise UserError(
+            "the model returned probabilities (rows in [0, 1] that sum to 1): expected logits, because "
+            "attacks on a saturated softmax find no gradient; remove the final softmax"
+        )
 
 
 def check_same(labels: Tensor, **tensors: Tensor) -> None:

@@ -38,6 +38,7 @@ from fastarat.checks import (
     check_classes,
     check_images,
     check_labels,
+    check_no_probabilities,
     check_pixels,
     checked_budget,
     checked_seed,
@@ -298,8 +299,7 @@ def adversarial_examples(
     entry = Attack(f"pgd-{num_steps}", "", num_steps)
     with _prepared(model, device, branch, tf32=False) as forward:
         x, y = images.to(device).clone(), labels.to(device)
-        with torch.no_grad():
-            check_classes(labels, logits_of(forward, x).shape[1])
+        _check_model(forward, images, labels, len(images), device, needs_gradient=True, found=[])
         generator = torch.Generator(device).manual_seed(seed)
         points = next(_pgd_points(forward, x, y, entry, budget, generator))[1]
         _furthest(points, x, budget)
@@ -486,11 +486,7 @@ def _check_model(
     with torch.no_grad():
         logits = logits_of(forward, x)
         _check_logits(logits)
-        if logits.min() >= -1e-6 and logits.max() <= 1 + 1e-6 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
-            raise UserError(
-                "the model returned probabilities (rows in [0, 1] that sum to 1): expected logits, because "
-                "attacks on a saturated softmax find no gradient; remove the final softmax"
-            )
+        check_no_probabilities(logits)
         again = forward(x)
         moved = ((again - logits).norm(dim=1) / (logits.norm(dim=1) + 1e-10)).max().item()
     if moved > 1e-4:  # the limit of the official `check_randomized`
