@@ -397,19 +397,21 @@ def check_images(images: Any, name: str = "images", channels: int | None = None)
 
 
 def check_pixels(images: Tensor, name: str = "images") -> None:
-    """Raise UserError unless every pixel lies in [0, 1]. Reads the values: waits for the device."""
+    """Raise UserError unless every pixel lies in [0, 1], rounding of 1e-6 aside. Reads them: waits for the device."""
     low, high = (v.item() for v in images.detach().aminmax())
     if math.isnan(low) or math.isnan(high):
         raise UserError(f"{name} contain NaN: expected values in [0, 1]")
-    if low >= 0 and high <= 1:
+    if low >= -1e-6 and high <= 1 + 1e-6:
         return
-    if low >= 0 and high > 2:
+    if max(-low, high) > 255:
+        mend = "these are no 8-bit pixels; look at how they were read"
+    elif low >= 0 and high > 2:
         mend = f"divide by 255 (write {name} / 255)"
     elif low > -0.01 and high < 1.01:
         mend = f"write {name}.clamp(0, 1)"
     else:
         mend = "remove the normalisation and put it inside the model"
-    raise UserError(f"{name} span [{low:.4g}, {high:.4g}], outside [0, 1]: {mend}")
+    raise UserError(f"{name} span [{low:.8g}, {high:.8g}], outside [0, 1]: {mend}")
 
 
 def check_labels(labels: Any, images: Tensor, name: str = "labels") -> None:

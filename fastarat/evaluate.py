@@ -537,7 +537,7 @@ def _furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
     if math.isnan(low):
         raise NonFinite("the model's input gradient is NaN: expected a finite one; check the checkpoint")
     assert distance <= budget.epsilon + slack, f"perturbation {distance} exceeds epsilon {budget.epsilon}"
-    assert 0 <= low <= high <= 1, f"adversarial images span [{low}, {high}]"
+    assert -1e-6 <= low <= high <= 1 + 1e-6, f"adversarial images span [{low}, {high}]"
     return distance
 
 

@@ -369,6 +369,9 @@ VALUES = {
     "0 to 255": (lambda x, y: (x * 255, y), r"images span .*outside \[0, 1\]: divide by 255"),
     "normalised": (lambda x, y: (x * 4 - 2, y), "put it inside the model"),
     "rounded": (lambda x, y: (x + 0.005, y), r"write images.clamp\(0, 1\)"),
+    "slightly": (lambda x, y: (x.clamp(min=0.5).fill_(1.00001), y), r"images span \[1.00001, 1.00001\d*\], outside"),
+    "infinite": (lambda x, y: (x / 0, y), r"inf\], outside \[0, 1\]: these are no 8-bit pixels"),
+    "huge": (lambda x, y: (x * 1e30, y), "these are no 8-bit pixels"),
     "nan": (lambda x, y: (x.clone().fill_(math.nan), y), "images contain NaN"),
     "from 1": (lambda x, y: (x, y.fill_(1).scatter_(0, torch.tensor([0]), K)), r"labels span 1 to 4, but the model has 4 classes: expected 0 to 3; write labels - 1"),
     "beyond": (lambda x, y: (x, y + K), "but the model has 4 classes"),
@@ -396,6 +399,13 @@ def test_labels_of_another_kind_are_refused(entry, bad):
 def test_values_out_of_range_are_refused(entry, bad):
     change, words = VALUES[bad]
     refused(entry, words, change)
+
+
+@pytest.mark.parametrize("entry", WITH_VALUES)
+def test_rounding_is_no_mistake(entry):
+    images, labels = batch()
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = 1 + 2e-7, -2e-7
+    entry(images, labels)
 
 
 @pytest.mark.parametrize("entry", [e for e in TENSORS if e is not evaluated])
