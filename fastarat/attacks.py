@@ -21,9 +21,11 @@ from fastarat.checks import (
     check_classes,
     check_images,
     check_labels,
+    check_logits,
     check_pixels,
     checked_budget,
     checked_length,
+    coerce,
     input_channels,
     logits_of,
     named,
@@ -33,7 +35,7 @@ from fastarat.checks import (
     whole,
 )
 from fastarat.errors import UserError
-from fastarat.kernels import pgd_update
+from fastarat.kernels import interpreting, pgd_update, why_not_triton
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that store weights and activations in 16 bits, by name."""
@@ -92,6 +94,14 @@ def objective_of(objective: str | Callable) -> Callable[[Tensor, Tensor], Tensor
 def objective_name(objective: str | Callable) -> str | Callable:
     """Return the canonical name of an objective, or the function given. Raises: UserError for an unknown name."""
     return objective if callable(objective) else named("objective", objective, tuple(OBJECTIVES))
+
+
+def checked_backend(key: str, backend: str, device: torch.device) -> str:
+    """Return a kernel backend's canonical name. Raises: UserError for an unknown one, or Triton where it is not."""
+    backend = named(key, backend, Backend.__args__)
+    if backend == "triton" and not interpreting() and (reason := why_not_triton(device)) is not None:
+        raise UserError(f"{key}=triton cannot be had here: {reason}; write {key}=auto")
+    return backend
 
 
 def random_start(
@@ -171,8 +181,9 @@ def pgd(
     """
     objective = objective_name(objective)
     loss_of = objective_of(objective)
-    num_steps, backend = whole("num_steps", num_steps, 0), named("backend", backend, Backend.__args__)
+    num_steps, count = whole("num_steps", num_steps, 0), coerce(count, bool, "count")
     check_images(images)
+    backend = checked_backend("backend", backend, images.device)
     epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=images.shape, read=False)
     check_images(start, "start")
     if start.shape != images.shape:
@@ -186,6 +197,10 @@ def pgd(
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = forward(points)
+            if not callable(objective):  # one's own may want something else of one's own forward
+                check_logits(logits, images)
+            if objective == "kl" and target.shape != logits.shape:
+                raise UserError(f"target is {list(target.shape)}, the logits {list(logits.shape)}: expected one shape")
             loss = loss_of(logits, target).sum()
         (grad,) = torch.autograd.grad(loss, points)
         losses.append(loss.detach())
@@ -305,7 +320,7 @@ class PGD:
         self.generator = generator if generator is not None else torch.Generator(device).manual_seed(0)
         self.generators = (self.generator,)
         self._seen: set[torch.Size] = set()
-        self._count = count
+        self._count = coerce(count, bool, "count")
         self._pgd = partial(
             pgd,
             epsilon=epsilon,
@@ -313,8 +328,8 @@ class PGD:
             num_steps=whole("num_steps", num_steps),
             objective=self.objective,
             norm=norm,
-            count=count,
-            backend=named("backend", backend, Backend.__args__),
+            count=self._count,
+            backend=checked_backend("backend", backend, device),
         )
 
     def _check(self, images: Tensor, labels: Tensor) -> bool:
@@ -341,12 +356,12 @@ class PGD:
             target = labels
             if self.objective == "kl":
                 with torch.no_grad():
-                    target = (self.model if flat else forward)(images)
+                    target = logits_of(self.model if flat else forward, images, self.model)
             first = self.model if flat else forward
             if unread:  # how many classes there are is known from here on, before any loss
 
                 def first(points: Tensor, forward: Callable[[Tensor], Tensor] = first) -> Tensor:
-                    logits = logits_of(forward, points)
+                    logits = logits_of(forward, points, self.model)
                     check_classes(labels, logits.shape[1])
                     self._seen.add(images.shape)
                     return logits

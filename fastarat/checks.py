@@ -121,7 +121,7 @@ def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -
             return value
     except UserError:
         raise
-    except (TypeError, ValueError, ArithmeticError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # the last: a tensor of several values
         pass
     wanted = {
         bool: "true or false",
@@ -144,9 +144,13 @@ def _is(value: Any, kind: type) -> bool:
         return True
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def _bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
+    if _is_bool(value):
+        return bool(value)
     if str(value).lower() in ("true", "yes", "on", "1"):
         return True
     if str(value).lower() in ("false", "no", "off", "0"):
@@ -155,13 +159,16 @@ def _bool(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+    if _is_bool(value):
         raise ValueError
-    return int(value)
+    result = int(value)
+    if not isinstance(value, str) and value != result:
+        raise ValueError
+    return result
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, bool):
+    if _is_bool(value):
         raise ValueError
     if isinstance(value, str) and "/" in value:
         top, bottom = value.split("/")
@@ -213,9 +220,39 @@ def within(key: str, value: Any, interval: str, about: str = "") -> Any:
     return value
 
 
-def whole(key: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`. Raises: UserError."""
-    return within(key, coerce(value, int, key), f"[{least}, inf)")
+def whole(key: str, value: Any, least: int = 1, below: str = "inf") -> int:
+    """Return `value` as an int of at least `least`, below `below` (as `within` writes it). Raises: UserError."""
+    return within(key, coerce(value, int, key), f"[{least}, {below})")
+
+
+def checked_seed(seed: Any) -> int:
+    """Return `seed` as an int that every generator takes, of the interval a config allows. Raises: UserError."""
+    return whole("seed", seed, 0, "2^63")
+
+
+def pick_device(name: Any) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:N", N or a device into a device; a CUDA one has its number.
+
+    Raises: UserError for another name, and for a device this machine has not.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+        name = f"cuda:{name}"
+    given = str(name) if isinstance(name, torch.device) else name
+    try:
+        if not isinstance(name, (str, torch.device)):
+            raise TypeError
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device {shown(given)}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {given!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {given!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # what torch.cuda.set_device and others insist on
+    return device
 
 
 @functools.cache
@@ -262,8 +299,9 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     Raises: UserError for what is no length, or given in other units.
     """
     if isinstance(value, Tensor):
-        if value.dim() or not value.is_floating_point():
-            raise UserError(f"{key}={shown(value)}: expected a number or a 0-d float32 tensor")
+        if value.dim() or value.dtype != torch.float32:
+            mend = f"; write {key}.float()" if value.is_floating_point() and not value.dim() else ""
+            raise UserError(f"{key}={shown(value)}: expected a number or a 0-d float32 tensor{mend}")
         if not (read and readable(value)):
             return value
         number = value.item()
@@ -359,19 +397,21 @@ def check_images(images: Any, name: str = "images", channels: int | None = None)
 
 
 def check_pixels(images: Tensor, name: str = "images") -> None:
-    """Raise UserError unless every pixel lies in [0, 1]. Reads the values: waits for the device."""
+    """Raise UserError unless every pixel lies in [0, 1], rounding of 1e-6 aside. Reads them: waits for the device."""
     low, high = (v.item() for v in images.detach().aminmax())
     if math.isnan(low) or math.isnan(high):
         raise UserError(f"{name} contain NaN: expected values in [0, 1]")
-    if low >= 0 and high <= 1:
+    if low >= -1e-6 and high <= 1 + 1e-6:
         return
-    if low >= 0 and high > 2:
+    if max(-low, high) > 255:
+        mend = "these are no 8-bit pixels; look at how they were read"
+    elif low >= 0 and high > 2:
         mend = f"divide by 255 (write {name} / 255)"
     elif low > -0.01 and high < 1.01:
         mend = f"write {name}.clamp(0, 1)"
     else:
         mend = "remove the normalisation and put it inside the model"
-    raise UserError(f"{name} span [{low:.4g}, {high:.4g}], outside [0, 1]: {mend}")
+    raise UserError(f"{name} span [{low:.8g}, {high:.8g}], outside [0, 1]: {mend}")
 
 
 def check_labels(labels: Any, images: Tensor, name: str = "labels") -> None:
@@ -420,17 +460,37 @@ def check_logits(logits: Any, images: Tensor, who: str = "the model") -> None:
         raise UserError(f"{who} returned {got} for {size} images: expected logits [{size}, K], K >= 2")
 
 
-def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return a network's logits [B, K] of `images`. Raises: UserError in one line where it takes or makes others."""
+def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor, model: nn.Module | None = None) -> Tensor:
+    """Return a network's logits [B, K] of `images`. Raises: UserError in one line where it takes or makes others.
+
+    model: whose forward it is, to tell a network in another precision by. During a capture errors stay as they are.
+    """
     try:
         logits = forward(images)
-    except (UserError, torch.cuda.OutOfMemoryError):
+    except (UserError, torch.cuda.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
+        if not readable(images):
+            raise
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"the model does not take images {images.dtype} {list(images.shape)}: {first}") from error
+        if not isinstance(error, (RuntimeError, ValueError)):
+            first = f"{type(error).__name__}: {first}"
+        parameters = () if model is None else model.named_parameters()
+        others = [(n, p.dtype) for n, p in parameters if p.is_floating_point() and p.dtype != images.dtype]
+        # Not refused before: a network may cast its images itself.
+        mend = f"; {others[0][0]} is {others[0][1]}: call model.float()" if others else ""
+        raise UserError(f"the model does not take images {images.dtype} {list(images.shape)}: {first}{mend}") from error
     check_logits(logits, images)
     return logits
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Raise UserError for rows in [0, 1] that sum to 1. Reads the values: waits for the device."""
+    if logits.min() >= -1e-6 and logits.max() <= 1 + 1e-6 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
+        raise UserError(
+            "the model returned probabilities (rows in [0, 1] that sum to 1): expected logits, because "
+            "attacks on a saturated softmax find no gradient; remove the final softmax"
+        )
 
 
 def check_same(labels: Tensor, **tensors: Tensor) -> None:

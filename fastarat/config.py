@@ -208,7 +208,9 @@ def _defense_from_file(name: str) -> type[Defense]:
         raise UserError(f"{path} does not import: {type(error).__name__}: {error}") from error
     found = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Defense) and c is not Defense]
     if cls not in found:
-        raise UserError(f"{path} defines no defense {cls!r}{nearest(cls, found)} Found: {', '.join(found) or 'none'}.")
+        raise UserError(
+            f"{path} defines no defense {cls!r}{nearest(cls, found) or '.'} Found: {', '.join(found) or 'none'}."
+        )
     return getattr(module, cls)
 
 

@@ -28,8 +28,10 @@ from fastarat.checks import (
     check_device,
     check_images,
     check_labels,
+    check_no_probabilities,
     check_pixels,
     checked_budget,
+    checked_seed,
     coerce,
     input_channels,
     logits_of,
@@ -44,7 +46,7 @@ from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
 from fastarat.errors import UserError
 from fastarat.graphs import Captured, capture
-from fastarat.kernels import interpreting, why_not_fold, why_not_triton
+from fastarat.kernels import why_not_fold
 from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels, unfolded_batchnorm
 from fastarat.optim import SGD, lay_out_state
 from fastarat.winograd import held, set_winograd
@@ -202,18 +204,32 @@ class TrainStep:
         epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=shape)
         num_steps, num_restarts = whole("num_steps", num_steps), whole("num_restarts", num_restarts)
         precision = named("precision", precision, Precision.__args__)
-        kernels = named("kernels", kernels, attacks.Backend.__args__)
         if not isinstance(capture, bool):
             capture = named("capture", capture, ("auto", "on", "off", "fake"))
             capture = {"on": True, "off": False}.get(capture, capture)
         if awp is not None:
             awp = within("awp", coerce(awp, float, "awp"), "(0, 1)", "a share of each weight's norm, such as 0.005")
-        awp_warmup, seed = whole("awp_warmup", awp_warmup, 0), whole("seed", seed, 0)
+        awp_warmup, seed = whole("awp_warmup", awp_warmup, 0), checked_seed(seed)
+        channels_last, compile_loss, fold, winograd = (
+            coerce(value, bool, key)
+            for key, value in {
+                "channels_last": channels_last,
+                "compile_loss": compile_loss,
+                "fold": fold,
+                "winograd": winograd,
+            }.items()
+        )
         self.defense = defense
-        self.device = next(model.parameters()).device
-        reason = why_not_triton(self.device)
-        if kernels == "triton" and reason is not None and not interpreting():
-            raise UserError(f"kernels=triton cannot be had here: {reason}; write kernels=auto")
+        own = list(model.parameters())
+        if not own:
+            raise UserError(f"model is a {type(model).__name__} without parameters: expected a network to train")
+        if not any(p.requires_grad for p in own):
+            raise UserError(
+                "no parameter of the model requires a gradient, so nothing would be trained; write "
+                "model.requires_grad_(True)"
+            )
+        self.device = own[0].device
+        kernels = attacks.checked_backend("kernels", kernels, self.device)
         if defense.splits:
             model = model if branches_of(model) else split_batchnorm(model)
         model = grouped_batchnorm(model)
@@ -229,6 +245,7 @@ class TrainStep:
             set_winograd(module, winograd)
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
+        _check_optimizer(self.optimizer, self.parameters)
 
         self.epsilon = epsilon
         self.norm = norm
@@ -283,7 +300,7 @@ class TrainStep:
         self._trained = self.model
         convs = {id(conv.weight) for conv, _ in self.model.foldable()} if self.fold else set()
         self._folded = {name for name, p in self.model.named_parameters() if id(p) in convs}
-        self._terms = self._heads_and_loss
+        self._terms, self._terms_checked = self._heads_and_loss, False
         if compile_loss:
             self._terms = torch.compile(self._heads_and_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
         self._graphs: dict[tuple[int, ...], Captured] = {}
@@ -296,7 +313,9 @@ class TrainStep:
         autotunes, cudnn.benchmark = cudnn.benchmark, False  # no plan is worth finding for two images
         try:
             with torch.no_grad(), mode_of(self.model, False):
-                return logits_of(self.model, images).shape[1]
+                logits = logits_of(self.model, images, self.model)
+                check_no_probabilities(logits)
+                return logits.shape[1]
         finally:
             cudnn.benchmark = autotunes
 
@@ -307,6 +326,11 @@ class TrainStep:
         if images.shape[1] != self._channels:
             raise UserError(f"images have {images.shape[1]} channels, the example had {self._channels}")
         check_device(self.device, images=images, labels=labels)
+        if len(images) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.companions.modules()):
+            raise UserError(
+                f"images are a batch of one: BatchNorm in what {type(self.defense).__name__} trains beside the model "
+                "needs at least 2 images; leave a last batch of one out, drop_last=True"
+            )
         if (waits(images) and images.shape in self._shapes_seen) or not readable(images):
             return
         check_pixels(images)
@@ -324,14 +348,7 @@ class TrainStep:
         parameters = list(inspect.signature(type(self.defense).loss).parameters)
         if len(parameters) != 2:
             raise UserError(f"{where}.loss takes ({', '.join(parameters)}): expected (self, views)")
-        own, self._terms = self._terms, self._heads_and_loss
-
-        def checked(views: Views) -> dict[str, Tensor]:
-            terms = own(views)
-            _check_terms(terms, f"{where}.loss")
-            return terms
-
-        self._terms = checked
+        self._terms_checked = False
         try:
             with self._preserved():
                 self._step(images, labels)
@@ -347,8 +364,6 @@ class TrainStep:
             elif not self.defense.attacks:
                 hint = "; views.logits_adv is None because the class sets attacks = False"
             raise UserError(f"{place}: {type(error).__name__}: {first}{hint}") from error
-        finally:
-            self._terms = own
 
     def _capture_mode(self, wanted: bool | str, precision: Precision) -> tuple[str | None, str]:
         reason = self.defense.why_eager
@@ -443,7 +458,7 @@ class TrainStep:
         attacked = self.attack(images, labels) if self.defense.attacks else None
         pushed = [] if self.awp is None or attacked is None else self._push_weights(images, labels, attacked)
         views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
-        terms = self._terms(views)
+        terms = self._checked_terms(views)
         self.defense.backward(terms, self.model, self.scaler.scale, views)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -463,6 +478,13 @@ class TrainStep:
         self.meter.add(terms, views, watched)
         return terms
 
+    def _checked_terms(self, views: Views) -> dict[str, Tensor]:
+        terms = self._terms(views)
+        if not self._terms_checked:  # the first are told of the rest; no value is read
+            _check_terms(terms, f"{_where(self.defense)}.loss")
+            self._terms_checked = True
+        return terms
+
     def _heads_and_loss(self, views: Views) -> dict[str, Tensor]:
         return self.defense.loss(self.defense.heads(self.companions, views))
 
@@ -477,7 +499,7 @@ class TrainStep:
         self.forward.still = True
         try:
             views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
-            grads = torch.autograd.grad(sum(self._terms(views).values()), weights)
+            grads = torch.autograd.grad(sum(self._checked_terms(views).values()), weights)
         finally:
             self.forward.still = False
         with torch.no_grad():
@@ -602,6 +624,22 @@ def _file(defense: Defense) -> str:
 
 def _where(defense: Defense) -> str:
     return f"{_file(defense)}: {type(defense).__qualname__}"
+
+
+def _check_optimizer(optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list) or not hasattr(optimizer, "step"):
+        raise UserError(
+            f"the optimizer function returned {shown(optimizer)}: expected an optimizer, such as "
+            "torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)"
+        )
+    held, wanted = {id(p) for g in groups for p in g["params"]}, {id(p) for p in parameters}
+    if missing := len(wanted - held):
+        raise UserError(
+            f"the optimizer leaves out {missing} of the {len(wanted)} parameters its function was given, which would "
+            "never be trained: build it of that list (model.parameters() from before BatchNorm was split lack the "
+            "second set and the defense's own); a parameter that shall stay gets requires_grad_(False) before"
+        )
 
 
 def _check_terms(terms: object, where: str) -> None:

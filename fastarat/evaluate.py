@@ -38,11 +38,14 @@ from fastarat.checks import (
     check_classes,
     check_images,
     check_labels,
+    check_no_probabilities,
     check_pixels,
     checked_budget,
+    checked_seed,
     coerce,
     input_channels,
     logits_of,
+    pick_device,
     shown,
     whole,
 )
@@ -173,7 +176,7 @@ def evaluate(
         step_size: of PGD; default epsilon / 4, which is 2/255 for 8/255.
         limit: number of images, at even distances through the set (one stored class by class stays balanced).
         batch_size: images per forward; with the seed it fixes AutoAttack's random numbers.
-        device: where to evaluate; default: where the model is.
+        device: where to evaluate: a device, its name, or "auto"; default: where the model is.
         branch: BN branch of a split model.
         state_dir: AutoAttack saves its state here after every batch, and a later call with the same weights,
             data and settings continues from it.
@@ -185,11 +188,12 @@ def evaluate(
     """
     attacks = parse_attacks(attack)
     budget = checked_budget(epsilon, step_size, norm)
-    batch_size, seed = whole("batch_size", batch_size), whole("seed", seed, 0)
+    batch_size, seed = whole("batch_size", batch_size), checked_seed(seed)
+    progress, tf32 = coerce(progress, bool, "progress"), coerce(tf32, bool, "tf32")
     _check_network(model)
     package = _autoattack_package() if any(a.members for a in attacks) else None
     home = _device_of(model)
-    device = torch.device(device) if device is not None else home
+    device = home if device is None else pick_device(device)
     images, labels = collect(data, limit=limit, batch_size=batch_size, channels=input_channels(model))
     _check_images(model, images, labels)
     budget = checked_budget(*budget, shape=images.shape)
@@ -286,7 +290,7 @@ def adversarial_examples(
     Returns: float32 [B, C, H, W] on the device of `images`, within epsilon of them and within [0, 1].
     Raises: UserError as `evaluate`.
     """
-    num_steps, seed = whole("num_steps", num_steps), whole("seed", seed, 0)
+    num_steps, seed = whole("num_steps", num_steps), checked_seed(seed)
     _check_network(model)
     _check_images(model, images, labels)
     budget = checked_budget(epsilon, step_size, norm, shape=images.shape)
@@ -295,8 +299,7 @@ def adversarial_examples(
     entry = Attack(f"pgd-{num_steps}", "", num_steps)
     with _prepared(model, device, branch, tf32=False) as forward:
         x, y = images.to(device).clone(), labels.to(device)
-        with torch.no_grad():
-            check_classes(labels, logits_of(forward, x).shape[1])
+        _check_model(forward, images, labels, len(images), device, needs_gradient=True, found=[])
         generator = torch.Generator(device).manual_seed(seed)
         points = next(_pgd_points(forward, x, y, entry, budget, generator))[1]
         _furthest(points, x, budget)
@@ -483,11 +486,7 @@ def _check_model(
     with torch.no_grad():
         logits = logits_of(forward, x)
         _check_logits(logits)
-        if logits.min() >= -1e-6 and logits.max() <= 1 + 1e-6 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
-            raise UserError(
-                "the model returned probabilities (rows in [0, 1] that sum to 1): expected logits, because "
-                "attacks on a saturated softmax find no gradient; remove the final softmax"
-            )
+        check_no_probabilities(logits)
         again = forward(x)
         moved = ((again - logits).norm(dim=1) / (logits.norm(dim=1) + 1e-10)).max().item()
     if moved > 1e-4:  # the limit of the official `check_randomized`
@@ -538,7 +537,7 @@ def _furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
     if math.isnan(low):
         raise NonFinite("the model's input gradient is NaN: expected a finite one; check the checkpoint")
     assert distance <= budget.epsilon + slack, f"perturbation {distance} exceeds epsilon {budget.epsilon}"
-    assert 0 <= low <= high <= 1, f"adversarial images span [{low}, {high}]"
+    assert -1e-6 <= low <= high <= 1 + 1e-6, f"adversarial images span [{low}, {high}]"
     return distance
 
 

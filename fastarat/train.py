@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fastarat.attacks import mode_of
 from fastarat.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
+from fastarat.checks import pick_device
 from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
 from fastarat.data import (
     Dataset,
@@ -121,25 +122,6 @@ def _resumed_config(run: Path, config: Config | None, overrides: dict[str, Any])
                 "may); start another run for that"
             )
     return from_dict({**to_dict(kept), **overrides, "out": str(run)}, source=str(run / "config.yaml"))
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device; a CUDA one has its number. Raises: UserError without it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use --device cpu"
-        )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())  # what torch.cuda.set_device and others insist on
-    return device
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
@@ -261,6 +263,82 @@ def test_counts(entry):
     assert same(entry(*batch(), num_steps="2"), entry(*batch(), num_steps=2.0))
 
 
+NOT_WHOLE = (np.float32(2.7), np.float64(2.5), torch.tensor(2.9), Fraction(5, 2), Decimal("2.7"), np.bool_(True),
+             torch.tensor(True), torch.tensor([2, 3]))  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", COUNTED)
+def test_no_count_is_cut_to_a_whole_number(entry):
+    for value in NOT_WHOLE:
+        refused(entry, "num_steps=.*: expected a whole number", num_steps=value)
+    assert same(entry(*batch(), num_steps=np.float32(2)), entry(*batch(), num_steps=Fraction(4, 2)))
+
+
+def test_a_bool_is_no_number_and_is_a_bool():
+    for value in (np.bool_(True), torch.tensor(True)):
+        refused(pgd_class, "epsilon=.*: expected a number", epsilon=value)
+        assert coerce(value, bool, "x") is True
+
+
+SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold", "winograd")]
+SWITCHES += [(evaluated, "tf32"), (pgd_class, "count"), (pgd_function, "count")]
+
+
+@pytest.mark.parametrize(("entry", "switch"), SWITCHES)
+def test_a_switch_is_true_or_false(entry, switch):
+    for value in ("perhaps", 2, None, []):
+        refused(entry, f"{switch}=.*: expected true or false", **{switch: value})
+    assert same(entry(*batch(), **{switch: "no"}), entry(*batch(), **{switch: False}))
+
+
+def test_the_words_for_no_switch_off():
+    images, labels = batch()
+    assert PGD(network(), epsilon=0.1, num_steps=1, count="off")(images, labels).kappa is None
+    step = fastarat.TrainStep(network(), fastarat.AT(), images, channels_last="no", fold="off")
+    assert (step.memory_format, step.fold) == (torch.contiguous_format, False)
+    for tf32, precision in (("no", "float32"), ("yes", "tf32")):
+        measured = evaluate(network(), (images, labels), "clean", tf32=tf32, progress="off")
+        assert measured.settings["precision"] == precision
+    with pytest.raises(UserError, match="progress='maybe': expected true or false"):
+        evaluate(network(), (images, labels), "clean", progress="maybe")
+
+
+@pytest.mark.parametrize("entry", [pgd_class, pgd_function, start, several])
+def test_a_budget_tensor_is_float32(entry):
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        refused(
+            entry, r"epsilon=.*0-d float32 tensor; write epsilon.float\(\)$", epsilon=torch.tensor(0.125, dtype=dtype)
+        )
+        if entry is not start:
+            refused(entry, r"write step_size.float\(\)$", step_size=torch.tensor(0.03, dtype=dtype))
+
+
+@pytest.mark.parametrize("entry", [evaluated, examples, train_step])
+def test_seeds(entry):
+    for value in (2**64, 2**63, -1):
+        refused(entry, rf"seed={value} is outside \[0, 2\^63\)", seed=value)
+    refused(entry, "seed='x': expected a whole number", seed="x")
+    entry(*batch(), seed=2**63 - 1)
+
+
+def test_devices():
+    for name in ("gpu", "mps", "cuda:99", -1, None if torch.cuda.is_available() else 0, True, 2.5, ["cpu"]):
+        if name is not None:
+            refused(
+                evaluated, "device .*(expected auto, cpu, cuda|not supported: use cpu|this machine has)", device=name
+            )
+    for name in ("auto", torch.device("cpu")):
+        assert same(evaluated(*batch(), device=name), evaluated(*batch(), device="cpu"))
+
+
+def test_triton_is_refused_on_a_cpu_before_any_work(monkeypatch):
+    monkeypatch.setattr(attacks, "interpreting", lambda: False)
+    with pytest.raises(UserError, match=r"backend=triton cannot be had here: .*write backend=auto"):
+        PGD(network(), epsilon=0.1, backend="Triton")
+    refused(pgd_function, "backend=triton cannot be had here", backend="triton", num_steps=0)
+    refused(train_step, "kernels=triton cannot be had here: .*write kernels=auto", kernels="triton")
+
+
 def test_no_step_is_the_start():
     images, labels = batch()
     assert torch.equal(pgd_function(images, labels, num_steps=0), images)
@@ -291,6 +369,9 @@ VALUES = {
     "0 to 255": (lambda x, y: (x * 255, y), r"images span .*outside \[0, 1\]: divide by 255"),
     "normalised": (lambda x, y: (x * 4 - 2, y), "put it inside the model"),
     "rounded": (lambda x, y: (x + 0.005, y), r"write images.clamp\(0, 1\)"),
+    "slightly": (lambda x, y: (x.clamp(min=0.5).fill_(1.00001), y), r"images span \[1.00001, 1.00001\d*\], outside"),
+    "infinite": (lambda x, y: (x / 0, y), r"inf\], outside \[0, 1\]: these are no 8-bit pixels"),
+    "huge": (lambda x, y: (x * 1e30, y), "these are no 8-bit pixels"),
     "nan": (lambda x, y: (x.clone().fill_(math.nan), y), "images contain NaN"),
     "from 1": (lambda x, y: (x, y.fill_(1).scatter_(0, torch.tensor([0]), K)), r"labels span 1 to 4, but the model has 4 classes: expected 0 to 3; write labels - 1"),
     "beyond": (lambda x, y: (x, y + K), "but the model has 4 classes"),
@@ -318,6 +399,13 @@ def test_labels_of_another_kind_are_refused(entry, bad):
 def test_values_out_of_range_are_refused(entry, bad):
     change, words = VALUES[bad]
     refused(entry, words, change)
+
+
+@pytest.mark.parametrize("entry", WITH_VALUES)
+def test_rounding_is_no_mistake(entry):
+    images, labels = batch()
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = 1 + 2e-7, -2e-7
+    entry(images, labels)
 
 
 @pytest.mark.parametrize("entry", [e for e in TENSORS if e is not evaluated])
@@ -388,6 +476,137 @@ def test_other_objects_are_refused():
         pgd_function(images, labels, objective="kl")
     with pytest.raises(UserError, match=r"start is .* expected one shape"):
         pgd(network(), images, labels, labels, images[:4], epsilon=0.1, step_size=0.1, num_steps=1)
+
+
+class Raising(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.net, self.error = network(), error
+
+    def forward(self, x):
+        raise self.error
+
+
+def on(model: nn.Module, images, labels, **options) -> list:
+    """Calls of every entry that takes a network."""
+    return [
+        lambda: evaluate(model, (images, labels), "clean", progress=False),
+        lambda: adversarial_examples(model, images, labels),
+        lambda: fastarat.TrainStep(model, fastarat.AT(), images),
+        lambda: PGD(model, epsilon=0.1)(images, labels),
+        lambda: PGD(model, epsilon=0.1, objective="kl", start="gaussian")(images, labels),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AssertionError("wrong size"), "AssertionError: wrong size"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (TypeError("two\nlines"), "TypeError: two$"),
+        (AttributeError("no such"), "AttributeError: no such"),
+        (RuntimeError("shapes"), r"\[\d, 3, 8, 8\]: shapes$"),
+    ],
+)
+def test_an_error_inside_the_model_is_one_line(error, words):
+    for call in on(Raising(error), *batch()):
+        with pytest.raises(UserError, match=rf"the model does not take images torch.float32 .*{words}") as found:
+            call()
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_in_another_precision(dtype):
+    for call in on(network().to(dtype), *batch()):
+        with pytest.raises(UserError, match=r"conv1.weight is torch.\w+: .*call model.float\(\)"):
+            call()
+
+
+def test_an_attack_wants_logits_of_its_forward():
+    images, labels = batch()
+    options = {"epsilon": 0.1, "step_size": 0.1, "num_steps": 1}
+    with pytest.raises(UserError, match=r"the model returned tuple for 8 images: expected logits"):
+        pgd(lambda x: (network()(x),), images, labels, labels, images, **options)
+    with pytest.raises(UserError, match=r"target is \[8, 3\], the logits \[8, 4\]: expected one shape"):
+        pgd(network(), images, labels, torch.zeros(8, 3), images, objective="kl", **options)
+
+
+def test_what_evaluation_refuses_its_examples_refuse():
+    images, labels = batch()
+
+    class Detached(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    class Nan(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * math.nan
+
+    for model, words in (
+        (nn.Sequential(network(), nn.Softmax(1)), "returned probabilities"),
+        (Detached(network()), "do not depend on the images"),
+        (Nan(network()), "NaN or infinite logits"),
+    ):
+        with pytest.raises(UserError, match=words):
+            adversarial_examples(model, images, labels)
+    with pytest.raises(UserError, match=r"returned probabilities.*remove the final softmax"):
+        fastarat.TrainStep(nn.Sequential(network(), nn.Softmax(1)), fastarat.AT(), images)
+
+
+def test_there_is_something_to_train():
+    images, _ = batch()
+    for defense in (fastarat.AT(), fastarat.ARAT()):
+        with pytest.raises(UserError, match=r"no parameter of the model requires a gradient.*requires_grad_\(True\)"):
+            fastarat.TrainStep(network().requires_grad_(False), defense, images)
+        with pytest.raises(UserError, match="a Flatten without parameters"):
+            fastarat.TrainStep(nn.Flatten(), defense, images)
+
+
+def test_the_optimizer_holds_what_is_trained():
+    images, labels = batch()
+    model = network()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"leaves out \d+ of the \d+ parameters.*before BatchNorm was split"):
+        fastarat.TrainStep(model, fastarat.ARAT(), images, optimizer=lambda p: early)
+    with pytest.raises(UserError, match=r"leaves out 1 of the \d+ parameters.*requires_grad_\(False\)"):
+        fastarat.TrainStep(network(), fastarat.AT(), images, optimizer=lambda p: torch.optim.SGD(p[1:], lr=0.1))
+    for made in (None, 3, "sgd"):
+        with pytest.raises(UserError, match=r"the optimizer function returned .*: expected an optimizer, such as"):
+            fastarat.TrainStep(network(), fastarat.AT(), images, optimizer=lambda p, made=made: made)
+    model = network()
+    model.conv1.requires_grad_(False)  # freezing a part is no mistake
+    groups = lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1)  # noqa: E731
+    fastarat.TrainStep(model, fastarat.AT(), images, num_steps=1, optimizer=groups)(images, labels)
+
+
+def test_a_batch_of_one():
+    images, labels = batch()
+    with pytest.raises(UserError, match=r"a batch of one: BatchNorm .*ARAT .*at least 2 images.*drop_last=True"):
+        fastarat.TrainStep(network(), fastarat.ARAT(), images, num_steps=1)(images[:1], labels[:1])
+    fastarat.TrainStep(network(), fastarat.AT(), images, num_steps=1)(images[:1], labels[:1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda z: z.mean(), "returned Tensor: expected a dict of named scalar terms"),
+        (lambda z: None, "returned NoneType: expected a dict"),
+        (lambda z: {"ce": z.mean(1)}, r"term 'ce' has shape \[8\]: expected a scalar"),
+        (lambda z: {"ce": 1.0}, "term 'ce' is a float"),
+        (lambda z: {"ce": z.mean().detach()}, "no term has a gradient"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"capture": "fake"}, {"awp": 0.01}])
+def test_the_loss_of_a_defense_of_ones_own(loss, words, options):
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(fastarat.Defense):
+        def loss(self, views):
+            return loss(views.logits_adv)
+
+    images, labels = batch()
+    step = fastarat.TrainStep(network(), Mine(), images, num_steps=1, **options)
+    with pytest.raises(UserError, match=rf"Mine.loss.*{words}"):
+        step(images, labels)
 
 
 # --- once, and outside of what is captured ----------------------------------------------------------------------------
