@@ -349,6 +349,8 @@ class TrainStep:
         if len(parameters) != 2:
             raise UserError(f"{where}.loss takes ({', '.join(parameters)}): expected (self, views)")
         self._terms_checked = False
+        # The eager loss: its traceback names a line of the person's file, and compiling for two images serves nothing.
+        own, self._terms = self._terms, self._heads_and_loss
         try:
             with self._preserved():
                 self._step(images, labels)
@@ -364,6 +366,8 @@ class TrainStep:
             elif not self.defense.attacks:
                 hint = "; views.logits_adv is None because the class sets attacks = False"
             raise UserError(f"{place}: {type(error).__name__}: {first}{hint}") from error
+        finally:
+            self._terms = own
 
     def _capture_mode(self, wanted: bool | str, precision: Precision) -> tuple[str | None, str]:
         reason = self.defense.why_eager

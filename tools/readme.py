@@ -1,7 +1,7 @@
 """Put what commands printed between the README's markers, so that nobody types a number.
 
 python tools/readme.py demo runs/demo       the printed tables, and the report's pictures into docs/
-python tools/readme.py compare runs/compare its table.md
+python tools/readme.py compare runs/compare its table.md, and its tune.md as docs/tuning.md
 """
 
 import shutil
@@ -26,5 +26,7 @@ if __name__ == "__main__":
             shutil.copy(folder / "report" / name, ROOT / "docs" / name)
     elif block == "compare":
         put("compare", (folder / "table.md").read_text())
+        title = "# What was tried for the README's table, on validation images\n\n"
+        (ROOT / "docs" / "tuning.md").write_text(title + (folder / "tune.md").read_text())
     else:
         sys.exit(f"unknown block {block!r}: demo or compare")
