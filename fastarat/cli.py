@@ -29,6 +29,11 @@ class _Parser(argparse.ArgumentParser):
             if flag.startswith("-"):
                 known = [s for a in self._actions for s in a.option_strings]
                 raise UserError(f"unknown flag {flag}{nearest(flag.split('=')[0], known)} (see {self.prog} --help)")
+        for name, value in vars(namespace).items():
+            for one in value if isinstance(value, list) else (value,):
+                if isinstance(one, str) and not one.strip():
+                    flag = next((s for a in self._actions if a.dest == name for s in a.option_strings), name)
+                    raise UserError(f"{flag} {one!r}: expected a value, got an empty one (see {self.prog} --help)")
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r} (see {self.prog} --help)")
         return namespace, rest
@@ -36,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
 
 # What an interrupted command leaves, and how to go on.
 _INTERRUPTED = {
-    "train": "the run folder keeps the last finished epoch: `fastarat train --resume RUN` continues after it",
+    "train": "once an epoch is finished the run folder keeps it: `fastarat train --resume RUN` continues after it; "
+    "without a run folder nothing was written, and the same command starts again",
     "eval": "AutoAttack's finished batches are kept, and the same command goes on after them; nothing else was written",
     "compare": "finished and begun runs are kept: the same command goes on from there",
     "report": "the report was not finished; the same command writes it anew",
@@ -139,7 +145,7 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.checks import checked_budget
     from fastarat.data import load_dataset
-    from fastarat.evaluate import evaluate, parse_attacks
+    from fastarat.evaluate import check_writable, evaluate, parse_attacks
     from fastarat.train import accuracy_name, check_branch, load_run, pick_device
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
@@ -188,16 +194,17 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     if args.limit is not None and args.limit > len(dataset.test):
         print(f"note: --limit {args.limit} is above the {len(dataset.test):,} test images: all of them are evaluated")
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    result = evaluate(
-        model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
-        seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
-    )  # fmt: skip
-    result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     where = (
         Path(args.out)
         if args.out
         else folder / ("eval.json" if args.weights == "last" else f"eval-{args.weights}.json")
     )
+    check_writable(where)
+    result = evaluate(
+        model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
+        seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
+    )  # fmt: skip
+    result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     result.save(where)
     best = meta.get("best")
     chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""

@@ -19,7 +19,7 @@ from fastarat.checks import Norm, Precision, checked_budget, coerce, hints_of, s
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.models import MODELS
-from fastarat.schedules import RECIPES, recipe_of
+from fastarat.schedules import RECIPES, counted, recipe_of
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
@@ -163,19 +163,45 @@ class Config:
             if isinstance(value := getattr(self, name), dict):
                 object.__setattr__(self, name, from_dict(value, cls, f"{name}."))
         settle(self)
+        for name in ("dataset", "model", "out", "data_dir"):
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise UserError(f"{name}={value!r}: expected a name or path; leave it out for the default")
         if self.batch_size < 2:
             raise UserError(
                 f"batch_size={self.batch_size}: BatchNorm needs at least 2 images to normalise by; write --batch-size "
                 "2 or more (128 is usual)"
             )
         recipe = recipe_of(self.optim.recipe or self.defense.recipe)
-        if recipe.one_cycle and self.optim.warmup is not None:
-            raise UserError(
-                f"optim.warmup={self.optim.warmup}: the recipe {self.optim.recipe or self.defense.recipe} warms up by "
-                "itself; leave it out, or choose another --optim.recipe"
-            )
+        for name, does in (("warmup", "warms up by itself"), ("momentum", "moves the momentum by itself")):
+            if recipe.one_cycle and (value := getattr(self.optim, name)) is not None:
+                raise UserError(
+                    f"optim.{name}={value:g}: the recipe {self.optim.recipe or self.defense.recipe} {does}; leave it "
+                    "out, or choose another --optim.recipe"
+                )
         if self.epochs is not None and (self.optim.warmup or 0) > self.epochs:
-            raise UserError(f"optim.warmup={self.optim.warmup} is longer than the run of {self.epochs} epochs")
+            raise UserError(
+                f"optim.warmup={self.optim.warmup} is longer than the run of {counted(self.epochs, 'epoch')}"
+            )
+        self._check_weight_perturbation()
+
+    def _check_weight_perturbation(self) -> None:
+        if self.awp is None:
+            if self.awp_warmup:
+                raise UserError(
+                    f"awp_warmup={self.awp_warmup}: there is no weight perturbation to wait for; leave it out, or set "
+                    "--awp"
+                )
+            return
+        if not self.defense.attacks:
+            raise UserError(
+                f"awp={self.awp:g}: the defense {self.defense.name} has no attack, and the perturbation is of "
+                "adversarial training; leave it out, or choose another --defense"
+            )
+        if self.epochs is not None and self.awp_warmup >= self.epochs:
+            raise UserError(
+                f"awp_warmup={self.awp_warmup}: weights would never be perturbed in a run of "
+                f"{counted(self.epochs, 'epoch')}; write a smaller number, or leave --awp out"
+            )
 
     @property
     def step_size(self) -> float:

@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -106,9 +106,9 @@ class Evaluation:
         return json.dumps(record, indent=2)
 
     def save(self, path: str | Path) -> Path:
-        """Write `to_json()` to `path`, whole or not at all."""
+        """Write `to_json()` to `path`, whole or not at all. Raises: UserError where it cannot be written."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
         _write_whole(path, self.to_json() + "\n")
         return path
 
@@ -870,10 +870,36 @@ def _passed_over(path: Path, fingerprint: dict[str, Any]) -> list[str]:
     return [f"{path.name} holds an unfinished AutoAttack run with other {other}: it was not continued"]
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of `path`; raise UserError when a file cannot be written there. Nothing else changes."""
+    part = _part(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    part = _part(path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another place")
 
 
 def _bar(title: str, batches: int, progress: bool) -> tqdm:

@@ -113,8 +113,9 @@ def import_checkpoint(
     notes: list[str] = []
     tensors = _unwrap(_read(path), path, prefer, notes)
     tensors, stored = _strip(tensors, notes)
+    given = mean is not None
     if stored:
-        if mean is not None:
+        if given:
             raise UserError(f"{path} holds its own normalisation ({stored}): leave mean and std out")
         mean, std = stored["mean"], stored["std"]
 
@@ -145,6 +146,12 @@ def import_checkpoint(
     channels = 3 if stem is None or stem.dim() != 4 else stem.shape[1]
     if mean is not None and (not len(mean) == len(std) == channels or min(std) <= 0):
         raise UserError(f"mean={list(mean)}, std={list(std)}: expected {channels} numbers each, std above 0")
+    # A deviation of [0, 1] is at most a half; files that scale by another unit have up to 1.
+    if mean is not None and given and not all(0 <= m <= 1 and s <= 1 for m, s in zip(mean, std, strict=True)):
+        raise UserError(
+            f"mean={list(mean)}, std={list(std)}: images lie in [0, 1], and so do these; of pixels from 0 to 255 write "
+            "fractions, such as 125/255"
+        )
     network = build_model(name, num_classes=found, in_channels=channels, mean=mean, std=std)
     if split:
         split_batchnorm(network)

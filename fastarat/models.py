@@ -463,6 +463,8 @@ def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -
 
     Returns: logits [B, K]. Raises: UserError naming a layer the model does not have.
     """
+    if taps is not None and "" in taps.layers:  # the whole model, and what a network's own blocks leave unnamed
+        raise unknown("feature layer", "", tappable(model))
     if taps is None or isinstance(model, Network):
         logits = model(images) if taps is None else model(images, taps)
     else:

@@ -18,10 +18,13 @@ def default_recipe(config: Config, model: str) -> str:
     return f"{name}-wrn" if model.startswith("wrn") and f"{name}-wrn" in RECIPES else name
 
 
-def departures(config: Config, image_size: int, swa_every: int = 500) -> tuple[str, ...] | None:
+def departures(
+    config: Config, image_size: int, swa_every: int = 500, *, precision: str | None = None, num_train: int | None = None
+) -> tuple[str, ...] | None:
     """Where a run of `config`, resolved, departs from the code it follows; () where it does not.
 
-    image_size: pixels of the smaller side. swa_every: steps between snapshots, in the end.
+    image_size: pixels of the smaller side. swa_every: steps between snapshots, in the end; so is precision (None: the
+    config's). num_train: images trained on, validation images not among them.
     None for a defense of the user's own whose weights are not averaged: there is no release to depart from.
     """
     added = (*_averages(config, swa_every), *_weight_perturbation(config))
@@ -39,16 +42,33 @@ def departures(config: Config, image_size: int, swa_every: int = 500) -> tuple[s
         epochs=config.epochs,
         batch_size=config.batch_size,
         normalize=config.normalize,
+        num_steps=config.attack.num_steps,
+        start=config.attack.start,
     )
-    changed = _changed(config)
+    changed = _changed(config, settings)
     own = (f"set for this run: {', '.join(changed)}",) if changed else ()
-    return (*own, *defense.departures(settings), *added)
+    return (*own, *defense.departures(settings), *added, *_common(config, precision or config.precision, num_train))
 
 
-def _changed(config: Config) -> list[str]:
+def _common(config: Config, precision: str, num_train: int | None) -> tuple[str, ...]:
+    """Where a run departs from every release."""
+    found: tuple[str, ...] = ()
+    if precision != "fp32":
+        found += (f"precision {precision}: the releases run in float32 throughout (--precision fp32)",)
+    if held := config.eval.val_images:
+        of = "" if num_train is None else f" of {held + num_train:,}"
+        found += (
+            f"{held:,}{of} training images are held out for validation; the releases train on all "
+            "(--eval.val-images 0)",
+        )
+    return found
+
+
+def _changed(config: Config, settings: Settings) -> list[str]:
     """Settings of method, attack and schedule that are neither the default nor another value of the release."""
     defense, attack, optim = config.defense, config.attack, config.optim
     recipe = recipe_of(optim.recipe)
+    same = defense.equals_default(settings)
     found: list[tuple[str, Any, Any]] = [
         (f"defense.{f.name}", getattr(defense, f.name), f.default)
         for f in dataclasses.fields(defense)
@@ -66,7 +86,7 @@ def _changed(config: Config) -> list[str]:
     found += [
         ("optim.recipe", optim.recipe, default_recipe(config, config.model)),
         ("optim.lr", optim.lr, recipe.lr),
-        ("optim.warmup", optim.warmup, None),
+        ("optim.warmup", optim.warmup, 0 if optim.warmup == 0 and recipe.warmup == 1.0 else None),
         ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
         ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),
         ("optim.nesterov", optim.nesterov, recipe.nesterov),
@@ -74,11 +94,12 @@ def _changed(config: Config) -> list[str]:
         ("batch_size", config.batch_size, 128),
         ("augment", config.augment, True),
         ("normalize", config.normalize, False),
+        ("limit_train", config.limit_train, None),
     ]
     return [
         f"{name} {_text(value)} (default {_text(default)})"
         for name, value, default in found
-        if value != default and value not in defense.also_released.get(name, ())
+        if value not in (default, *defense.also_released.get(name, ())) and (name not in same or value != same[name])
     ]
 
 
@@ -129,6 +150,8 @@ def _weight_perturbation(config: Config) -> tuple[str, ...]:
     name, found = config.defense.name, ()
     if name not in (*_AWP, "mart"):
         return ("AWP was released for at, trades and mart: with another defense it is our combination",)
+    if name == "mart":
+        found += (f"AWP: gamma_w {config.awp:g} is our choice: the one mart was released with is not established",)
     if name in _AWP and (config.awp, config.awp_warmup) != _AWP[name]:
         gamma, warmup = _AWP[name]
         found += (
@@ -147,9 +170,9 @@ def _weight_perturbation(config: Config) -> tuple[str, ...]:
     return found
 
 
-def card_rows(config: Config, image_size: int, swa_every: int = 500) -> dict[str, str]:
-    """Rows of the run card: one for each departure, or one that says there is none."""
-    found = departures(config, image_size, swa_every)
+def card_rows(config: Config, image_size: int, swa_every: int = 500, **known: Any) -> dict[str, str]:
+    """Rows of the run card: one for each of `departures`, or one that says there is none."""
+    found = departures(config, image_size, swa_every, **known)
     if found is None:
         return {}
     if not found:

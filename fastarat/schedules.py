@@ -176,21 +176,38 @@ def lr_at(
 
 
 def in_words(recipe: Recipe, *, epochs: int, lr: float, warmup: int | None = None) -> str:
-    """Say the learning rates of a run: `lr 0.02, 0.1 from epoch 2, 0.01 from 24, 0.001 from 29`."""
+    """Say the learning rates of a run: `lr 0.02 in epoch 1, then 0.1, 0.01 from epoch 24, 0.001 from 28`."""
     if recipe.one_cycle:
-        return f"lr {lr / 25:.4g} up to {lr:.4g} and down to {lr / 250_000:.2g}"
-    first, rest = f"lr {lr:.4g}", [f"{lr * f:.4g} from {'epoch ' if not i else ''}{at:.4g}"
-                                   for i, (at, f) in enumerate(recipe.drops_in(epochs))]  # fmt: skip
+        rises = f"{lr / 25:.4g} up to " if recipe.one_cycle * epochs > 1 else ""
+        return f"lr {rises}{lr:.4g}" + (f" and down to {lr / 250_000:.2g}" if epochs > 1 else "")
+    # Of several drops in one epoch only the last is ever seen; one within an epoch is a step's.
+    rates = {1.0: lr} | {round(at, 2): lr * factor for at, factor in recipe.drops_in(epochs)}
+    parts = [f"lr {rates[1.0]:.4g}"]
     if warmup:
-        first = f"lr 0 to {lr:.4g} in {warmup} epoch{'s' * (warmup > 1)}"
+        parts = [f"lr 0 to {rates[1.0]:.4g} in {counted(warmup, 'epoch')}"]
     elif warmup is None and recipe.warmup != 1.0:
-        first = f"lr {lr * recipe.warmup:.4g} in epoch 1, then {lr:.4g}"
-    return ", ".join([first, *rest])
+        parts = [f"lr {lr * recipe.warmup:.4g} in epoch 1"]
+        if epochs > 1:
+            parts[0] += f", then {[rate for at, rate in rates.items() if at <= 2][-1]:.4g}"
+            rates = {at: rate for at, rate in rates.items() if at > 2}
+    named = False
+    for at, rate in rates.items():
+        if at > 1:
+            share = at % 1
+            where = f"{share:.0%} into epoch {int(at)}" if share else f"{'' if named else 'epoch '}{int(at)}"
+            parts.append(f"{rate:.4g} from {where}")
+            named = True
+    return ", ".join(parts)
 
 
-def ends_at(recipe: Recipe, *, epochs: int) -> float:
-    """The share of its base learning rate that a run of `epochs` epochs ends with."""
-    return recipe.factor(epochs, 0, 1, epochs, 0)
+def counted(count: int, noun: str) -> str:
+    """Return `1 epoch`, `2 epochs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def ends_at(recipe: Recipe, *, epochs: int, warmup: int | None = None) -> float:
+    """The share of its base learning rate that a run of `epochs` epochs ends with. warmup: as in `lr_at`."""
+    return recipe.factor(epochs, 0, 1, epochs, warmup)
 
 
 def momentum_at(

@@ -45,7 +45,7 @@ from fastarat.models import build_model, check_takes
 from fastarat.optim import SGD
 from fastarat.record import RunFolder, load_into, load_weights, write_atomic
 from fastarat.released import card_rows, default_recipe
-from fastarat.schedules import in_words, lr_at, momentum_at, recipe_of
+from fastarat.schedules import counted, in_words, lr_at, momentum_at, recipe_of
 from fastarat.swa import MovingAverage, WeightAverage, averaged_model
 from fastarat.winograd import qualifies
 
@@ -576,7 +576,7 @@ class _Training:
         self.saved_epoch = state["epoch"]
         self.first_epoch = self.saved_epoch + 1
         # Runs from before the rule was a defense's own: PGD chose, and the earliest of equals stayed.
-        best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **state["best"]}
+        best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **(state.get("best") or _NO_BEST)}
         if best["by"] == self.best["by"]:
             self.best = best
         elif best["epoch"]:
@@ -628,7 +628,7 @@ class _Training:
             else f"random crop, zero padding {self.augment.padding}"
             + (", horizontal flip" if self.augment.flip else ""),
             "loader": f"{self.loader.kind}: {self.loader.reason}",
-            "schedule": f"{optim.recipe}{scaled}, {config.epochs} epochs x {self.steps_per_epoch} steps of "
+            "schedule": f"{optim.recipe}{scaled}, {counted(config.epochs, 'epoch')} x {self.steps_per_epoch} steps of "
             f"{config.batch_size}, "
             f"{in_words(self.recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)}, "
             f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
@@ -647,7 +647,9 @@ class _Training:
             rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
         if config.ema is not None:
             rows["EMA"] = f"decay {config.ema:g}, evaluated with --weights ema"
-        rows |= card_rows(config, min(self.dataset.shape[1:]), self._swa_plan()[1])
+        rows |= card_rows(
+            config, min(self.dataset.shape[1:]), self._swa_plan()[1], precision=self.precision, num_train=train
+        )
         rows |= self._fast_paths()
         rows |= {"seed": str(config.seed), "run folder": str(self.folder.path)}
         width = max(map(len, rows))

@@ -50,6 +50,11 @@ def folder_of_images(root: Path, classes: int) -> Path:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["train", "--dataset", ""], "--dataset '': expected a value"),
+        (["train", "--defense.layers="], "--defense.layers '': expected a value"),
+        (["train", "--defense.layers", "penultimate,", *SMALL], "unknown feature layer ''"),
+        (["eval", ""], "run '': expected a value"),
+        (["report", "runs/one", " "], "runs ' ': expected a value"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["train", "--dataset", "digit"], "did you mean 'digits'"),
         (["train", "--defense", "arat"], "did you mean 'ar-at'"),
@@ -258,6 +263,7 @@ COMMANDS = ["train", "eval", "compare", "report", "import", "export", "data", "b
     ("command", "words"),
     [
         ("train", "`fastarat train --resume RUN` continues after it"),
+        ("train", "without a run folder nothing was written"),
         ("eval", "AutoAttack's finished batches are kept"),
         ("compare", "finished and begun runs are kept: the same command goes on"),
         ("report", "the same command writes it anew"),
@@ -394,6 +400,18 @@ def test_existing_folder_is_kept(run, capsys):
 def test_unwritable_disk(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write" in mistake(["train", *SMALL, "--out", str(tmp_path / "file" / "run")], capsys)
+
+
+def test_an_unwritable_result_is_found_before_the_evaluation(run, capsys, tmp_path, monkeypatch):
+    def evaluated(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(sys.modules["fastarat.evaluate"], "evaluate", evaluated)
+    (tmp_path / "file").write_text("")
+    for where, words in ((tmp_path, "it is a folder; name a file"), (tmp_path / "file" / "e.json", "another place")):
+        error = mistake(["eval", str(run), "--attack", "clean", "--out", str(where)], capsys)
+        assert f"cannot write {where}: " in error
+        assert words in error
 
 
 def test_corrupt_checkpoints(run, capsys, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 
 import fastarat
 from fastarat.config import AttackConfig, Config, OptimConfig, add_flags, coerce, from_dict, merge, nest, to_dict
-from fastarat.schedules import RECIPES, lr_at, recipe_of
+from fastarat.schedules import RECIPES, ends_at, in_words, lr_at, recipe_of
 
 
 def test_round_trip_through_yaml():
@@ -71,6 +71,16 @@ def test_another_defense_drops_the_files_hyper_parameters():
         ({"optim": {"lr": -1}}, "optim.lr=-1"),
         ({"optim": {"momentum": 1.0}}, r"outside \[0, 1\)"),
         ({"seed": -1}, "seed=-1"),
+        ({"defense": "ca-at", "optim": {"momentum": 0.8}}, "optim.momentum=0.8: the recipe ca-at moves the momentum"),
+        ({"optim": {"recipe": "ca-at", "momentum": 0.9}}, "optim.momentum=0.9: the recipe ca-at"),
+        ({"defense": "standard", "awp": 0.01}, "awp=0.01: the defense standard has no attack"),
+        ({"awp": 0.01, "awp_warmup": 3, "epochs": 3}, "awp_warmup=3: weights would never be perturbed"),
+        ({"awp_warmup": 3}, "awp_warmup=3: there is no weight perturbation"),
+        ({"epochs": 1, "optim": {"warmup": 2}}, "the run of 1 epoch$"),
+        ({"dataset": ""}, "dataset='': expected a name or path"),
+        ({"model": " "}, "model=' ': expected a name or path"),
+        ({"out": ""}, "out='': expected a name or path"),
+        ({"data_dir": ""}, "data_dir='': expected a name or path"),
         ({"swa_config": {"start": 2}}, "share of the epochs"),
         ([1, 2], "key: value"),
     ],
@@ -141,3 +151,32 @@ def test_rice_drops_at_the_last_step_before_the_milestone():
 
 def test_every_recipe_says_where_it_comes_from():
     assert all(recipe.source for recipe in RECIPES.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "warmup", "words"),
+    [
+        ("arat", 30, None, "lr 0.02 in epoch 1, then 0.1, 0.01 from epoch 24, 0.001 from 28"),
+        ("arat", 1, None, "lr 0.02 in epoch 1"),
+        ("arat", 1, 0, "lr 0.1"),
+        ("arat", 2, None, "lr 0.02 in epoch 1, then 0.1"),
+        ("arat", 4, 1, "lr 0 to 0.1 in 1 epoch, 0.01 from epoch 4"),
+        ("mart", 2, None, "lr 0.01, 0.0001 from epoch 2"),
+        ("gairat", 1, None, "lr 0.01"),
+        ("rice", 3, None, "lr 0.1, 0.01 from 50% into epoch 2, 0.001 from 25% into epoch 3"),
+        ("rice", 200, None, "lr 0.1, 0.01 from epoch 101, 0.001 from 151"),
+        ("ca-at", 200, None, "lr 0.004 up to 0.1 and down to 4e-07"),
+        ("ca-at", 30, None, "lr 0.1 and down to 4e-07"),
+        ("ca-at", 1, None, "lr 0.1"),
+    ],
+)
+def test_a_schedule_in_words_is_what_the_steps_get(recipe, epochs, warmup, words):
+    recipe = recipe_of(recipe)
+    assert in_words(recipe, epochs=epochs, lr=recipe.lr, warmup=warmup) == words
+    last = lr_at(epochs, 0, steps=1, epochs=epochs, recipe=recipe, warmup=warmup)
+    assert ends_at(recipe, epochs=epochs, warmup=warmup) * recipe.lr == pytest.approx(last)
+
+
+def test_a_run_of_one_epoch_ends_in_its_warm_up():
+    assert ends_at(recipe_of("arat"), epochs=1) == 0.2
+    assert ends_at(recipe_of("arat"), epochs=1, warmup=0) == ends_at(recipe_of("trades"), epochs=1) == 1.0

@@ -592,3 +592,15 @@ def test_adversarial_examples_stay_in_the_ball_and_repeat():
     result = evaluate(model, (images, labels), "pgd-5", epsilon=0.02, seed=2)
     model.eval()
     assert result.accuracy["robust_acc_pgd5"] == share(model(points).argmax(1) == labels)
+
+
+def test_a_result_that_cannot_be_written_is_no_traceback(tmp_path, monkeypatch):
+    module = sys.modules["fastarat.evaluate"]
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/e.json: No space left"):
+        module._write_whole(tmp_path / "e.json", "{}")
+    assert not list(tmp_path.iterdir())

@@ -376,6 +376,8 @@ def changed(**entries):
         (changed, {"epsilon": 8}, "write 8/255"),
         (changed, {"mean": [0.5]}, "both mean and std"),
         (changed, {"mean": [0.5], "std": [1.0]}, "expected 3 numbers each"),
+        (changed, {"mean": [125, 122, 113], "std": [63, 62, 66]}, "write fractions, such as 125/255"),
+        (changed, {"mean": [0.5] * 3, "std": [63] * 3}, "write fractions, such as 125/255"),
         (changed, {"prefer": "best"}, "leave --prefer best out"),
     ],
 )  # fmt: skip

@@ -128,3 +128,8 @@ def test_errors(name, size, words, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(fastarat.UserError, match=words):
         build_model(name, num_classes=3, image_size=size)
+
+
+def test_the_whole_model_is_no_layer():
+    with pytest.raises(fastarat.UserError, match="unknown feature layer ''"):
+        forward_with_features(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(2, 3, 2, 2), Taps(("",)))

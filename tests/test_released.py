@@ -21,15 +21,15 @@ def optim(**options):
 
 
 OLD = attack(epsilon=0.031, step_size=0.007)
-L2 = attack(norm="l2", epsilon=128 / 255, step_size=32 / 255)
+L2 = attack(norm="l2", epsilon=0.5, step_size=0.2)
 WRN = {"model": "wrn-34-10"}
 
 
-def rows(name: str, fields: dict | None = None, size: int = 32, **options) -> list[str]:
+def rows(name: str, fields: dict | None = None, size: int = 32, held_out: int = 0, **options) -> list[str]:
     """Sentences on the card of a run on CIFAR-10's shapes, or ["as released"]."""
-    dataset = SimpleNamespace(name="cifar10", shape=(3, size, size), val=range(1000))
+    dataset = SimpleNamespace(name="cifar10", shape=(3, size, size), val=range(held_out))
     config = resolve(Config(defense=DEFENSES[name](**(fields or {})), **options), dataset)
-    found = list(released.card_rows(config, size).items())
+    found = list(released.card_rows(config, size, num_train=50_000 - held_out).items())
     if [key for key, _ in found] == ["release"]:
         return ["as released"]
     assert [key for key, _ in found] == [f"departs from release {i}" for i in range(1, len(found) + 1)]
@@ -41,6 +41,7 @@ def test_every_defense_is_as_released_or_says_where_not(name):
     """At the released budget and length: these have a reason to depart, the others have none."""
     departs = {
         "trades": ["our choice"],
+        "lbgat": ["our choice"],
         "arrest": ["no code is public"],
         "gairat": ["burn-in"],
         "gair-fat": ["burn-in", "a bug"],
@@ -62,15 +63,25 @@ def test_every_defense_is_as_released_or_says_where_not(name):
 def test_released_variants_are_as_released():
     for name, fields, options in (
         ("trades", {}, OLD | WRN),
-        ("trades", {}, OLD | {"epochs": 76}),
+        ("trades", {}, {"attack": AttackConfig(norm="l2", epsilon=0.5, step_size=0.1, start="gaussian")} | WRN),
         ("mart", {}, OLD | WRN),
         ("mart", {"lam": 5.0}, OLD),
-        ("lbgat", {"beta": 6.0}, OLD),
+        ("lbgat", {"beta": 6.0}, OLD | WRN),
+        ("lbgat", {}, OLD | WRN),
         ("gairat", {}, OLD | WRN),
         ("gairat", {"begin_epoch": 60, "kind": "sigmoid"}, OLD),
         ("cure", {"mode": "rgp", "pretrained": "RUN"}, OLD),
         ("ar-at", {}, WRN),
-        ("at", {}, {"seed": 3, "precision": "bf16"}),
+        ("at", {}, {"seed": 3}),
+        ("ar-at", {"gamma": 30.0}, {}),
+        ("ar-at", {"gamma": 100.0}, WRN),
+        ("ar-at", {"layers": tuple(f"layer4.{b}.bn{k}" for b in (0, 1) for k in (1, 2))}, {}),
+        ("ar-at", {}, attack(norm="l2", epsilon=128 / 255, step_size=32 / 255)),
+        ("gairat", {"begin_epoch": 60}, OLD | WRN),
+        ("fat", {"slack_epochs": (41, 71)}, OLD),
+        ("cure", {"mode": "rgp", "p": 0.5, "alpha": 0.3, "gamma": 0.5}, OLD | WRN),
+        ("cure", {"p": 0.0}, OLD | WRN),
+        ("trades", {}, OLD | WRN | optim(warmup=0)),
         ("standard", {}, attack(epsilon=0.15, num_steps=3)),
     ):
         assert rows(name, fields, **options) == ["as released"], (name, fields, options)
@@ -81,19 +92,34 @@ CASES = {
     "budget": ("trades", {}, {}, {}, OLD, "epsilon 8/255, step 2/255: published with 0.031 and 0.007"),
     "budget of AT": ("at", {}, attack(epsilon=0.15), {}, {}, "published with 8/255 and 2/255"),
     "TRADES' third update": ("trades", {"exact": False}, {}, {}, {}, "move twice a step"),
-    "TRADES' length": ("trades", {}, {}, {}, WRN, "76 epochs; 100 for resnet18 are our choice"),
-    "TRADES' L2": ("trades", {}, L2, {}, {}, "steps of 2 epsilon / steps"),
+    "TRADES' length": ("trades", {}, {}, {}, WRN, "76 epochs; 100 epochs of resnet18 are our choice"),
+    "TRADES' network": ("trades", {}, optim(recipe="trades-wrn"), {}, WRN, "for 76 epochs; resnet18 is our choice"),
+    "TRADES' width": ("trades", {}, {"model": "wrn-28-10"}, {}, WRN, "for 76 epochs; wrn-28-10 is our choice"),
+    "LBGAT's network": ("lbgat", {}, {}, {}, WRN, "the release trains WRN-34-10; resnet18 is our choice"),
+    "MART's gamma": ("mart", {}, {"awp": 0.3}, {}, {}, "gamma_w 0.3 is our choice"),
+    "precision": ("ar-at", {}, {"amp": True}, {}, {}, "precision bf16: the releases run in float32"),
+    "validation": ("ar-at", {}, {"held_out": 1000}, {}, {}, "1,000 of 50,000 training images are held out"),
+    "fewer images": ("ar-at", {}, {"limit_train": 500}, {}, {}, "limit_train 500 (default unset)"),
+    "a warm-up": ("trades", {}, optim(warmup=1), {}, optim(warmup=0), "optim.warmup 1 (default unset)"),
+    "no warm-up": ("ar-at", {}, optim(warmup=0), {}, {}, "optim.warmup 0 (default unset)"),
+    "AR-AT's other gamma": ("ar-at", {"gamma": 30.0}, WRN, {"gamma": 30.0}, {}, "defense.gamma 30 (default unset)"),
+    "the burn-in, given": ("gairat", {"begin_epoch": 31}, {}, {"begin_epoch": 60}, {}, "the burn-in is the paper's"),
+    "the burn-in, moved": ("gairat", {"begin_epoch": 30}, {}, {"begin_epoch": 31}, {}, "begin_epoch 30 (default"),
+    "VIR's scale": ("vir", {"scale": 7.0, "mode": "trades"}, {}, {"scale": 7.0}, {}, "defense.scale 7 (default"),
+    "TRADES' L2 start": ("trades", {}, attack(norm="l2", epsilon=0.5, start="none"), {}, L2, "and the start none"),
+    "TRADES' L2": ("trades", {}, L2, {}, attack(norm="l2", epsilon=0.5, step_size=0.1, start="gaussian"), "steps of 2 epsilon / steps"),
     "L2": ("mart", {}, L2, {}, {}, "published for L-infinity"),
     "AR-AT's L2": ("ar-at", {}, L2, {}, {}, "whose attack runs in eval mode"),
     "AT's extra forwards": ("at", {}, optim(recipe="rice"), {}, {}, "forwards the final images once more"),
     "AT's input": ("at", {}, optim(recipe="rice"), {}, optim(recipe="rice") | {"normalize": True}, "--normalize"),
     "MART's lam": ("mart", {"lam": 5.0}, WRN, {"lam": 5.0}, {}, "the other driver's"),
-    "LBGAT's natural network": ("lbgat", {}, {"size": 8}, {}, {"size": 32}, "resnet-small"),
+    "LBGAT's natural network": ("lbgat", {}, {"size": 8}, {}, {"size": 32}, "the natural network is resnet-small"),
     "AR-AT's centre": ("ar-at", {"center": "clean"}, {}, {}, {}, "in the release the image plus uniform noise"),
     "AR-AT's y->x": ("ar-at", {"align": "y->x"}, {}, {}, {}, "forgets a stop-gradient"),
     "AR-AT's two ways": ("ar-at", {"align": "x->y,y->x", "predictor_clean": True}, {}, {}, {}, "forgets a stop-gradient"),
     "AR-AT's no way": ("ar-at", {"align": "x<->y"}, {}, {}, {}, "defense.align x<->y (default x->y)"),
     "AR-AT's KL": ("ar-at", {"metric": "kl"}, {}, {}, {}, "temperature"),
+    "AR-AT's layers, given": ("ar-at", {"layers": ("layer4.0.bn1", "layer4.0.bn2", "layer4.1.bn1", "layer4.1.bn2", "bn")}, {"model": "preactresnet18"}, {}, {}, "chosen by analogy"),
     "AR-AT's layers": ("ar-at", {}, {"model": "preactresnet18"}, {}, {}, "chosen by analogy"),
     "ARREST": ("arrest", {}, {}, None, {}, "lam, phi, tau, the replay test"),
     "DONE": ("done", {}, {}, None, {}, "r, burn-in and schedule are our choices"),
@@ -170,3 +196,4 @@ def test_the_run_card_holds_the_lines(tmp_path):
     card = (tmp_path / "at" / "card.txt").read_text()
     assert "attack.num_steps 1 (default 10), epochs 1 (default 100)" in card
     assert "SWA" not in card
+    assert "training images are held out for validation" in card

@@ -154,6 +154,17 @@ def test_a_run_whose_best_was_chosen_by_another_rule_resumes(defense, tmp_path, 
             "from epoch 2 on" in capsys.readouterr().out  # fmt: skip
 
 
+@pytest.mark.parametrize("best", ["missing", None])
+def test_a_checkpoint_that_knows_no_best_resumes(best, tmp_path):
+    run = train(small(tmp_path / "run", epochs=1), progress=False).run
+    state = torch.load(run / "last.pt")
+    state["best"] = best
+    if best == "missing":
+        del state["best"]
+    torch.save(state, run / "last.pt")
+    train(resume=run, progress=False)
+
+
 def test_same_seed_same_weights_other_seed_other_weights(unbroken, tmp_path):
     train(small(tmp_path / "again"), progress=False)
     assert_same(tmp_path / "again", unbroken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fastarat.attacks import Attacked, random_start
 from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
 from fastarat.losses import Align, Distance, ar_at_invariance, wide
-from fastarat.models import Network, Taps, forward_with_features, tap_names
+from fastarat.models import Network, Taps, build_model, forward_with_features, tap_names
 
 
 class Predictor(nn.Module):
@@ -108,15 +109,26 @@ class ARAT(Defense):
     def bn_mode(self, norm: str) -> str:
         return "eval" if norm == "l2" else self.attack_bn
 
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        with torch.device("meta"):
+            model = (
+                None
+                if run.model.startswith("timm:")
+                else build_model(run.model, num_classes=2, image_size=run.image_size)
+            )
+        gamma = model.invariance_weight if isinstance(model, Network) else 30.0
+        return {"defense.gamma": gamma, "defense.layers": tap_names(model)}
+
     def departures(self, run: Settings) -> tuple[str, ...]:
         found = super().departures(run)
-        if run.norm == "l2":
+        budget = math.isclose(run.epsilon, 128 / 255) and math.isclose(run.step_size, 32 / 255)
+        if run.norm == "l2" and not budget:
             found += (
                 "L2 is the research version's, whose attack runs in eval mode around the image itself, with "
                 "epsilon 128/255 and step 32/255; the current release sets neither (--attack.epsilon 128/255 "
                 "--attack.step-size 32/255)",
             )
-        elif self.center == "clean":
+        if run.norm != "l2" and self.center == "clean":
             found += (
                 "centre and clean branch are the image itself, as in the paper; in the release the image plus "
                 "uniform noise (--defense.center noisy)",
@@ -129,7 +141,8 @@ class ARAT(Defense):
             )
         if self.metric == "kl":
             found += ("the release's temperature of the metric kl is not known: 1 is our choice",)
-        if self.layers is None and run.model not in ("resnet18", "wrn-34-10"):
+        analogous = self.layers is None or self.layers == self.equals_default(run)["defense.layers"]
+        if analogous and run.model not in ("resnet18", "wrn-34-10"):
             found += (
                 f"the release aligns layers of ResNet-18 and WRN-34-10; those of {run.model} are chosen by "
                 "analogy (--defense.layers)",

@@ -85,6 +85,9 @@ class ARREST(Defense):
             )
         return super().start_kind(norm)
 
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        return {"defense.lam": 100.0 if run.model.startswith("wrn") else 30.0}
+
     def departures(self, run: Settings) -> tuple[str, ...]:
         return (
             *super().departures(run),

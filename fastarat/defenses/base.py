@@ -85,7 +85,7 @@ class Settings:
     """What, beside a defense's own fields, decides whether a run is as released; the defaults are most releases'.
 
     epsilon, step_size: pixel units. model: name, as in `build_model`. image_size: pixels of the smaller side. recipe:
-    name of the schedule; lr, epochs, batch_size: in the end, whatever they come from.
+    name of the schedule; lr, epochs, batch_size: in the end, whatever they come from. start: of the attack, if given.
     """
 
     norm: str = "linf"
@@ -98,6 +98,8 @@ class Settings:
     epochs: int = 100
     batch_size: int = 128
     normalize: bool = False
+    num_steps: int = 10
+    start: str | None = None
 
 
 def as_typed(value: float) -> str:
@@ -190,6 +192,10 @@ class Defense:
             f"epsilon {as_typed(run.epsilon)}, step {as_typed(run.step_size)}: published with {epsilon} and "
             f"{step_size} ({flags})",
         )
+
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        """Values that mean in such a run what leaving the setting out means, by its dotted name."""
+        return {}
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1]."""

@@ -83,6 +83,10 @@ class Revision(nn.Module):
         torch._foreach_add_(own, moves)
 
 
+_OF_PAPER = {"wrn-34-10": (0.5, 0.3, 0.5), "preactresnet18": (0.2, 0.2, 1.0)}
+"""The paper's p, alpha and gamma for networks other than ResNet-18."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CURE(Defense):
     """Minimise CE(f(x), y) + beta KL(p(x) || p(x')) + gamma L_CR with a share p of each tensor's gradients set to 0.
@@ -151,6 +155,10 @@ class CURE(Defense):
     def needs_clean(self) -> bool:
         return self.mode == "rgp"
 
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        names = ("defense.p", "defense.alpha", "defense.gamma")
+        return dict(zip(names, _OF_PAPER[run.model], strict=True)) if run.model in _OF_PAPER else {}
+
     def departures(self, run: Settings) -> tuple[str, ...]:
         found = super().departures(run)
         if self.mode == "paper" and self.p:
@@ -158,8 +166,8 @@ class CURE(Defense):
                 "the mask is the paper's; the released command masks nothing (--defense.p 0), and the masks in "
                 "its code are other ones (--defense.mode rgp, or rgp_soft)",
             )
-        of_paper = {"wrn-34-10": (0.5, 0.3, 0.5), "preactresnet18": (0.2, 0.2, 1.0)}.get(run.model)
-        if of_paper and (self.p, self.alpha, self.gamma) != of_paper:
+        of_paper = _OF_PAPER.get(run.model)
+        if of_paper and self.p and (self.p, self.alpha, self.gamma) != of_paper:
             p, alpha, gamma = of_paper
             found += (
                 f"p, alpha and gamma are not the paper's for {run.model} (--defense.p {p:g} --defense.alpha "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastarat.attacks import Attacked
 from fastarat.defenses.base import Defense, Run, Settings, Views
-from fastarat.defenses.gairat import GAIRAT, reached, released_epochs
+from fastarat.defenses.gairat import GAIRAT, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy
 
@@ -78,6 +78,11 @@ class EarlyStopped(Defense):
             raise UserError(f"defense.slack={self.slack}: expected three counts of at least 0, such as 0,3,6")
         if self.slack_epochs is not None and len(self.slack_epochs) != 2:
             raise UserError(f"defense.slack_epochs={self.slack_epochs}: expected two epochs, such as 41,71")
+
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        of = 120 if run.model.startswith("wrn") else 100
+        epochs = tuple(stretched(released, of, run.epochs) for released in (41, 71))
+        return super().equals_default(run) | {"defense.slack_epochs": epochs}
 
     def describe(self, norm: str) -> dict[str, str]:
         second, third = self.slack_epochs or (41, 71)

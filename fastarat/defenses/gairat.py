@@ -26,6 +26,16 @@ def reached(run: Run, epoch: int | None, released: int, of: int) -> Tensor:
     return run.progress >= (released - 1) / of if epoch is None else run.epoch >= epoch
 
 
+def stretched(released: int, of: int, epochs: int) -> float:
+    """First epoch, in a run of `epochs`, of what the release of `of` epochs begins in epoch `released`."""
+    return (released - 1) * epochs / of + 1
+
+
+def burn_in_ends(run: Settings) -> float:
+    """First epoch with GAIRAT's weights where none is given."""
+    return stretched(60, 120, run.epochs) if run.model.startswith("wrn") else stretched(31, 100, run.epochs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GAIRAT(Defense):
     """Minimise mean_i omega~_i CE(f(x'_i), y_i), omega~ falling with kappa_i: the steps PGD took without success.
@@ -76,9 +86,12 @@ class GAIRAT(Defense):
         if self.begin_epoch is not None and self.begin_epoch < 1:
             raise UserError(f"defense.begin_epoch={self.begin_epoch}: epochs count from 1")
 
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        return super().equals_default(run) | {"defense.begin_epoch": burn_in_ends(run)}
+
     def departures(self, run: Settings) -> tuple[str, ...]:
         found = super().departures(run)
-        if self.begin_epoch is None and not run.model.startswith("wrn"):
+        if self.begin_epoch in (None, burn_in_ends(run)) and not run.model.startswith("wrn"):
             found += (
                 "the burn-in is the paper's, 30 of 100 epochs; the released code weighs from epoch 60 on "
                 "(--defense.begin-epoch 60)",

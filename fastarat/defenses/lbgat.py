@@ -73,6 +73,8 @@ class LBGAT(Defense):
                 "the natural network is resnet-small, for images under 32 pixels; the release's is a ResNet-18 "
                 "(--defense.teacher resnet18-lbgat)",
             )
+        if run.model != "wrn-34-10":
+            found += (f"the release trains WRN-34-10; {run.model} is our choice (--model wrn-34-10)",)
         return found
 
     def describe(self, norm: str) -> dict[str, str]:

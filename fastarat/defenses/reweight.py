@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
 from fastarat.defenses.base import Defense, Run, Settings, Views
-from fastarat.defenses.gairat import reached, released_epochs
+from fastarat.defenses.gairat import burn_in_ends, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, done_weights, instance_kl, vir_weights
 
@@ -67,6 +68,13 @@ class VIR(Defense):
         own = (self.scale, self.sharpness, self.offset)
         values = (r if v is None else v for v, r in zip(own, released, strict=True))
         return dict(zip(("scale", "sharpness", "offset"), values, strict=True))
+
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        released = dataclasses.replace(self, scale=None, sharpness=None, offset=None).constants()
+        return {
+            **{f"defense.{name}": value for name, value in released.items()},
+            "defense.begin_epoch": stretched(77, 115, run.epochs),
+        }
 
     def departures(self, run: Settings) -> tuple[str, ...]:
         bug = (
@@ -129,6 +137,9 @@ class DONE(Defense):
             raise UserError(f"defense.r={self.r:g}: expected a number above 0, such as 0.5, 1, 2 or 5")
         if self.begin_epoch is not None and self.begin_epoch < 1:
             raise UserError(f"defense.begin_epoch={self.begin_epoch}: epochs count from 1")
+
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        return {"defense.begin_epoch": burn_in_ends(run)}
 
     def departures(self, run: Settings) -> tuple[str, ...]:
         return (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from fastarat import losses
-from fastarat.defenses.base import Defense, Settings, Views
+from fastarat.defenses.base import Defense, Settings, Views, as_typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,7 @@ class TRADES(Defense):
     needs_clean: ClassVar[bool] = True
     recipe: ClassVar[str] = "trades"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
-    under_l2: ClassVar[str] = (
-        "the release's L2 attack takes steps of 2 epsilon / steps from 0.001 N(0, 1); here the step is as given and "
-        "the start a random direction (close to it: --attack.start gaussian and that --attack.step-size)"
-    )
+    under_l2: ClassVar[str] = ""
     also_released: ClassVar[dict[str, tuple]] = {"optim.recipe": ("trades-wrn",), "epochs": (76,)}
 
     beta: float = field(default=6.0, metadata={"help": "weight of the KL", "range": "[0, inf)"})
@@ -47,17 +45,28 @@ class TRADES(Defense):
     def updates(self) -> tuple[str, ...] | None:
         return ("clean", "adv", "clean") if self.exact else None
 
+    def equals_default(self, run: Settings) -> dict[str, object]:
+        return {"attack.start": "gaussian"} if run.norm == "l2" else {}
+
     def departures(self, run: Settings) -> tuple[str, ...]:
         found = super().departures(run)
+        step = 2 * run.epsilon / run.num_steps
+        if run.norm == "l2" and not (run.start == "gaussian" and math.isclose(run.step_size, step)):
+            found += (
+                "the release's L2 attack takes steps of 2 epsilon / steps from 0.001 N(0, 1); here the step is "
+                f"{as_typed(run.step_size)} and the start {run.start or 'a random direction'} (close to it: "
+                f"--attack.start gaussian --attack.step-size {as_typed(step)})",
+            )
         if not self.exact:
             found += (
                 "the running statistics move twice a step (clean, adv), in the release three times "
                 "(clean, adv, clean: --defense.exact)",
             )
-        if run.recipe == "trades" and run.epochs != 76:
+        if run.model != "wrn-34-10":
+            length = "" if run.epochs == 76 else f"{run.epochs} epochs of "
             found += (
-                f"the release trains WRN-34-10, for 76 epochs; {run.epochs} for {run.model} are our choice "
-                "(--epochs 76)",
+                f"the release trains WRN-34-10, for 76 epochs; {length}{run.model} "
+                f"{'are' if length else 'is'} our choice (--model wrn-34-10 --epochs 76)",
             )
         return found
 
