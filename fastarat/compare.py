@@ -26,7 +26,7 @@ from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest
 from fastarat.evaluate import evaluate, parse_attacks
 from fastarat.record import RunFolder, load_checkpoint, load_weights, write_atomic
-from fastarat.schedules import ends_at, in_words, recipe_of
+from fastarat.schedules import counted, ends_at, in_words, recipe_of
 from fastarat.table import PUBLISHED, Comparison
 from fastarat.train import Diverged, load_run, pick_device, resolve, train
 
@@ -546,7 +546,7 @@ def _schedule(config: Config) -> str:
     optim = config.optim
     lr = in_words(recipe_of(optim.recipe), epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
     momentum = "" if optim.momentum == 0.9 and not optim.nesterov else f", momentum {optim.momentum or '0.95 to 0.85'}"
-    length = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
+    length = counted(config.epochs, "epoch")
     return f"{optim.recipe}: {length}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
 
 
@@ -623,7 +623,7 @@ def _unequal(configs: dict[str, Config]) -> list[str]:
     """Say where rows are trained so differently that a short run's order may be the schedule's."""
     ends: dict[float, list[str]] = {}
     for name, c in configs.items():
-        ends.setdefault(ends_at(recipe_of(c.optim.recipe), epochs=c.epochs), []).append(name)
+        ends.setdefault(ends_at(recipe_of(c.optim.recipe), epochs=c.epochs, warmup=c.optim.warmup), []).append(name)
     found = []
     if len(ends) > 1:
         said = "; ".join(f"{', '.join(names)} at {share:.2g} of it" for share, names in ends.items())
