@@ -635,7 +635,7 @@ def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp
 
 def test_a_last_batch_of_one_is_left_out(tmp_path):
     result = train(small(tmp_path / "run", limit_train=129, batch_size=64, epochs=1), progress=False)
-    assert "1 epochs x 2 steps" in (result.run / "card.txt").read_text()
+    assert "1 epoch x 2 steps" in (result.run / "card.txt").read_text()
 
 
 def test_apex_asked_for_and_missing(tmp_path, monkeypatch):
