@@ -242,6 +242,8 @@ class _Runner:
             self._try(tried, seeds[:1])
             finals = {row: sorted(all_, key=lambda t: -t["mean"])[:FINALISTS] for row, all_ in tried.items()}
             self._try(finals, seeds[1:])
+            for row, all_ in tried.items():  # of equals, the one named first
+                finals[row] = [t for t in all_ if len(t["runs"]) == len(seeds)] if len(seeds) > 1 else all_
             for row in rows:
                 best = max(finals[row], key=lambda t: t["mean"]) if row in finals else {"settings": grids[row][0]}
                 if all(r["diverged"] for r in best.get("runs", ())) and row in finals:
@@ -542,12 +544,16 @@ def _collapsed(plans: Sequence[Plan], num_classes: int) -> list[int]:
     return [seed for seed, value in found.items() if value <= 1 / num_classes or value < max(found.values()) / 2]
 
 
-def _schedule(config: Config) -> str:
-    optim = config.optim
-    lr = in_words(recipe_of(optim.recipe), epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
+def _schedule(config: Config, settings: Mapping[str, Any]) -> str:
+    """The row's schedule in words; what the row's own settings say is not said again."""
+    optim, recipe = config.optim, recipe_of(config.optim.recipe)
+    if settings.keys() & {"optim.lr", "optim.warmup"} and not recipe.one_cycle:
+        drops = [f"x {f:g} from epoch {at:g}" for at, f in recipe.drops_in(config.epochs)]
+        lr = ", ".join(["the row's lr and warm-up", *drops])
+    else:
+        lr = in_words(recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
     momentum = "" if optim.momentum == 0.9 and not optim.nesterov else f", momentum {optim.momentum or '0.95 to 0.85'}"
-    length = counted(config.epochs, "epoch")
-    return f"{optim.recipe}: {length}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
+    return f"{optim.recipe}: {counted(config.epochs, 'epoch')}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
 
 
 def _tabulate(
@@ -581,8 +587,8 @@ def _tabulate(
         published = PUBLISHED.get((first.dataset, first.model, name))
         same_budget = first.attack.norm == "linf" and abs(first.attack.epsilon - _BUDGET) < 1e-9
         row["published"] = published._asdict() if published and same_budget else None
-        row["schedule"] = _schedule(first)
         row["settings"] = chosen[name].settings if name in chosen else {}
+        row["schedule"] = _schedule(first, row["settings"])
         row["tried"] = len(chosen[name].tried) if name in chosen else 0
         row["collapsed"] = _collapsed(done, found["settings"]["num_classes"])
         row["diverged"] = [p.seed for p in mine if p.name not in results]
