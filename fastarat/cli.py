@@ -95,7 +95,7 @@ def _dispatch(argv: list[str]) -> int:
         parser.parse_args(argv)
     name, rest = argv[0], argv[1:]
     if name not in commands:
-        raise UserError(f"unknown command {name!r}{nearest(name, commands)} Known: {', '.join(commands)}.")
+        raise UserError(f"unknown command {name!r}{nearest(name, commands) or '.'} Known: {', '.join(commands)}.")
     run, text = commands[name]
     if name != "doctor" and not {"-h", "--help"} & set(rest):
         from fastarat.train import one_process

@@ -177,7 +177,7 @@ def _grids(defenses: Sequence[str], tune: Mapping[str, Sequence[Any]]) -> dict[s
         row, colon, key = name.rpartition(":")
         key = key.removeprefix("--").replace("-", "_")
         if colon and row not in axes:
-            raise UserError(f"tune: {name}: no such row {row!r}{nearest(row, axes)} Rows: {', '.join(axes)}.")
+            raise UserError(f"tune: {name}: no such row {row!r}{nearest(row, axes) or '.'} Rows: {', '.join(axes)}.")
         if isinstance(values, str) or not values:
             raise UserError(f"tune: {name}={values!r}: expected a list of values")
         part, _, field = key.partition(".")

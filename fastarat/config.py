@@ -278,7 +278,8 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(
-                f"{source}: unknown key '{where}{key}'{nearest(name, known)} Known here: {', '.join(sorted(known))}."
+                f"{source}: unknown key '{where}{key}'{nearest(name, known) or '.'} "
+                f"Known here: {', '.join(sorted(known)) or 'none'}."
             )
         hint = hints[name]
         if name == "defense" and cls is Config:

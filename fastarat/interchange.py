@@ -233,7 +233,9 @@ def _unwrap(content: Any, path: Path, prefer: str, notes: list[str]) -> dict[str
         if prefer != "auto" and prefer in inner:
             chosen, prefer = [prefer], "auto"
         elif prefer != "auto":
-            raise UserError(f"{path} has no state dict {prefer!r}{nearest(prefer, inner)} It has: {', '.join(inner)}.")
+            raise UserError(
+                f"{path} has no state dict {prefer!r}{nearest(prefer, inner) or '.'} It has: {', '.join(inner)}."
+            )
         if not chosen:
             raise UserError(f"{path} holds several state dicts: name one with --prefer ({', '.join(inner)})")
         where.append(chosen[0])

@@ -180,3 +180,17 @@ def test_a_schedule_in_words_is_what_the_steps_get(recipe, epochs, warmup, words
 def test_a_run_of_one_epoch_ends_in_its_warm_up():
     assert ends_at(recipe_of("arat"), epochs=1) == 0.2
     assert ends_at(recipe_of("arat"), epochs=1, warmup=0) == ends_at(recipe_of("trades"), epochs=1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"zzzz": 1}, "unknown key 'zzzz'. Known here: amp, "),
+        ({"epochz": 1}, "unknown key 'epochz'; did you mean 'epochs'? Known here: "),
+        ({"defense": {"name": "at", "exact": True}}, "unknown key 'defense.exact'. Known here: none."),
+    ],
+)
+def test_an_unknown_key_ends_its_sentence(values, words):
+    with pytest.raises(fastarat.UserError) as caught:
+        from_dict(values)
+    assert words in str(caught.value)
