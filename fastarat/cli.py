@@ -143,7 +143,7 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 
 
 def _eval(parser: _Parser, argv: list[str]) -> int:
-    from fastarat.checks import checked_budget
+    from fastarat.checks import checked_budget, checked_seed
     from fastarat.data import load_dataset
     from fastarat.evaluate import check_writable, evaluate, parse_attacks
     from fastarat.train import accuracy_name, check_branch, load_run, pick_device
@@ -170,8 +170,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: expected 1 or more")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: expected a whole number from 0 to 2^63 - 1")
+    checked_seed(args.seed)
     parse_attacks(args.attack)
     device = pick_device(args.device)
     model, meta, config = load_run(args.run, args.weights)

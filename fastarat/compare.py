@@ -139,7 +139,7 @@ def compare(
     chosen = runner.tuned(grids, list(tune_seeds)) if tune else {}
     plans = [runner.plan(d, s, chosen[d].settings if d in chosen else {}, out) for s in seeds for d in defenses]
     if progress:
-        done = sum(_state_of(p) == "finished" for p in plans)
+        done = sum(runner.state(p) == "finished" for p in plans)
         print(f"{len(plans)} runs, {done} finished already", flush=True)
     failed = runner.train(plans)
     results = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
@@ -201,6 +201,7 @@ class _Runner:
         self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: dict[str, Any] = {}
+        self.finished: set[str] = set()
         config = from_dict(base, source="compare")
         self.dataset = load_dataset(
             config.dataset,
@@ -208,6 +209,13 @@ class _Runner:
             val_images=config.eval.val_images,
             image_size=config.image_size,
         )
+
+    def state(self, plan: Plan) -> str:
+        """`_state_of`, which opens a checkpoint, once for each run that is finished."""
+        if plan.config.out not in self.finished and (state := _state_of(plan)) != "finished":
+            return state
+        self.finished.add(plan.config.out)
+        return "finished"
 
     def plan(self, row: str, seed: int, settings: dict[str, Any], folder: Path, tag: str = "") -> Plan:
         """Return the run of `row` with `seed`. Raises: UserError for settings that are not a Config."""
@@ -305,7 +313,7 @@ class _Runner:
                  [p for p in plans if p.needs is not None]]  # fmt: skip
         failed: dict[str, Failure] = {}
         for wave in waves:
-            pending = [(p, state) for p in wave if (state := _state_of(p)) != "finished"]
+            pending = [(p, state) for p in wave if (state := self.state(p)) != "finished"]
             failed |= self._train_wave(pending, dict(failed))
         return failed
 

@@ -206,7 +206,8 @@ class Config:
     @property
     def step_size(self) -> float:
         """Attack step in pixel units."""
-        return self.attack.epsilon / 4 if self.attack.step_size is None else self.attack.step_size
+        attack = self.attack
+        return checked_budget(attack.epsilon, attack.step_size, attack.norm, where="attack.").step_size
 
 
 def resolve_defense(name: str) -> type[Defense]:

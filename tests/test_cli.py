@@ -104,7 +104,7 @@ def folder_of_images(root: Path, classes: int) -> Path:
         (["train", "--awp-warmup", "-1"], "awp_warmup=-1: expected 0 or more"),
         (["train", "--epochs", "0"], "epochs=0"),
         (["train", "--seed", "-1"], "seed=-1"),
-        (["eval", "nowhere", "--seed", "-1"], "--seed -1: expected"),
+        (["eval", "nowhere", "--seed", "-1"], "seed=-1 is outside [0, 2^63)"),
         (
             ["data", "info", "digits", "--image-size", "60000"],
             "image_size=60000 is not a side of images to train on: write 1 to 4096",
