@@ -29,7 +29,7 @@ from benchmarks import tables
 from benchmarks.cases import CASES, Case, Pair, Size, Unavailable
 from fastarat.bench import FORMAT, Ceiling, Clock, machine, quartiles
 from fastarat.errors import UserError, unknown
-from fastarat.train import pick_device
+from fastarat.training import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 _SHORTEST_S = 0.01  # a sample is at least this long: below it, clocks and launches are what is measured

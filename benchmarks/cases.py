@@ -17,15 +17,14 @@ from fastarat.kernels import split_bn, why_not_triton
 from torch import Tensor, nn
 
 from benchmarks import plain
-from fastarat import beton
 from fastarat.attacks import Attacked, random_start
 from fastarat.bench import forward_flops, report_phases
-from fastarat.data import Augment, Batch, Split, make_loader
+from fastarat.data import Augment, Batch, Split, beton, make_loader
 from fastarat.defenses import ARAT
 from fastarat.doctor import bf16_support
-from fastarat.engine import TrainStep
+from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
-from fastarat.models import build_model
+from fastarat.nets.models import build_model
 
 EPSILON, STEP_SIZE, NUM_STEPS = 8 / 255, 2 / 255, 10
 IMAGE_SIZE, NUM_CLASSES = 32, 10

@@ -35,7 +35,7 @@ from fastarat.bench import EPOCH_IMAGES, BenchConfig, Clock, cell, quartiles
 from fastarat.config import AttackConfig
 from fastarat.defenses import ARAT, AT, TRADES, Defense
 from fastarat.doctor import bf16_support
-from fastarat.engine import TrainStep
+from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError, unknown
 
 DEFENSES: dict[str, tuple[Defense, str | None]] = {

@@ -64,7 +64,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR ResNet with dual BatchNorm; key names are those of `fastarat.models` up to the branch.
+    """CIFAR ResNet with dual BatchNorm; key names are those of `fastarat.nets.models` up to the branch.
 
     forward(images float32 [B, C, H, W], branch) -> logits [B, K]; with taps=True also the pooled features [B, d] of the
     last stage's BatchNorm outputs after a ReLU: AR-AT's aligned layers.

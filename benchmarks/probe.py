@@ -32,9 +32,9 @@ from fastarat import bench
 from fastarat.attacks import PGD
 from fastarat.bench import Clock, cell, quartiles
 from fastarat.doctor import bf16_support
+from fastarat.engine.graphs import no_collection
 from fastarat.errors import UserError, unknown
-from fastarat.graphs import no_collection
-from fastarat.models import build_model
+from fastarat.nets.models import build_model
 from fastarat.optim import SGD
 
 STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))
@@ -526,7 +526,7 @@ def attacks(on: Ground) -> list[dict[str, Any]]:
 
     rows = [row("fastarat", attack, _eagerly(attack, eager))]
     if on.cuda:
-        from fastarat.graphs import capture
+        from fastarat.engine.graphs import capture
 
         graph = capture(ours, (images, labels), generators=(ours.generator,))
         rows.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from fastarat import attacks, losses
-from fastarat.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
 from fastarat.config import Config
 from fastarat.defenses import (
     ARAT,
@@ -26,13 +25,14 @@ from fastarat.defenses import (
     Standard,
     Views,
 )
-from fastarat.engine import TrainStep
+from fastarat.engine.graphs import capture
+from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
-from fastarat.evaluate import Evaluation, evaluate
-from fastarat.graphs import capture
-from fastarat.models import build_model
+from fastarat.evaluation import Evaluation, evaluate
+from fastarat.nets.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
+from fastarat.nets.models import build_model
 from fastarat.optim import SGD
-from fastarat.train import Result, train
+from fastarat.training import Result, train
 
 try:
     __version__ = version("fastarat")

@@ -33,12 +33,12 @@ from fastarat.checks import settle, within
 from fastarat.config import AttackConfig, from_dict, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import ARREST, CAAT, CURE, LBGAT, VIR, Defense
-from fastarat.engine import RATES, TrainStep, default_sgd
+from fastarat.engine.step import RATES, TrainStep, default_sgd
 from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
-from fastarat.models import build_model
+from fastarat.nets.models import build_model
 from fastarat.optim import SGD
-from fastarat.train import pick_device, usable_precision
+from fastarat.training import pick_device, usable_precision
 
 FORMAT = 1
 EPOCH_IMAGES = 50_000

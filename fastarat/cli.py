@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        from fastarat.train import Diverged
+        from fastarat.training import Diverged
 
         print(f"fastarat: {error}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
@@ -98,7 +98,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"unknown command {name!r}{nearest(name, commands) or '.'} Known: {', '.join(commands)}.")
     run, text = commands[name]
     if name != "doctor" and not {"-h", "--help"} & set(rest):
-        from fastarat.train import one_process
+        from fastarat.training import one_process
 
         one_process()
     return run(_Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
@@ -106,7 +106,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _train(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
-    from fastarat.train import train
+    from fastarat.training import train
 
     # The defense decides which --defense.* flags exist, so its name is looked up before the flags are made.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -145,8 +145,8 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.checks import checked_budget, checked_seed
     from fastarat.data import load_dataset
-    from fastarat.evaluate import check_writable, evaluate, parse_attacks
-    from fastarat.train import accuracy_name, check_branch, load_run, pick_device
+    from fastarat.evaluation import check_writable, evaluate, parse_attacks
+    from fastarat.training import accuracy_name, check_branch, load_run, pick_device
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
@@ -259,7 +259,7 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
 
 def _report(parser: _Parser, argv: list[str]) -> int:
     from fastarat.report import report
-    from fastarat.train import pick_device
+    from fastarat.training import pick_device
 
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", help="folder to write (default: report/ in the first run)")
@@ -383,7 +383,7 @@ def _bench(parser: _Parser, argv: list[str]) -> int:
 
 def _doctor(parser: _Parser, argv: list[str]) -> int:
     from fastarat.doctor import diagnose, render
-    from fastarat.train import pick_device
+    from fastarat.training import pick_device
 
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     args = parser.parse_args(argv)

@@ -24,11 +24,11 @@ import torch
 from fastarat.config import DEFENSES, Config, from_dict, merge, nest, read_yaml, resolve_defense, to_dict, write_yaml
 from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest
-from fastarat.evaluate import evaluate, parse_attacks
-from fastarat.record import RunFolder, load_checkpoint, load_weights, write_atomic
+from fastarat.evaluation import evaluate, parse_attacks
+from fastarat.runs import RunFolder, load_checkpoint, load_weights, write_atomic
 from fastarat.schedules import counted, ends_at, in_words, recipe_of
 from fastarat.table import PUBLISHED, Comparison
-from fastarat.train import Diverged, load_run, pick_device, resolve, train
+from fastarat.training import Diverged, load_run, pick_device, resolve, train
 
 _BUDGET = 8 / 255
 FINALISTS = 2

@@ -18,7 +18,7 @@ from fastarat.attacks import Backend, BatchNormMode, Objective, Start
 from fastarat.checks import Norm, Precision, checked_budget, coerce, hints_of, settle, shown
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
-from fastarat.models import MODELS
+from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
 
 _COUNT = "[1, inf)"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastarat.evaluate import attack_title
-from fastarat.record import write_atomic
-from fastarat.train import pixels
+from fastarat.evaluation import attack_title
+from fastarat.runs import write_atomic
+from fastarat.training import pixels
 
 
 class Published(NamedTuple):

@@ -35,7 +35,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def ffcv():
     """FFCV's parts; without FFCV the test is skipped, or fails where FASTARAT_REQUIRE_FFCV=1."""
-    from fastarat import beton
+    from fastarat.data import beton
     from fastarat.errors import UserError
 
     threads = torch.get_num_threads()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastarat
-from fastarat.batchnorm import (
+from fastarat.nets.batchnorm import (
     BatchNorm2d,
     SplitBatchNorm2d,
     branch,
@@ -16,7 +16,7 @@ from fastarat.batchnorm import (
     single_branch,
     split_batchnorm,
 )
-from fastarat.models import build_model
+from fastarat.nets.models import build_model
 
 
 def plain_net() -> nn.Module:

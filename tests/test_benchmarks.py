@@ -14,7 +14,7 @@ import pytest
 import torch
 from costs import Backwards
 
-from fastarat.models import build_model
+from fastarat.nets.models import build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is run from a checkout, never installed
 cases = importlib.import_module("benchmarks.cases")

@@ -342,7 +342,7 @@ def test_help_names_what_can_be_chosen(capsys, monkeypatch):
         assert f"{name}," in lines["--defense"]
     assert "FILE.py:CLASS" in lines["--defense"]
     assert all(name in lines["--optim.recipe"] for name in RECIPES)
-    assert all(name in lines["--model"] for name in fastarat.models.MODELS)
+    assert all(name in lines["--model"] for name in fastarat.nets.models.MODELS)
     assert "wrn-DEPTH-WIDTH" in lines["--model"]
     assert "timm:NAME" in lines["--model"]
     assert "{'x->y','y->x','x->y,y->x','x<->y'}" in lines["--defense.align"]
@@ -406,7 +406,7 @@ def test_an_unwritable_result_is_found_before_the_evaluation(run, capsys, tmp_pa
     def evaluated(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(sys.modules["fastarat.evaluate"], "evaluate", evaluated)
+    monkeypatch.setattr(sys.modules["fastarat.evaluation"], "evaluate", evaluated)
     (tmp_path / "file").write_text("")
     for where, words in ((tmp_path, "it is a folder; name a file"), (tmp_path / "file" / "e.json", "another place")):
         error = mistake(["eval", str(run), "--attack", "clean", "--out", str(where)], capsys)

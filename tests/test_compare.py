@@ -224,7 +224,7 @@ def test_published_numbers_are_shown_only_for_their_setting(table):
 
 
 def test_rows_of_one_seed_share_data_order_and_initial_weights(tmp_path, monkeypatch):
-    from fastarat.train import _Training
+    from fastarat.training import _Training
 
     seen = {}
     for name in ("standard", "trades", "mart", "lbgat", "ar-at"):

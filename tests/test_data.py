@@ -19,8 +19,8 @@ import torch
 from archives import CLASSES, TEST, TRAIN, cifar_files, images_of, place_cifar, write_archive
 from PIL import Image
 
-from fastarat import beton, data
-from fastarat.data import Augment, augment, derive_seed, load_dataset, make_loader, prepare
+from fastarat import data
+from fastarat.data import Augment, augment, beton, derive_seed, load_dataset, make_loader, prepare
 from fastarat.errors import UserError
 
 

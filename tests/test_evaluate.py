@@ -14,10 +14,9 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 from fastarat.attacks import pgd
-from fastarat.batchnorm import SplitBatchNorm2d
 from fastarat.data import Split, make_loader
 from fastarat.errors import UserError
-from fastarat.evaluate import (
+from fastarat.evaluation import (
     Evaluation,
     _build_autoattack,
     adversarial_examples,
@@ -27,6 +26,7 @@ from fastarat.evaluate import (
     parse_attacks,
     wilson,
 )
+from fastarat.nets.batchnorm import SplitBatchNorm2d
 
 SHAPE = (3, 6, 6)
 
@@ -595,7 +595,7 @@ def test_adversarial_examples_stay_in_the_ball_and_repeat():
 
 
 def test_a_result_that_cannot_be_written_is_no_traceback(tmp_path, monkeypatch):
-    module = sys.modules["fastarat.evaluate"]
+    module = sys.modules["fastarat.evaluation"]
 
     def full(*args):
         raise OSError(28, "No space left on device")

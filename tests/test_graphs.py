@@ -9,7 +9,7 @@ import torch
 import fastarat
 from fastarat.attacks import PGD
 from fastarat.config import OptimConfig
-from fastarat.models import build_model, folded_batchnorm
+from fastarat.nets.models import build_model, folded_batchnorm
 
 CUDA = torch.cuda.is_available()
 MODES = ["fake", "cuda"] if CUDA else ["fake"]
@@ -225,7 +225,7 @@ def test_a_captured_run_has_the_weights_of_an_eager_one(tmp_path):
     from safetensors.torch import load_file
     from test_train import small
 
-    from fastarat.train import train
+    from fastarat.training import train
 
     results = []
     for capture in ("off", "fake"):

@@ -19,9 +19,9 @@ from fastarat.cli import main
 from fastarat.config import Config, write_yaml
 from fastarat.errors import UserError
 from fastarat.interchange import export, import_checkpoint
-from fastarat.models import build_model
-from fastarat.record import RunFolder
-from fastarat.train import load_run
+from fastarat.nets.models import build_model
+from fastarat.runs import RunFolder
+from fastarat.training import load_run
 
 # The networks as the papers and released files describe them, with PyTorch's own layers; `sets` names the BatchNorm
 # sets of a split network (AR-AT), () is an ordinary one.
@@ -581,7 +581,7 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
     monkeypatch.setattr(interchange, "_rebuilt", rebuilt)
     # The wrong set's weights are caught too: the reference is the run's own network, not the copy written.
     monkeypatch.setattr(
-        interchange, "single_branch", lambda model, name: fastarat.batchnorm.single_branch(model, "clean")
+        interchange, "single_branch", lambda model, name: fastarat.nets.batchnorm.single_branch(model, "clean")
     )
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)

@@ -15,7 +15,7 @@ import torch
 from costs import Backwards
 
 from fastarat.bench import Event
-from fastarat.models import build_model
+from fastarat.nets.models import build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is run from a checkout, never installed
 harness = importlib.import_module("benchmarks.__main__")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastarat
-from fastarat.models import PENULTIMATE, Taps, build_model, forward_with_features, tap_names, tappable
+from fastarat.nets.models import PENULTIMATE, Taps, build_model, forward_with_features, tap_names, tappable
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_arat_layers_of_resnet18_are_before_the_residual_add():
 
 
 def test_wrn_taps():
-    from fastarat.models import WideResNet
+    from fastarat.nets.models import WideResNet
 
     model = WideResNet(10, 1, 4).eval()
     assert len(build_wrn_names()) == 11

@@ -222,12 +222,12 @@ def test_a_defense_that_writes_weights_after_the_step():
 
 def test_an_averaged_network_is_attacked_with_its_own_weights():
     """averaged_model puts another network in the step's place; the copies the optimiser writes are not its weights."""
-    from fastarat.swa import averaged_model
+    from fastarat.averages import averaged_model
 
     step = step_with(lambda p: SGD(p, backend="plain", **OPTIONS))
     images, labels = batch()
     step(images, labels)
-    average = fastarat.swa.WeightAverage(step.model)
+    average = fastarat.averages.WeightAverage(step.model)
     average.update(step.model)
     for mean in average.parameters:
         mean.add_(1.0)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 import fastarat
-from fastarat import released
+from fastarat import card as released
 from fastarat.config import AttackConfig, Config, OptimConfig, SwaConfig
 from fastarat.defenses import DEFENSES
-from fastarat.train import resolve
+from fastarat.training import resolve
 
 
 def attack(**options):

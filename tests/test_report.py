@@ -15,15 +15,15 @@ from PIL import Image
 from torch import nn
 
 from fastarat import report as module
-from fastarat.batchnorm import SplitBatchNorm2d, branch
 from fastarat.config import AttackConfig, Config
 from fastarat.data import load_dataset
 from fastarat.defenses import ARAT, AT
 from fastarat.errors import UserError
-from fastarat.evaluate import adversarial_examples, collect, evaluate
-from fastarat.record import RunFolder, load_weights
+from fastarat.evaluation import adversarial_examples, collect, evaluate
+from fastarat.nets.batchnorm import SplitBatchNorm2d, branch
 from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, predicted, report
-from fastarat.train import load_run, train
+from fastarat.runs import RunFolder, load_weights
+from fastarat.training import load_run, train
 
 EPSILON = 0.2
 

@@ -21,7 +21,7 @@ from fastarat.attacks import PGD, pgd, random_start, strongest
 from fastarat.bench import BenchConfig
 from fastarat.checks import check_images, coerce, named, readable, settle, within
 from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, to_dict
-from fastarat.evaluate import adversarial_examples, evaluate
+from fastarat.evaluation import adversarial_examples, evaluate
 
 K = 4
 
@@ -618,10 +618,10 @@ def test_values_are_looked_at_once_per_shape_on_a_gpu_and_always_on_a_cpu(on_a_g
     step = fastarat.TrainStep(network(), fastarat.AT(), images, epsilon=0.1, num_steps=1)
     attack = PGD(network(), epsilon=0.1, num_steps=1)
     seen = []
-    for module in ("fastarat.engine", "fastarat.attacks"):
+    for module in ("fastarat.engine.step", "fastarat.attacks"):
         monkeypatch.setattr(f"{module}.check_pixels", lambda images: seen.append(tuple(images.shape)))
     if on_a_gpu:  # there, a read would make the host wait
-        monkeypatch.setattr("fastarat.engine.waits", lambda images: True)
+        monkeypatch.setattr("fastarat.engine.step.waits", lambda images: True)
         monkeypatch.setattr("fastarat.attacks.waits", lambda images: True)
     for n in (8, 8, 4, 8, 4):
         step(images[:n], labels[:n])

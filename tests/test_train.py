@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import fastarat
 from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, read_yaml
 from fastarat.data import load_dataset
-from fastarat.engine import TrainStep, frozen
-from fastarat.record import RunFolder, load_checkpoint
-from fastarat.train import Diverged, load_run, train, usable_precision
+from fastarat.engine.step import TrainStep, frozen
+from fastarat.runs import RunFolder, load_checkpoint
+from fastarat.training import Diverged, load_run, train, usable_precision
 
 
 def small(out: Path, **options) -> Config:
@@ -89,7 +89,7 @@ def test_run_card_says_what_a_number_depends_on(unbroken):
 
 def scored(monkeypatch, scores):
     """Let the validations score (clean, robust) accuracies given in turn."""
-    module, scores = sys.modules["fastarat.train"], iter(scores)
+    module, scores = sys.modules["fastarat.training"], iter(scores)
 
     class Scored:
         def __init__(self) -> None:
@@ -177,8 +177,9 @@ import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_train import small
-from fastarat import engine, record
-from fastarat.train import train
+from fastarat import runs as record
+from fastarat.engine import step as engine
+from fastarat.training import train
 calls = 0
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -337,7 +338,7 @@ def test_what_no_loss_sees_is_found_at_the_epochs_end(what, at, tmp_path, monkey
 
 
 def test_averages_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
-    from fastarat.swa import MovingAverage, WeightAverage
+    from fastarat.averages import MovingAverage, WeightAverage
 
     def spoil(self, model):
         (self.parameters if isinstance(self, WeightAverage) else list(self.state.values()))[0].fill_(float("inf"))
@@ -354,7 +355,7 @@ def test_averages_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
 
 
 def test_an_averaged_network_that_overflows_is_not_written(tmp_path, monkeypatch):
-    module = sys.modules["fastarat.train"]
+    module = sys.modules["fastarat.training"]
     own = module.averaged_model
 
     def overflown(*args, **options):
@@ -369,7 +370,7 @@ def test_an_averaged_network_that_overflows_is_not_written(tmp_path, monkeypatch
 
 
 def test_the_probe_of_a_network_that_overflows_stops_training(tmp_path):
-    from fastarat.train import _Training
+    from fastarat.training import _Training
 
     training = _Training(small(tmp_path / "run"), False, False)
     for m in training.step.model.modules():
@@ -382,7 +383,7 @@ def test_the_probe_of_a_network_that_overflows_stops_training(tmp_path):
 
 
 def test_a_complaint_of_the_validation_is_one_of_the_training(tmp_path, monkeypatch):
-    module = sys.modules["fastarat.train"]
+    module = sys.modules["fastarat.training"]
     monkeypatch.setattr(module._Training, "_check_network", lambda *args: None)
     broken(monkeypatch, 10, DAMAGES["the network's logits in eval mode (BatchNorm branch 'adv')"])
     with pytest.raises(Diverged, match=r"logits on the validation images became NaN .* epoch 2 .*last.pt \(epoch 1\)"):
@@ -395,7 +396,7 @@ def test_a_buffer_that_is_infinite_on_purpose_is_no_divergence(tmp_path, monkeyp
         model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
         return model
 
-    monkeypatch.setitem(fastarat.models.MODELS, "masked", masked)
+    monkeypatch.setitem(fastarat.nets.models.MODELS, "masked", masked)
     train(small(tmp_path / "run", model="masked", epochs=1, ema=0.9), progress=False)
 
 
@@ -435,7 +436,7 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch):
 
 
 def test_another_architecture_is_refused(unbroken, tmp_path):
-    from fastarat.record import load_into, load_weights
+    from fastarat.runs import load_into, load_weights
 
     state, _ = load_weights(unbroken / "last.safetensors")
     with pytest.raises(fastarat.UserError, match="another architecture"):
@@ -506,8 +507,8 @@ def test_resume_without_the_standard_run_it_started_from(tmp_path):
 
 
 def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(tmp_path):
+    from fastarat.averages import WeightAverage, averaged_model
     from fastarat.data import Batch
-    from fastarat.swa import WeightAverage, averaged_model
 
     step = TrainStep(fastarat.build_model("resnet-small", num_classes=4), fastarat.ARAT(), torch.empty(2, 3, 8, 8),
                      epsilon=0.1, num_steps=1)  # fmt: skip
@@ -534,7 +535,7 @@ def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(
 
 
 def test_ema_by_hand_and_through_a_kill(tmp_path):
-    from fastarat.swa import MovingAverage
+    from fastarat.averages import MovingAverage
 
     model = torch.nn.BatchNorm1d(1)
     average = MovingAverage(model, 0.5)
@@ -562,7 +563,7 @@ def test_ema_by_hand_and_through_a_kill(tmp_path):
 
 
 def test_precision_stays_in_float32_where_bf16_is_slow(monkeypatch):
-    module = sys.modules["fastarat.train"]  # the attribute of that name is the function
+    module = sys.modules["fastarat.training"]  # the attribute of that name is the function
 
     cpu = torch.device("cpu")
     monkeypatch.setattr(module, "bf16_support", lambda device: (False, "no AVX512_BF16"))
@@ -608,14 +609,14 @@ def test_the_step_reads_nothing_back_from_the_device(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the step read a tensor on the host")
 
-    monkeypatch.setattr("fastarat.engine.waits", lambda images: True)  # as on a GPU
+    monkeypatch.setattr("fastarat.engine.step.waits", lambda images: True)  # as on a GPU
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     step(torch.rand(4, 3, 8, 8), torch.randint(4, (4,)))
 
 
 def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp_path):
-    from fastarat.train import _Training
+    from fastarat.training import _Training
 
     training = _Training(small(tmp_path / "run"), False, False)
     before = {k: v.clone() for k, v in training.step.model.state_dict().items()}
@@ -676,7 +677,7 @@ def test_unwritable_folder(tmp_path):
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_a_cuda_device_has_its_number(monkeypatch, name):
     """torch.cuda.set_device refuses one without."""
-    from fastarat.train import pick_device
+    from fastarat.training import pick_device
 
     for function, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
         monkeypatch.setattr(torch.cuda, function, lambda value=value: value)

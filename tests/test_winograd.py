@@ -11,9 +11,9 @@ from torch import nn
 from torch.func import functional_call
 
 import fastarat
-from fastarat import winograd
-from fastarat.models import ResNet, build_model, folded_batchnorm
-from fastarat.winograd import Conv2d, conv2d, held, qualifies, set_winograd
+from fastarat.nets import winograd
+from fastarat.nets.models import ResNet, build_model, folded_batchnorm
+from fastarat.nets.winograd import Conv2d, conv2d, held, qualifies, set_winograd
 
 CL = torch.channels_last
 

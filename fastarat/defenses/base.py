@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastarat.attacks import Attacked, random_start
 from fastarat.checks import settle
 from fastarat.errors import UserError
-from fastarat.record import load_into, load_weights
+from fastarat.runs import load_into, load_weights
 
 
 class Views(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.batchnorm import branch
 from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
+from fastarat.nets.batchnorm import branch
 
 
 def quantile(values: Tensor, share: float) -> Tensor:

@@ -13,7 +13,7 @@ from fastarat.attacks import Attacked
 from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import WeightKind, cross_entropy, gairat_weights
-from fastarat.models import WideResNet
+from fastarat.nets.models import WideResNet
 
 
 def released_epochs(model: nn.Module) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastarat import losses
 from fastarat.attacks import Attacked
-from fastarat.batchnorm import BatchNorm2d, grouped_batchnorm, set_backend
 from fastarat.defenses.base import Defense, Run, Settings, Views
-from fastarat.models import Normalize, build_model
+from fastarat.nets.batchnorm import BatchNorm2d, grouped_batchnorm, set_backend
+from fastarat.nets.models import Normalize, build_model
 
 
 def natural_network(name: str | None, model: nn.Module, example: Tensor) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastarat import losses
 from fastarat.attacks import Attacked
 from fastarat.defenses.base import Defense, Run, Settings, Views
-from fastarat.models import WideResNet
+from fastarat.nets.models import WideResNet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from literal import (
 import fastarat
 from fastarat.defenses import ARREST
 from fastarat.losses import angular_distance
-from fastarat.record import RunFolder
+from fastarat.runs import RunFolder
 
 
 def saved(folder, model, defense="standard"):
@@ -172,7 +172,7 @@ def test_replay_noise_fills_the_ball_and_stays_in_it(tmp_path, monkeypatch):
 def test_lam_defaults_to_the_networks(tmp_path):
     assert step_for(tmp_path / "a")[0].companions["teacher"].lam == 30
     assert step_for(tmp_path / "b", lam=1.5)[0].companions["teacher"].lam == 1.5
-    wide = fastarat.models.WideResNet(10, 1, CLASSES)
+    wide = fastarat.nets.models.WideResNet(10, 1, CLASSES)
     defense = ARREST(teacher=saved(tmp_path / "wide", wide))
     assert defense.companions(wide, torch.rand(2, 3, 8, 8))["teacher"].lam == 100
 

@@ -23,7 +23,7 @@ from fastarat.defenses import (
     VIR,
     Standard,
 )
-from fastarat.record import RunFolder
+from fastarat.runs import RunFolder
 
 # defense and options: forwards, input-only backwards, full backwards; teacher's forwards and backwards.
 TABLE = [

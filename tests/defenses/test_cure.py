@@ -13,7 +13,7 @@ from torch import nn
 import fastarat
 from fastarat.defenses import CURE
 from fastarat.defenses.cure import Revision, maskable, quantile
-from fastarat.record import RunFolder
+from fastarat.runs import RunFolder
 from fastarat.schedules import lr_at, recipe_of
 
 

@@ -11,7 +11,7 @@ from literal import Moment, base_net, sgd, slow_attack, three_steps
 import fastarat
 from fastarat.defenses import DONE
 from fastarat.losses import done_weights
-from fastarat.models import WideResNet
+from fastarat.nets.models import WideResNet
 
 
 class Literal:

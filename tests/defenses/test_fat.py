@@ -13,7 +13,7 @@ import fastarat
 from fastarat.attacks import pgd
 from fastarat.defenses import DEFENSES, FAT, GAIRFAT
 from fastarat.defenses.fat import early_stopped
-from fastarat.models import WideResNet
+from fastarat.nets.models import WideResNet
 
 
 class Literal:

@@ -11,7 +11,7 @@ from literal import EPSILON, STEP, STEPS, Moment, base_net, drawn, sgd, three_st
 import fastarat
 from fastarat.defenses import GAIRAT
 from fastarat.losses import gairat_weights
-from fastarat.models import WideResNet
+from fastarat.nets.models import WideResNet
 
 
 class Literal:

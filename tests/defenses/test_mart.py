@@ -11,7 +11,7 @@ from literal import Moment, base_net, sgd, slow_attack, three_steps
 import fastarat
 from fastarat import losses
 from fastarat.defenses import MART
-from fastarat.models import WideResNet
+from fastarat.nets.models import WideResNet
 from fastarat.schedules import lr_at, recipe_of
 
 

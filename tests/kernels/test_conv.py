@@ -7,7 +7,7 @@ from fastarat.kernels import conv, conv_bias_relu, why_not_conv_bias_relu
 from test_graphs import assert_folding_changes_nothing
 
 import fastarat
-from fastarat.models import build_model, folded_batchnorm
+from fastarat.nets.models import build_model, folded_batchnorm
 
 
 def plainly(x, weight, bias, residual, stride, padding):
@@ -20,7 +20,7 @@ def stand_in(monkeypatch):
     """Outside a GPU: the same mathematics in place of cuDNN's call, counted."""
     calls = []
     monkeypatch.setattr(conv, "_fused", lambda *a: (calls.append(a[3] is not None), plainly(*a))[1])
-    monkeypatch.setattr(fastarat.models, "why_not_conv_bias_relu", lambda device, dtype: None)
+    monkeypatch.setattr(fastarat.nets.models, "why_not_conv_bias_relu", lambda device, dtype: None)
     return calls
 
 

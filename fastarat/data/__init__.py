@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastarat import beton
+from fastarat.data import beton
 from fastarat.errors import UserError, unknown
 
 NAMES = ("digits", "cifar10", "cifar100")

@@ -21,12 +21,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor, nn
 
-from fastarat.batchnorm import branch
 from fastarat.data import Dataset, Split, load_dataset
 from fastarat.errors import UserError
-from fastarat.evaluate import adversarial_examples, attack_title, collect, wilson
-from fastarat.record import load_weights, write_atomic
-from fastarat.train import load_run, pick_device, pixels
+from fastarat.evaluation import adversarial_examples, attack_title, collect, wilson
+from fastarat.nets.batchnorm import branch
+from fastarat.runs import load_weights, write_atomic
+from fastarat.training import load_run, pick_device, pixels
 
 NUM_STEPS = 20
 

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastarat.attacks import pgd, random_start
-from fastarat.batchnorm import branch as use_branch
 from fastarat.checks import (
     Budget,
     Norm,
@@ -51,6 +50,7 @@ from fastarat.checks import (
 )
 from fastarat.data import Loader, Split, make_loader
 from fastarat.errors import UserError, unknown
+from fastarat.nets.batchnorm import branch as use_branch
 
 Forward = Callable[[Tensor], Tensor]
 

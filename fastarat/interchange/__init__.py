@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastarat.batchnorm import branch as use_branch
-from fastarat.batchnorm import set_backend, single_branch, split_batchnorm
 from fastarat.checks import checked_budget
 from fastarat.config import Config
 from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest, unknown
-from fastarat.evaluate import collect
-from fastarat.models import build_model
-from fastarat.record import RunFolder, check_kind, load_into, load_tensors, write_atomic
-from fastarat.train import check_branch, load_run, pixels
+from fastarat.evaluation import collect
+from fastarat.nets.batchnorm import branch as use_branch
+from fastarat.nets.batchnorm import set_backend, single_branch, split_batchnorm
+from fastarat.nets.models import build_model
+from fastarat.runs import RunFolder, check_kind, load_into, load_tensors, write_atomic
+from fastarat.training import check_branch, load_run, pixels
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.

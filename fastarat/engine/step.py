@@ -20,7 +20,6 @@ from torch.func import functional_call
 
 from fastarat import attacks
 from fastarat.attacks import HALF, frozen, mode_of
-from fastarat.batchnorm import branch, branches_of, grouped_batchnorm, split_batchnorm
 from fastarat.checks import (
     Norm,
     Precision,
@@ -44,12 +43,13 @@ from fastarat.checks import (
 )
 from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
+from fastarat.engine.graphs import Captured, capture
 from fastarat.errors import UserError
-from fastarat.graphs import Captured, capture
 from fastarat.kernels import why_not_fold
-from fastarat.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels, unfolded_batchnorm
+from fastarat.nets.batchnorm import branch, branches_of, grouped_batchnorm, split_batchnorm
+from fastarat.nets.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels, unfolded_batchnorm
+from fastarat.nets.winograd import held, set_winograd
 from fastarat.optim import SGD, lay_out_state
-from fastarat.winograd import held, set_winograd
 
 _NEVER = 2**62
 # Inductor must not wrap its own CUDA graphs inside ours.

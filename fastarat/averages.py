@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastarat.engine import TrainStep
+from fastarat.engine.step import TrainStep
 
 
 class WeightAverage:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastarat.batchnorm import BatchNorm2d, set_backend
 from fastarat.errors import UserError, unknown
 from fastarat.kernels import conv_bias_relu, stem_applies, stem_conv, why_not_conv_bias_relu
-from fastarat.winograd import Conv2d, convolve, qualifies, transformed
+from fastarat.nets.batchnorm import BatchNorm2d, set_backend
+from fastarat.nets.winograd import Conv2d, convolve, qualifies, transformed
 
 PENULTIMATE = "penultimate"
 

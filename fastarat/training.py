@@ -21,7 +21,8 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from fastarat.attacks import mode_of
-from fastarat.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
+from fastarat.averages import MovingAverage, WeightAverage, averaged_model
+from fastarat.card import card_rows, default_recipe
 from fastarat.checks import pick_device
 from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
 from fastarat.data import (
@@ -37,17 +38,16 @@ from fastarat.data import (
 from fastarat.defenses import DEFENSES, Defense
 from fastarat.defenses.base import resuming
 from fastarat.doctor import bf16_support
-from fastarat.engine import TrainStep
+from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
-from fastarat.evaluate import NonFinite, attack_title, evaluate
+from fastarat.evaluation import NonFinite, attack_title, evaluate
 from fastarat.kernels import why_not_triton
-from fastarat.models import build_model, check_takes
+from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
+from fastarat.nets.models import build_model, check_takes
+from fastarat.nets.winograd import qualifies
 from fastarat.optim import SGD
-from fastarat.record import RunFolder, load_into, load_weights, write_atomic
-from fastarat.released import card_rows, default_recipe
+from fastarat.runs import RunFolder, load_into, load_weights, write_atomic
 from fastarat.schedules import counted, in_words, lr_at, momentum_at, recipe_of
-from fastarat.swa import MovingAverage, WeightAverage, averaged_model
-from fastarat.winograd import qualifies
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 _MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "tensorboard", "out")

@@ -1,0 +1,1 @@
+"""Networks: split BatchNorm, the built-in architectures, and the network as an attack sees it."""
