@@ -32,11 +32,11 @@ from benchmarks import cases, plain, tables
 from fastarat import bench
 from fastarat.attacks import Attacked
 from fastarat.bench import EPOCH_IMAGES, BenchConfig, Clock, cell, quartiles
-from fastarat.config import AttackConfig
 from fastarat.defenses import ARAT, AT, TRADES, Defense
 from fastarat.doctor import bf16_support
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError, unknown
+from fastarat.specs import Attack
 
 DEFENSES: dict[str, tuple[Defense, str | None]] = {
     "ar-at": (ARAT(), None),
@@ -255,7 +255,7 @@ def make_step(
         compile_loss=options["compile_loss"],
         fold_bn=options["fold"],
         optimizer=options["optimizer"],
-        attack=AttackConfig(num_steps=num_steps, bn=DEFENSES[setup.defense][1]),
+        attack=Attack(num_steps=num_steps, bn=DEFENSES[setup.defense][1]),
     )
     return bench.make_step(config, defense or DEFENSES[setup.defense][0], device, options["precision"])
 

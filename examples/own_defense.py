@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 import fastarat
-from fastarat.config import AttackConfig, Config
+from fastarat.config import Config
+from fastarat.specs import Attack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,6 @@ class Smooth(fastarat.Defense):
 
 
 if __name__ == "__main__":
-    config = Config(epochs=2, limit_train=256, attack=AttackConfig(epsilon=0.15, num_steps=5), out="runs/smooth")
+    config = Config(epochs=2, limit_train=256, attack=Attack(epsilon=0.15, num_steps=5), out="runs/smooth")
     result = fastarat.train(config, defense=Smooth(beta=10.0))
     print({key: round(value, 3) for key, value in result.metrics[-1].items() if key.startswith("val/")})

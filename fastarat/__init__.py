@@ -32,6 +32,7 @@ from fastarat.evaluation import Evaluation, evaluate
 from fastarat.nets.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.optim import SGD
+from fastarat.specs import Attack, Fast
 from fastarat.training import Result, train
 
 try:
@@ -55,9 +56,11 @@ __all__ = [
     "SGD",
     "TRADES",
     "VIR",
+    "Attack",
     "Config",
     "Defense",
     "Evaluation",
+    "Fast",
     "Result",
     "SplitBatchNorm2d",
     "Standard",

@@ -36,13 +36,10 @@ from fastarat.checks import (
 )
 from fastarat.errors import UserError
 from fastarat.kernels import interpreting, pgd_update, why_not_triton
+from fastarat.specs import Backend, Start
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that store weights and activations in 16 bits, by name."""
-Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
-Objective = Literal["ce", "kl", "cw"]
-BatchNormMode = Literal["eval", "train", "train-frozen"]
-Backend = Literal["auto", "triton", "plain"]
 
 
 class Attacked(NamedTuple):

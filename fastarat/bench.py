@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.checks import settle, within
-from fastarat.config import AttackConfig, from_dict, resolve_defense
+from fastarat.config import from_dict, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import ARREST, CAAT, CURE, LBGAT, VIR, Defense
 from fastarat.engine.step import RATES, TrainStep, default_sgd
@@ -38,6 +38,7 @@ from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
 from fastarat.optim import SGD
+from fastarat.specs import Attack, Fast
 from fastarat.training import pick_device, usable_precision
 
 FORMAT = 1
@@ -461,11 +462,16 @@ class BenchConfig:
     repeats: int | None = _f(None, "samples (default: 20; 5 on a CPU)")
     steps: int | None = _f(None, "steps per sample (default: half a second's worth)")
     threads: int | None = _f(None, "CPU threads of PyTorch (default: its own choice)")
-    attack: AttackConfig = field(default_factory=AttackConfig)
+    attack: Attack = field(default_factory=Attack)
+
+    def fast(self, precision: str) -> Fast:
+        """The `Fast` among these fields, in `precision`."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Fast) if hasattr(self, f.name)}
+        return Fast(**own | {"precision": precision})
 
     def __post_init__(self) -> None:
         if isinstance(self.attack, dict):
-            object.__setattr__(self, "attack", from_dict(self.attack, AttackConfig, "attack.", "bench"))
+            object.__setattr__(self, "attack", from_dict(self.attack, Attack, "attack.", "bench"))
         settle(self)
         if self.awp is not None:
             within("awp", self.awp, "(0, 1)", "a share of each weight's norm, such as 0.005")
@@ -555,21 +561,9 @@ def make_step(config: BenchConfig, defense: Defense, device: torch.device, preci
         model,
         defense,
         torch.empty(2, 3, config.image_size, config.image_size),
-        epsilon=config.attack.epsilon,
-        step_size=config.attack.step_size,
-        num_steps=config.attack.num_steps,
-        num_restarts=config.attack.num_restarts,
+        attack=config.attack,
+        fast=config.fast(precision),
         optimizer=default_sgd if config.optimizer == "torch" else partial(SGD, **RATES, backend=config.kernels),
-        norm=config.attack.norm,
-        attack_bn=config.attack.bn,
-        start=config.attack.start,
-        objective=config.attack.objective,
-        precision=precision,
-        channels_last=config.channels_last,
-        kernels=config.kernels,
-        capture={"on": True, "off": False}.get(config.capture, config.capture),
-        compile_loss=config.compile_loss,
-        fold=config.fold_bn,
         awp=config.awp,
     )
 

@@ -34,7 +34,7 @@ def departures(
     settings = Settings(
         norm=config.attack.norm,
         epsilon=config.attack.epsilon,
-        step_size=config.step_size,
+        step_size=config.attack.stepping().step_size,
         model=config.model,
         image_size=image_size,
         recipe=config.optim.recipe,

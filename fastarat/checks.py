@@ -25,6 +25,8 @@ from fastarat.errors import UserError, nearest
 
 Norm = Literal["linf", "l2"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+EPSILON = 8 / 255
+"""The field's budget under L-infinity, in pixel units: the default everywhere. Its step is `checked_budget`'s."""
 
 # Other spellings in use (RobustBench, torchattacks, NumPy, PyTorch, YAML), case and separators aside.
 _ALIASES = {
@@ -264,16 +266,17 @@ def hints_of(cls: type) -> dict[str, Any]:
         return {f.name: Any for f in dataclasses.fields(cls)}
 
 
-def settle(config: Any, where: str = "") -> None:
+def settle(config: Any, where: str = "", skip: Sequence[str] = ()) -> None:
     """Give each field of a frozen dataclass its declared type, in place; for its `__post_init__`.
 
     A field's metadata may hold its `range` (see `within`) and its `help`. Defaults are taken as they are.
-    where: put before the names, "attack.". Raises: UserError naming the field, its value and what was expected.
+    where: put before the names, "attack.". skip: fields to leave alone.
+    Raises: UserError naming the field, its value and what was expected.
     """
     hints = hints_of(type(config))
     for f in dataclasses.fields(config):
         value, key, about = getattr(config, f.name), where + f.name, f.metadata.get("help", "")
-        if value is f.default:
+        if value is f.default or f.name in skip:
             continue
         value = coerce(value, hints[f.name], key, about=about)
         if value is not None and "range" in f.metadata:

@@ -14,59 +14,34 @@ from typing import Any, Literal
 
 import yaml
 
-from fastarat.attacks import Backend, BatchNormMode, Objective, Start
-from fastarat.checks import Norm, Precision, checked_budget, coerce, hints_of, settle, shown
+from fastarat.checks import coerce, hints_of, settle, shown
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
+from fastarat.specs import Attack, Fast, setting
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
-
-
-def _f(default: Any, text: str, within: str = "") -> Any:
-    """A field with its help and, for numbers, the interval they lie in."""
-    return field(default=default, metadata={"help": text, **({"range": within} if within else {})})
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackConfig:
-    """The training attack. Unset fields follow the defense."""
-
-    epsilon: float = _f(8 / 255, "budget in pixel units, 1.0 the full range; fractions such as 8/255 are read")
-    step_size: float | None = _f(None, "pixel units (default: epsilon / 4)")
-    num_steps: int = _f(10, "gradient steps", _COUNT)
-    num_restarts: int = _f(1, "keep the strongest of this many starts", _COUNT)
-    norm: Norm = _f("linf", "ball")
-    bn: BatchNormMode | None = _f(
-        None,
-        "BatchNorm during the attack (default: the defense's): running statistics; batch statistics that move "
-        "the running ones; batch statistics that do not",
-    )
-    start: Start | None = _f(None, "random start (default: the defense's)")
-    objective: Objective | None = _f(None, "what is maximised (default: the defense's)")
-
-    def __post_init__(self) -> None:
-        settle(self, "attack.")
-        checked_budget(self.epsilon, self.step_size, self.norm, where="attack.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """SGD and its schedule. Unset fields follow the recipe."""
 
-    recipe: str | None = _f(None, f"named schedule, of {', '.join(RECIPES)} (default: the defense's)")
-    lr: float | None = _f(None, "base learning rate", _FROM_0)
-    warmup: int | None = _f(
+    recipe: str | None = setting(None, f"named schedule, of {', '.join(RECIPES)} (default: the defense's)")
+    lr: float | None = setting(None, "base learning rate", _FROM_0)
+    warmup: int | None = setting(
         None,
         "epochs in which the learning rate rises along a line; 0: none (default: the recipe's first epoch)",
         _FROM_0,
     )
-    momentum: float | None = _f(None, "of SGD", "[0, 1)")
-    weight_decay: float | None = _f(None, "on every parameter, BatchNorm and biases included, as released", _FROM_0)
-    nesterov: bool | None = _f(None, "Nesterov momentum")
-    optimizer: Literal["fastarat", "torch", "apex"] = _f(
+    momentum: float | None = setting(None, "of SGD", "[0, 1)")
+    weight_decay: float | None = setting(
+        None, "on every parameter, BatchNorm and biases included, as released", _FROM_0
+    )
+    nesterov: bool | None = setting(None, "Nesterov momentum")
+    optimizer: Literal["fastarat", "torch", "apex"] = setting(
         "fastarat", "fused SGD that also writes the attack's bf16 weights, torch's, or NVIDIA Apex's if installed"
     )
 
@@ -78,9 +53,9 @@ class OptimConfig:
 class EvalConfig:
     """Validation after each epoch; it chooses the best checkpoint. The test set chooses nothing."""
 
-    every: int = _f(1, "epochs between validations", _COUNT)
-    num_steps: int = _f(10, "PGD steps on the validation split", _COUNT)
-    val_images: int | None = _f(
+    every: int = setting(1, "epochs between validations", _COUNT)
+    num_steps: int = setting(10, "PGD steps on the validation split", _COUNT)
+    val_images: int | None = setting(
         None, "images held out of the training set (default: 1000; a tenth of small sets)", _FROM_0
     )
 
@@ -92,72 +67,63 @@ class EvalConfig:
 class SwaConfig:
     """Stochastic weight averaging (AR-AT+SWA): a uniform mean of snapshots, BatchNorm re-estimated at the end."""
 
-    start: float = _f(0.75, "averaging begins after this share of the epochs (epoch 76 of 100)", "[0, 1)")
-    every: int | None = _f(
+    start: float = setting(0.75, "averaging begins after this share of the epochs (epoch 76 of 100)", "[0, 1)")
+    every: int | None = setting(
         None, "steps between snapshots (default: 500, or an epoch where that gives fewer than 5)", _COUNT
     )
-    exact: bool = _f(False, "let attack forwards move the statistics during re-estimation, as released")
+    exact: bool = setting(False, "let attack forwards move the statistics during re-estimation, as released")
 
     def __post_init__(self) -> None:
         settle(self, "swa-config.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Fast):
     """Everything a run depends on. The resolved form is saved in the run folder and reloads to an equal object."""
 
     defense: Defense = field(default_factory=ARAT, metadata={"help": ", ".join(DEFENSES) + ", or FILE.py:CLASS"})
-    dataset: str = _f("digits", "digits, cifar10, cifar100, an image folder, an archive of one, or a .beton")
-    model: str | None = _f(
+    dataset: str = setting("digits", "digits, cifar10, cifar100, an image folder, an archive of one, or a .beton")
+    model: str | None = setting(
         None,
         f"{', '.join(sorted(MODELS))}, any wrn-DEPTH-WIDTH, or timm:NAME "
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
-    epochs: int | None = _f(None, "default: the recipe's", _COUNT)
-    batch_size: int = _f(128, "images per step")
-    amp: bool = _f(False, "short for --precision bf16, where the hardware has it")
-    precision: Precision = _f("fp32", "of convolutions; statistics and losses are float32")
-    swa: bool = _f(False, "also average weights (see --swa-config.start)")
-    ema: float | None = _f(
+    epochs: int | None = setting(None, "default: the recipe's", _COUNT)
+    batch_size: int = setting(128, "images per step")
+    amp: bool = setting(False, "short for --precision bf16, where the hardware has it")
+    swa: bool = setting(False, "also average weights (see --swa-config.start)")
+    ema: float | None = setting(
         None, "also keep an exponential moving average of the weights with this decay, such as 0.995", "(0, 1)"
     )
-    seed: int = _f(0, "of everything random", "[0, 2^63)")
-    out: str | None = _f(None, "run folder (default: runs/DATASET-MODEL-DEFENSE-seedN)")
-    data_dir: str = _f("data", "where downloads and caches live")
-    loader: Literal["auto", "resident", "ffcv"] = _f("auto", "data on the device, or streamed from .beton by FFCV")
-    augment: bool = _f(True, "random crop and flip, as each data set is used in the literature")
-    normalize: bool = _f(False, "normalise by the training set's mean and deviation inside the model")
-    image_size: int | None = _f(None, "resize image folders to this many pixels", _COUNT)
-    limit_train: int | None = _f(None, "use only this many training images (stratified)", _COUNT)
-    device: str = _f("auto", "auto, cpu, cuda, cuda:N")
-    threads: int | None = _f(
+    seed: int = setting(0, "of everything random", "[0, 2^63)")
+    out: str | None = setting(None, "run folder (default: runs/DATASET-MODEL-DEFENSE-seedN)")
+    data_dir: str = setting("data", "where downloads and caches live")
+    loader: Literal["auto", "resident", "ffcv"] = setting("auto", "data on the device, or streamed from .beton by FFCV")
+    augment: bool = setting(True, "random crop and flip, as each data set is used in the literature")
+    normalize: bool = setting(False, "normalise by the training set's mean and deviation inside the model")
+    image_size: int | None = setting(None, "resize image folders to this many pixels", _COUNT)
+    limit_train: int | None = setting(None, "use only this many training images (stratified)", _COUNT)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N")
+    threads: int | None = setting(
         None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)", _COUNT
     )
-    channels_last: bool = _f(True, "memory format of images and weights")
-    kernels: Backend = _f("auto", "fused Triton kernels or their plain twins")
-    capture: Literal["auto", "on", "off", "fake"] = _f(
-        "auto", "replay the whole step as one CUDA graph; fake: its buffers and checks, without a graph"
-    )
-    compile_loss: bool = _f(False, "torch.compile the loss")
-    fold_bn: bool = _f(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
-    winograd: bool = _f(True, "on a CPU, Winograd convolutions where they are faster")
-    awp: float | None = _f(
+    awp: float | None = setting(
         None,
         "gamma_w of adversarial weight perturbation, a share of each weight's norm (0.01 for AT, 0.005 for TRADES)",
         "(0, 1)",
     )
-    awp_warmup: int = _f(0, "epochs without weight perturbation", _FROM_0)
-    log_every: int | None = _f(
+    awp_warmup: int = setting(0, "epochs without weight perturbation", _FROM_0)
+    log_every: int | None = setting(
         None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)", _COUNT
     )
-    tensorboard: bool = _f(True, "write TensorBoard events")
-    attack: AttackConfig = field(default_factory=AttackConfig)
+    tensorboard: bool = setting(True, "write TensorBoard events")
+    attack: Attack = field(default_factory=Attack)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     swa_config: SwaConfig = field(default_factory=SwaConfig)
 
     def __post_init__(self) -> None:
-        parts = {"attack": AttackConfig, "optim": OptimConfig, "eval": EvalConfig, "swa_config": SwaConfig}
+        parts = {"attack": Attack, "optim": OptimConfig, "eval": EvalConfig, "swa_config": SwaConfig}
         object.__setattr__(self, "defense", _build_defense(self.defense, "config"))
         for name, cls in parts.items():
             if isinstance(value := getattr(self, name), dict):
@@ -184,6 +150,11 @@ class Config:
             )
         self._check_weight_perturbation()
 
+    @property
+    def fast(self) -> Fast:
+        """The `Fast` among these fields."""
+        return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)})
+
     def _check_weight_perturbation(self) -> None:
         if self.awp is None:
             if self.awp_warmup:
@@ -202,12 +173,6 @@ class Config:
                 f"awp_warmup={self.awp_warmup}: weights would never be perturbed in a run of "
                 f"{counted(self.epochs, 'epoch')}; write a smaller number, or leave --awp out"
             )
-
-    @property
-    def step_size(self) -> float:
-        """Attack step in pixel units."""
-        attack = self.attack
-        return checked_budget(attack.epsilon, attack.step_size, attack.norm, where="attack.").step_size
 
 
 def resolve_defense(name: str) -> type[Defense]:

@@ -150,7 +150,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
         epochs=config.epochs or recipe.epochs,
         out=config.out or f"runs/{name}-seed{config.seed}",
         precision="bf16" if config.amp and config.precision == "fp32" else config.precision,
-        attack=dataclasses.replace(config.attack, step_size=config.step_size),
+        attack=config.attack.stepping(),
         optim=optim,
         eval=dataclasses.replace(config.eval, val_images=len(dataset.val)),
     )
@@ -249,24 +249,13 @@ class _Training:
                 config.defense,
                 torch.empty(2, *self.dataset.shape),
                 optimizer=sgd(config, self.device),
-                epsilon=config.attack.epsilon,
-                step_size=config.step_size,
-                num_steps=config.attack.num_steps,
-                num_restarts=config.attack.num_restarts,
-                norm=config.attack.norm,
-                attack_bn=config.attack.bn,
-                start=config.attack.start,
-                objective=config.attack.objective,
-                precision=self.precision,
-                channels_last=config.channels_last,
-                kernels=config.kernels,
-                # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-                capture=False
-                if self.recipe.one_cycle or config.optim.optimizer == "apex"
-                else {"on": True, "off": False}.get(config.capture, config.capture),
-                compile_loss=config.compile_loss,
-                fold=config.fold_bn,
-                winograd=config.winograd,
+                attack=config.attack,
+                fast=dataclasses.replace(
+                    config.fast,
+                    precision=self.precision,
+                    # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
+                    capture="off" if self.recipe.one_cycle or config.optim.optimizer == "apex" else config.capture,
+                ),
                 awp=config.awp,
                 awp_warmup=config.awp_warmup,
             )
@@ -610,7 +599,7 @@ class _Training:
             rows |= {
                 "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.objective}, "
                 f"epsilon {pixels(attack.epsilon)}, "
-                f"step {pixels(config.step_size)}"
+                f"step {pixels(config.attack.step_size)}"
                 + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
                 "attack start": _START[step.start],
                 "attack BN": _BN[step.attack_bn],

@@ -13,8 +13,8 @@ import fastarat
 from fastarat import bench
 from fastarat.bench import BenchConfig, Clock, Marks, cost_of, launches, profiled, quartiles, report_phases
 from fastarat.cli import main
-from fastarat.config import AttackConfig
 from fastarat.defenses import ARAT, AT, MART, TRADES, Standard
+from fastarat.specs import Attack
 
 CPU = torch.device("cpu")
 TINY = BenchConfig(
@@ -25,7 +25,7 @@ TINY = BenchConfig(
     steps=1,
     threads=1,
     device="cpu",
-    attack=AttackConfig(num_steps=2),
+    attack=Attack(num_steps=2),
 )
 
 

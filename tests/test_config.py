@@ -7,15 +7,16 @@ import pytest
 import yaml
 
 import fastarat
-from fastarat.config import AttackConfig, Config, OptimConfig, add_flags, coerce, from_dict, merge, nest, to_dict
+from fastarat.config import Config, OptimConfig, add_flags, coerce, from_dict, merge, nest, to_dict
 from fastarat.schedules import RECIPES, ends_at, in_words, lr_at, recipe_of
+from fastarat.specs import Attack
 
 
 def test_round_trip_through_yaml():
     config = Config(
         defense=fastarat.ARAT(gamma=3.0, layers=("a", "b"), split_bn=False),
         epochs=7,
-        attack=AttackConfig(epsilon=4 / 255),
+        attack=Attack(epsilon=4 / 255),
         optim=OptimConfig(recipe="trades", lr=0.05),
     )  # fmt: skip
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config

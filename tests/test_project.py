@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "kernels"},
     {"checks"},
+    {"specs"},
     {"attacks", "schedules", "losses", "runs", "doctor", "optim"},
     {"nets", "data"},
     {"defenses"},

@@ -7,13 +7,14 @@ import pytest
 
 import fastarat
 from fastarat import card as released
-from fastarat.config import AttackConfig, Config, OptimConfig, SwaConfig
+from fastarat.config import Config, OptimConfig, SwaConfig
 from fastarat.defenses import DEFENSES
+from fastarat.specs import Attack
 from fastarat.training import resolve
 
 
 def attack(**options):
-    return {"attack": AttackConfig(**options)}
+    return {"attack": Attack(**options)}
 
 
 def optim(**options):
@@ -63,7 +64,7 @@ def test_every_defense_is_as_released_or_says_where_not(name):
 def test_released_variants_are_as_released():
     for name, fields, options in (
         ("trades", {}, OLD | WRN),
-        ("trades", {}, {"attack": AttackConfig(norm="l2", epsilon=0.5, step_size=0.1, start="gaussian")} | WRN),
+        ("trades", {}, {"attack": Attack(norm="l2", epsilon=0.5, step_size=0.1, start="gaussian")} | WRN),
         ("mart", {}, OLD | WRN),
         ("mart", {"lam": 5.0}, OLD),
         ("lbgat", {"beta": 6.0}, OLD | WRN),
@@ -165,7 +166,7 @@ def test_a_departure_is_on_the_card_when_it_applies_and_not_otherwise(case):
 @pytest.mark.parametrize("name", DEFENSES)
 def test_every_released_value_is_a_setting(name):
     """A misspelt key of `also_released` would silently do nothing."""
-    known = {f"{part}.{f.name}" for part, cls in (("attack", AttackConfig), ("optim", OptimConfig), ("defense", DEFENSES[name]))
+    known = {f"{part}.{f.name}" for part, cls in (("attack", Attack), ("optim", OptimConfig), ("defense", DEFENSES[name]))
              for f in dataclasses.fields(cls)} | {f.name for f in dataclasses.fields(Config)}  # fmt: skip
     assert set(DEFENSES[name].also_released) <= known
 
@@ -182,7 +183,7 @@ def test_a_defense_of_ones_own_has_no_release():
 
 def test_the_run_card_holds_the_lines(tmp_path):
     common = {"epochs": 1, "limit_train": 32, "batch_size": 16, "tensorboard": False}
-    short = AttackConfig(num_steps=1)
+    short = Attack(num_steps=1)
     fastarat.train(Config(**common, swa=True, attack=short, out=str(tmp_path / "swa")), progress=False)
     card = (tmp_path / "swa" / "card.txt").read_text()
     assert "departs from release 1" in card

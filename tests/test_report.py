@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from fastarat import report as module
-from fastarat.config import AttackConfig, Config
+from fastarat.config import Config
 from fastarat.data import load_dataset
 from fastarat.defenses import ARAT, AT
 from fastarat.errors import UserError
@@ -23,6 +23,7 @@ from fastarat.evaluation import adversarial_examples, collect, evaluate
 from fastarat.nets.batchnorm import SplitBatchNorm2d, branch
 from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, predicted, report
 from fastarat.runs import RunFolder, load_weights
+from fastarat.specs import Attack
 from fastarat.training import load_run, train
 
 EPSILON = 0.2
@@ -38,7 +39,7 @@ def trained(tmp_path_factory):
     for name, defense in (("_ar|at <b>&$x$", ARAT()), ("at", AT())):
         config = Config(
             dataset="digits", defense=defense, limit_train=64, batch_size=32, model="resnet-small", epochs=1,
-            tensorboard=False, device="cpu", out=str(root / name), attack=AttackConfig(num_steps=1, epsilon=EPSILON),
+            tensorboard=False, device="cpu", out=str(root / name), attack=Attack(num_steps=1, epsilon=EPSILON),
         )  # fmt: skip
         paths.append(train(config, progress=False).run)
     model, *_ = load_run(paths[0])

@@ -16,12 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastarat
-from fastarat import UserError, attacks, losses
+from fastarat import UserError, attacks, losses, specs
 from fastarat.attacks import PGD, pgd, random_start, strongest
 from fastarat.bench import BenchConfig
 from fastarat.checks import check_images, coerce, named, readable, settle, within
-from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, to_dict
+from fastarat.config import Config, EvalConfig, OptimConfig, SwaConfig, from_dict, to_dict
 from fastarat.evaluation import adversarial_examples, evaluate
+from fastarat.specs import Attack
 
 K = 4
 
@@ -76,7 +77,7 @@ def examples(images, labels, **options):
 
 
 def attack_config(images, labels, **options):
-    return AttackConfig(**options)
+    return Attack(**options)
 
 
 def config(images, labels, **options):
@@ -184,12 +185,12 @@ def test_canonical_names_are_stored_and_saved():
     made = Config(
         precision=torch.bfloat16,
         capture=True,
-        attack=AttackConfig(norm="L_2", bn="Train", objective="CW", epsilon="128/255", start="None"),
+        attack=Attack(norm="L_2", bn="Train", objective="CW", epsilon="128/255", start="None"),
         defense={"name": "trades", "beta": "3"},
     )  # fmt: skip
     assert (made.precision, made.capture, made.attack.norm, made.attack.bn) == ("bf16", "on", "l2", "train")
     assert (made.attack.objective, made.attack.epsilon) == ("cw", 128 / 255)
-    assert AttackConfig(start="NONE").start == "none"
+    assert Attack(start="NONE").start == "none"
     text = yaml.safe_dump(to_dict(made))
     assert "L_2" not in text
     assert from_dict(yaml.safe_load(text)) == made
@@ -198,7 +199,7 @@ def test_canonical_names_are_stored_and_saved():
 
 
 def test_no_two_choices_are_one_name():
-    for literal in (attacks.Start, attacks.BatchNormMode, attacks.Objective, losses.Align, losses.Distance):
+    for literal in (specs.Start, specs.BatchNormMode, specs.Objective, losses.Align, losses.Distance):
         choices = literal.__args__
         for choice in choices:
             assert named("x", choice.upper(), choices) == choice
@@ -280,7 +281,7 @@ def test_a_bool_is_no_number_and_is_a_bool():
         assert coerce(value, bool, "x") is True
 
 
-SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold", "winograd")]
+SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold_bn", "winograd")]
 SWITCHES += [(evaluated, "tf32"), (pgd_class, "count"), (pgd_function, "count")]
 
 
@@ -729,7 +730,7 @@ def test_an_attack_leaves_frozen_layers_in_their_own_mode():
         (lambda: Config(awp=-0.1), r"awp=-0.1 is outside \(0, 1\)"),
         (lambda: Config(dataset=torch.rand(4, 3, 8, 8)), r"dataset=a float32 tensor \[4, 3, 8, 8\]: expected text: digits, cifar10"),
         (lambda: Config(dataset=None), "dataset=None: expected text: digits"),
-        (lambda: Config(attack=3), "attack=3: expected an AttackConfig"),
+        (lambda: Config(attack=3), "attack=3: expected an Attack"),
         (lambda: Config(attack={"epsilom": 1}), "unknown key 'attack.epsilom'; did you mean 'epsilon'"),
         (lambda: Config(defense=3), r"defense=3: expected a name.*TRADES\(\)"),
         (lambda: Config(defense="tradez"), "did you mean 'trades'"),
@@ -747,10 +748,10 @@ def test_mistakes_in_the_parts_of_a_config(make, words):
 def test_what_is_meant_is_taken(tmp_path):
     assert Config(defense="trades") == Config(defense=fastarat.TRADES) == Config(defense=fastarat.TRADES())
     assert Config(defense="TRADES") == Config(defense={"name": "trades"})
-    assert Config(attack={"epsilon": "4/255"}).attack == AttackConfig(epsilon=4 / 255)
+    assert Config(attack={"epsilon": "4/255"}).attack == Attack(epsilon=4 / 255)
     assert Config(out=tmp_path).out == str(tmp_path)
     assert Config(batch_size="64", amp="yes").batch_size == 64
-    assert Config(attack=AttackConfig(epsilon="8/255")) == Config()
+    assert Config(attack=Attack(epsilon="8/255")) == Config()
     assert BenchConfig(precision="float32").precision == "fp32"
 
 

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import fastarat
-from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, read_yaml
+from fastarat.config import Config, EvalConfig, OptimConfig, SwaConfig, from_dict, read_yaml
 from fastarat.data import load_dataset
 from fastarat.engine.step import TrainStep, frozen
 from fastarat.runs import RunFolder, load_checkpoint
+from fastarat.specs import Attack
 from fastarat.training import Diverged, load_run, train, usable_precision
 
 
@@ -23,7 +24,7 @@ def small(out: Path, **options) -> Config:
     """Three epochs of five steps."""
     options = {
         "limit_train": 160, "batch_size": 32, "epochs": 3, "tensorboard": False,
-        "attack": AttackConfig(epsilon=0.1, num_steps=2), "eval": EvalConfig(val_images=40, num_steps=2),
+        "attack": Attack(epsilon=0.1, num_steps=2), "eval": EvalConfig(val_images=40, num_steps=2),
     } | options  # fmt: skip
     return Config(out=str(out), **options)
 
@@ -117,7 +118,7 @@ def test_best_is_chosen_by_what_the_defense_is_for(defense, scores, epoch, tmp_p
 
 
 def test_the_best_standard_network_has_the_highest_clean_accuracy(tmp_path):
-    options = {"attack": AttackConfig(epsilon=0.3, num_steps=2), "eval": EvalConfig(val_images=100, num_steps=2)}
+    options = {"attack": Attack(epsilon=0.3, num_steps=2), "eval": EvalConfig(val_images=100, num_steps=2)}
     run = train(small(tmp_path / "run", defense=fastarat.Standard(), epochs=5, **options), progress=False).run
     clean, robust = ([row[f"val/{key}"] for row in metrics(run)] for key in ("clean_acc", "robust_acc_pgd2"))
     best = load_checkpoint(run / "best.pt")["epoch"]

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from torch.func import functional_call
 from fastarat import attacks
 from fastarat.attacks import HALF, frozen, mode_of
 from fastarat.checks import (
-    Norm,
     Precision,
     check_classes,
     check_device,
@@ -50,6 +49,7 @@ from fastarat.nets.batchnorm import branch, branches_of, grouped_batchnorm, spli
 from fastarat.nets.models import Network, Taps, folded_batchnorm, forward_with_features, set_kernels, unfolded_batchnorm
 from fastarat.nets.winograd import held, set_winograd
 from fastarat.optim import SGD, lay_out_state
+from fastarat.specs import Attack, BatchNormMode, Fast, Start, none_left, spec_of
 
 _NEVER = 2**62
 # Inductor must not wrap its own CUDA graphs inside ours.
@@ -168,25 +168,13 @@ class TrainStep:
         defense: Defense,
         example: Tensor,
         *,
+        attack: Attack | None = None,
+        fast: Fast | None = None,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-        epsilon: float = 8 / 255,
-        step_size: float | None = None,
-        num_steps: int = 10,
-        num_restarts: int = 1,
-        norm: Norm = "linf",
-        attack_bn: str | None = None,
-        start: str | None = None,
-        objective: str | None = None,
-        precision: Precision = "fp32",
-        channels_last: bool = True,
-        kernels: str = "auto",
-        capture: bool | Literal["auto", "fake"] = "auto",
-        compile_loss: bool = False,
-        fold: bool = True,
-        winograd: bool = True,
         awp: float | None = None,
         awp_warmup: int = 0,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(
@@ -199,26 +187,23 @@ class TrainStep:
                 f"optimizer is a {type(optimizer).__name__}: expected a function of the list of parameters, such as "
                 "lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)"
             )
+        for old, new in (("attack_bn", "bn"), ("fold", "fold_bn")):
+            if old in options:
+                options[new] = options.pop(old)
+        spec = spec_of(Attack, attack, options).stepping()
+        fast = spec_of(Fast, fast, options)
+        none_left(options, "TrainStep")
         check_images(example, "example", channels=input_channels(model))
         shape = example.shape[1:]
-        epsilon, step_size, norm = checked_budget(epsilon, step_size, norm, shape=shape)
-        num_steps, num_restarts = whole("num_steps", num_steps), whole("num_restarts", num_restarts)
-        precision = named("precision", precision, Precision.__args__)
-        if not isinstance(capture, bool):
-            capture = named("capture", capture, ("auto", "on", "off", "fake"))
-            capture = {"on": True, "off": False}.get(capture, capture)
+        epsilon, step_size, norm = checked_budget(spec.epsilon, spec.step_size, spec.norm, shape=shape)
+        num_steps, num_restarts = spec.num_steps, spec.num_restarts
+        attack_bn, start, objective = spec.bn, spec.start, spec.objective
+        precision, capture = fast.precision, {"on": True, "off": False}.get(fast.capture, fast.capture)
+        channels_last, kernels, compile_loss = fast.channels_last, fast.kernels, fast.compile_loss
+        fold, winograd = fast.fold_bn, fast.winograd
         if awp is not None:
             awp = within("awp", coerce(awp, float, "awp"), "(0, 1)", "a share of each weight's norm, such as 0.005")
         awp_warmup, seed = whole("awp_warmup", awp_warmup, 0), checked_seed(seed)
-        channels_last, compile_loss, fold, winograd = (
-            coerce(value, bool, key)
-            for key, value in {
-                "channels_last": channels_last,
-                "compile_loss": compile_loss,
-                "fold": fold,
-                "winograd": winograd,
-            }.items()
-        )
         self.defense = defense
         own = list(model.parameters())
         if not own:
@@ -250,7 +235,7 @@ class TrainStep:
         self.epsilon = epsilon
         self.norm = norm
         # None follows the defense; its own "none" is a start.
-        modes, starts = attacks.BatchNormMode.__args__, attacks.Start.__args__
+        modes, starts = BatchNormMode.__args__, Start.__args__
         self.attack_bn = named("attack_bn", defense.bn_mode(norm) if attack_bn is None else attack_bn, modes)
         self.start = named("start", defense.start_kind(norm) if start is None else start, starts)
         self.objective = attacks.objective_name(defense.objective if objective is None else objective)

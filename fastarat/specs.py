@@ -1,0 +1,98 @@
+"""What is attacked, and how fast: two frozen specs, validated where they are made.
+
+`Config` holds them; `TrainStep`, `attacks.PGD` and the bench take them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from fastarat.checks import EPSILON, Norm, Precision, checked_budget, settle
+from fastarat.errors import UserError, nearest
+
+Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
+Objective = Literal["ce", "kl", "cw"]
+BatchNormMode = Literal["eval", "train", "train-frozen"]
+Backend = Literal["auto", "triton", "plain"]
+Capture = Literal["auto", "on", "off", "fake"]
+
+
+def setting(default: Any, text: str, within: str = "") -> Any:
+    """A dataclass field with its help and, for numbers, the interval they lie in (as `checks.within` writes it)."""
+    return field(default=default, metadata={"help": text, **({"range": within} if within else {})})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """The training attack. Unset fields follow the defense.
+
+    epsilon, step_size: float, or a 0-d float32 tensor on the device, which a captured step sees move.
+    objective: a name, or a function (logits [B, K], target) -> float [B], maximised.
+    Raises: UserError for a budget out of range, an unknown name, a count below 1.
+    """
+
+    epsilon: float = setting(EPSILON, "budget in pixel units, 1.0 the full range; fractions such as 8/255 are read")
+    step_size: float | None = setting(None, "pixel units (default: epsilon / 4)")
+    num_steps: int = setting(10, "gradient steps", "[1, inf)")
+    num_restarts: int = setting(1, "keep the strongest of this many starts", "[1, inf)")
+    norm: Norm = setting("linf", "ball")
+    bn: BatchNormMode | None = setting(
+        None,
+        "BatchNorm during the attack (default: the defense's): running statistics; batch statistics that move "
+        "the running ones; batch statistics that do not",
+    )
+    start: Start | None = setting(None, "random start (default: the defense's)")
+    objective: Objective | None = setting(None, "what is maximised (default: the defense's)")
+
+    def __post_init__(self) -> None:
+        settle(self, "attack.", skip=("epsilon", "step_size", *(("objective",) if callable(self.objective) else ())))
+        budget = checked_budget(self.epsilon, self.step_size, self.norm, where="attack.")
+        object.__setattr__(self, "epsilon", budget.epsilon)
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", budget.step_size)
+
+    def stepping(self) -> Attack:
+        """Return this attack with its step size filled in."""
+        step_size = checked_budget(self.epsilon, self.step_size, self.norm, where="attack.").step_size
+        return dataclasses.replace(self, step_size=step_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fast:
+    """How fast: every path has a flag that turns it off, and a plain twin that a test compares it with."""
+
+    precision: Precision = setting("fp32", "of convolutions; statistics and losses are float32")
+    channels_last: bool = setting(True, "memory format of images and weights")
+    kernels: Backend = setting("auto", "fused Triton kernels or their plain twins")
+    capture: Capture = setting(
+        "auto", "replay the whole step as one CUDA graph; fake: its buffers and checks, without a graph"
+    )
+    compile_loss: bool = setting(False, "torch.compile the loss")
+    fold_bn: bool = setting(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
+    winograd: bool = setting(True, "on a CPU, Winograd convolutions where they are faster")
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+_Spec = TypeVar("_Spec", Attack, Fast)
+
+
+def spec_of(cls: type[_Spec], given: _Spec | None, options: dict[str, Any]) -> _Spec:
+    """Return `given`, or the defaults, with the fields of `cls` that `options` names; they are taken out of it.
+
+    Raises: UserError when `given` is something else.
+    """
+    if given is not None and not isinstance(given, cls):
+        raise UserError(f"{cls.__name__.lower()}={given!r:.80}: expected a fastarat.{cls.__name__}")
+    own = {f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options}
+    return dataclasses.replace(given, **own) if given is not None else cls(**own)
+
+
+def none_left(options: dict[str, Any], who: str) -> None:
+    """Raise UserError for the first of `options`, which no spec took."""
+    for name in options:
+        known = [f.name for cls in (Attack, Fast) for f in dataclasses.fields(cls)]
+        raise UserError(f"{who} takes no {name!r}{nearest(name, known) or '.'} Known: {', '.join(known)}.")
