@@ -285,6 +285,8 @@ class TrainStep:
         self._trained = self.model
         convs = {id(conv.weight) for conv, _ in self.model.foldable()} if self.fold else set()
         self._folded = {name for name, p in self.model.named_parameters() if id(p) in convs}
+        # Called with "start" when a step begins, then with each phase as it ends: a clock's way in.
+        self.mark: Callable[[str], None] = lambda phase: None
         self._terms, self._terms_checked = self._heads_and_loss, False
         if compile_loss:
             self._terms = torch.compile(self._heads_and_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
@@ -440,15 +442,19 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.mark("start")
         # First, so that the last step's gradients do not take up memory beside this one's activations.
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         images = self.defense.inputs(images, epsilon=self.epsilon, norm=self.norm, generator=self.generator)
         attacked = self.attack(images, labels) if self.defense.attacks else None
+        self.mark("attack")
         pushed = [] if self.awp is None or attacked is None else self._push_weights(images, labels, attacked)
         views = self.defense.forward(self.forward, self.companions, images, labels, attacked)
         terms = self._checked_terms(views)
+        self.mark("forward")
         self.defense.backward(terms, self.model, self.scaler.scale, views)
+        self.mark("backward")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.one_pass:
@@ -460,11 +466,13 @@ class TrainStep:
         self.defense.after_step(self.companions, self.model, self.steps)
         # Here, inside the graph: weights pulled back, or written by the defense, are not what the optimiser cast.
         self._cast_if_written()
+        self.mark("optimiser")
         terms = {name: term.detach() for name, term in terms.items()}
         watched = {}
         if attacked is not None and attacked.objective is not None:
             watched["the attack's objective"] = attacked.objective
         self.meter.add(terms, views, watched)
+        self.mark("metrics")
         return terms
 
     def _checked_terms(self, views: Views) -> dict[str, Tensor]:
