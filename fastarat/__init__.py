@@ -31,7 +31,6 @@ from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate
 from fastarat.nets.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
 from fastarat.nets.models import build_model
-from fastarat.optim import SGD
 from fastarat.specs import Attack, Fast
 from fastarat.training import Result, train
 
@@ -53,7 +52,6 @@ __all__ = [
     "GAIRFAT",
     "LBGAT",
     "MART",
-    "SGD",
     "TRADES",
     "VIR",
     "Attack",

@@ -5,16 +5,15 @@ Source: Madry et al., ICLR 2018 (L-infinity PGD); the starts are those of each m
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from fastarat.checks import (
     Norm,
@@ -36,10 +35,8 @@ from fastarat.checks import (
 )
 from fastarat.errors import UserError
 from fastarat.kernels import interpreting, pgd_update, why_not_triton
-from fastarat.specs import Backend, Start
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions that store weights and activations in 16 bits, by name."""
+from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of
+from fastarat.specs import Attack, Backend, Start, none_left, spec_of
 
 
 class Attacked(NamedTuple):
@@ -267,6 +264,57 @@ def first_then(first: Callable[[Tensor], Tensor], rest: Callable[[Tensor], Tenso
     return lambda points: next(forwards)(points)
 
 
+def craft(
+    attack: Attack,
+    logits: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    run: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Attacked],
+    exact: Callable[[Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Attacked:
+    """Attack once: what is climbed away from, a random start, `run`, and of several restarts the strongest.
+
+    Args:
+        attack: with start and objective set.
+        logits: points -> logits [B, K], the network as the attack sees it.
+        images, labels: as in `pgd`.
+        run: (forward, target, start) -> Attacked, a bound `pgd` or a defense's own attack.
+        exact: in full precision what `logits` is not, for an attack that `starts_flat`: it takes the first step, and
+            makes the clean logits of its KL.
+        generator: of the random start.
+    """
+    first = logits if exact is None else exact
+    target = labels
+    if attack.objective == "kl":
+        with torch.no_grad():
+            target = first(images)
+
+    def once() -> Attacked:
+        start = random_start(images, epsilon=attack.epsilon, kind=attack.start, norm=attack.norm, generator=generator)
+        return run(logits if first is logits else first_then(first, logits), target, start)
+
+    if attack.num_restarts == 1:
+        return once()
+    return strongest(logits, [once] * attack.num_restarts, target, attack.objective)
+
+
+def bound(attack: Attack, *, count: bool = False, backend: str = "auto") -> partial[Attacked]:
+    """Return `pgd` with what `attack` says bound: a function (forward, images, labels, target, start)."""
+    attack = attack.stepping()
+    return partial(
+        pgd,
+        epsilon=attack.epsilon,
+        step_size=attack.step_size,
+        num_steps=attack.num_steps,
+        objective=attack.objective or "ce",
+        norm=attack.norm,
+        count=count,
+        backend=backend,
+    )
+
+
 class PGD:
     """PGD on a network as one function (images, labels) -> Attacked, ready to be captured.
 
@@ -274,8 +322,8 @@ class PGD:
 
     Args:
         model: images float32 [B, C, H, W] in [0, 1] -> logits [B, K].
-        epsilon, step_size: pixel units; step_size defaults to epsilon / 4.
-        num_steps, objective, norm, backend: as in `pgd`. start: as in `random_start`.
+        attack: what is attacked; unset, its objective is "ce" and its start "uniform". `bn` is not read. Its fields
+            may be given by name instead: PGD(model, epsilon=8 / 255, num_steps=20).
         mode: "eval" or "train" for the attack (the latter moves running statistics, as the model's own forward does),
             None leaves the model's own.
         precision: "fp32" leaves the model as it is; "bf16" and "fp16" cast its weights once per attack and run its
@@ -283,6 +331,7 @@ class PGD:
             start="gaussian" the first step too.
         count: also count kappa.
         generator: source of the random start, on the model's device; default a new one with seed 0.
+        backend: of the update kernel: "auto", "triton", "plain".
     Call: images float32 [B, C, H, W], labels int64 [B] -> Attacked. Every call (on a GPU the first of each
         shape) looks at the values: images in [0, 1], labels within the classes. During a capture nothing is read.
     Raises: UserError for unknown names, budgets and counts out of range, and (call) images or labels that are not so.
@@ -291,48 +340,34 @@ class PGD:
     def __init__(
         self,
         model: torch.nn.Module,
+        attack: Attack | None = None,
         *,
-        epsilon: float | Tensor,
-        step_size: float | Tensor | None = None,
-        num_steps: int = 10,
-        objective: str | Callable[[Tensor, Tensor], Tensor] = "ce",
-        norm: Norm = "linf",
-        start: Start = "uniform",
         mode: Literal["eval", "train"] | None = "eval",
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         count: bool = False,
         generator: torch.Generator | None = None,
         backend: str = "auto",
+        **options: Any,
     ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise UserError(f"model={shown(model)}: expected an nn.Module; a function is attacked by `attacks.pgd`")
-        self.dtype = HALF.get(named("precision", precision, ("fp32", *HALF)))
-        epsilon, step_size, norm = checked_budget(epsilon, step_size, norm)
-        self.model, self.epsilon, self.norm = model, epsilon, norm
-        self.start = named("start", start, Start.__args__)
-        self.mode = None if mode is None else named("mode", mode, ("eval", "train"))
-        self.objective = objective_name(objective)
+        self.precision = named("precision", precision, ("fp32", *HALF))
+        attack = spec_of(Attack, attack, options).stepping()
+        none_left(options, "PGD", Attack)
+        self.attack = dataclasses.replace(attack, start=attack.start or "uniform", objective=attack.objective or "ce")
+        self.model, self.mode = model, None if mode is None else named("mode", mode, ("eval", "train"))
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         device = torch.device("cpu") if tensor is None else tensor.device
         self.generator = generator if generator is not None else torch.Generator(device).manual_seed(0)
         self.generators = (self.generator,)
-        self._seen: set[torch.Size] = set()
-        self._count = coerce(count, bool, "count")
-        self._pgd = partial(
-            pgd,
-            epsilon=epsilon,
-            step_size=step_size,
-            num_steps=whole("num_steps", num_steps),
-            objective=self.objective,
-            norm=norm,
-            count=self._count,
-            backend=checked_backend("backend", backend, device),
-        )
+        self._starts_exactly = self.precision != "fp32" and starts_flat(self.attack.objective, self.attack.start)
+        self._count, self._seen = coerce(count, bool, "count"), set()
+        self._pgd = bound(self.attack, count=self._count, backend=checked_backend("backend", backend, device))
 
     def _check(self, images: Tensor, labels: Tensor) -> bool:
         """Raise UserError for a batch that is not what the attack takes; whether its labels are still to be read."""
         check_images(images, channels=input_channels(self.model))
-        reads_labels = self._count or self.objective in ("ce", "cw")
+        reads_labels = self._count or self.attack.objective in ("ce", "cw")
         if reads_labels:
             check_labels(labels, images)
         if (waits(images) and images.shape in self._seen) or not readable(images):
@@ -344,69 +379,33 @@ class PGD:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Attacked:
         unread = self._check(images, labels)
-        with (
-            frozen(self.model),
-            mode_of(self.model, self.model.training if self.mode is None else self.mode == "train"),
-        ):
-            forward = self._forward()
-            flat = self.dtype is not None and starts_flat(self.objective, self.start)
-            target = labels
-            if self.objective == "kl":
-                with torch.no_grad():
-                    target = logits_of(self.model if flat else forward, images, self.model)
-            first = self.model if flat else forward
-            if unread:  # how many classes there are is known from here on, before any loss
+        training = self.model.training if self.mode is None else self.mode == "train"
+        with frozen(self.model), mode_of(self.model, training):
+            attacker = Attacker(self.model, precision=self.precision)
+            attacker.refresh()
 
-                def first(points: Tensor, forward: Callable[[Tensor], Tensor] = first) -> Tensor:
-                    logits = logits_of(forward, points, self.model)
+            first = True
+
+            def checked(forward: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+                nonlocal first
+                if not first:
+                    return forward(points)
+                first = False
+                logits = logits_of(forward, points, self.model)
+                if unread:  # how many classes there are is known from here on, before any loss
                     check_classes(labels, logits.shape[1])
                     self._seen.add(images.shape)
-                    return logits
+                return logits
 
-            if first is not forward:
-                forward = first_then(first, forward)
-            start = random_start(
-                images, epsilon=self.epsilon, kind=self.start, norm=self.norm, generator=self.generator
+            return craft(
+                self.attack,
+                partial(checked, attacker),
+                images,
+                labels,
+                run=lambda forward, target, start: self._pgd(forward, images, labels, target, start),
+                exact=partial(checked, self.model) if self._starts_exactly else None,
+                generator=self.generator,
             )
-            return self._pgd(forward, images, labels, target, start)
-
-    def _forward(self) -> Callable[[Tensor], Tensor]:
-        if self.dtype is None:
-            return self.model
-        # Once for all forwards: autocast alone would cast every weight at each of them, or keep a cast of old ones.
-        weights = {n: p.detach().to(self.dtype) for n, p in self.model.named_parameters() if p.dim() >= 2}
-
-        def forward(points: Tensor) -> Tensor:
-            with torch.autocast(points.device.type, dtype=self.dtype, cache_enabled=False):
-                return functional_call(self.model, weights, (points,))
-
-        return forward
-
-
-@contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Take gradients away from the parameters inside the block: an attack needs input gradients only."""
-    moving = [p for p in model.parameters() if p.requires_grad]
-    for p in moving:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def mode_of(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """Put `model` into train or eval mode inside the block; each of its modules comes back in the mode it had."""
-    before = [] if model.training == training else [(m, m.training) for m in model.modules()]
-    if before:
-        model.train(training)
-    try:
-        yield
-    finally:
-        for m, was in before:
-            m.training = was
 
 
 def _l2_update(points: Tensor, grad: Tensor, centre: Tensor, epsilon, step_size) -> Tensor:

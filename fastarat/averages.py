@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastarat.engine.step import TrainStep
+from fastarat.nets.attacker import Attacker
 
 
 class WeightAverage:
@@ -77,7 +78,6 @@ def averaged_model(step: TrainStep, average: WeightAverage, batches: Iterable, *
 
     Source: AR-AT released code. For a defense without an attack the clean images are used.
     """
-    own_model, own_forward = step.model, step.forward.model
     model = copy.deepcopy(step.model)
     with torch.no_grad():
         for p, mean in zip(model.parameters(), average.parameters, strict=True):
@@ -86,22 +86,20 @@ def averaged_model(step: TrainStep, average: WeightAverage, batches: Iterable, *
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
-    step.model = step.forward.model = model
-    try:
-        seen = 0
-        model.train()
-        for batch in batches:
-            images = batch.images.to(memory_format=step.memory_format)
-            if step.defense.attacks:
-                images = step.defense.inputs(images, epsilon=step.epsilon, norm=step.norm, generator=step.generator)
-                images = step.attack(images, batch.labels, "train" if exact else "train-frozen").images
-            for m in norms:
-                m.momentum = len(images) / (seen + len(images))
-            with torch.no_grad():
-                step.forward(images, "adv")
-            seen += len(images)
-    finally:
-        step.model, step.forward.model = own_model, own_forward
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
+    attacker, forward, spec = Attacker(model, precision=step.fast.precision), step.forward.but(model=model), step.spec
+    seen = 0
+    model.train()
+    for batch in batches:
+        images = batch.images.to(memory_format=step.memory_format)
+        if step.defense.attacks:
+            images = step.defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=step.generator)
+            bn = "train" if exact else "train-frozen"
+            images = step.attack(images, batch.labels, attacker=attacker, bn=bn).images
+        for m in norms:
+            m.momentum = len(images) / (seen + len(images))
+        with torch.no_grad():
+            forward(images, "adv")
+        seen += len(images)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
     return model.eval()

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,11 +32,10 @@ from fastarat.checks import settle, within
 from fastarat.config import from_dict, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import ARREST, CAAT, CURE, LBGAT, VIR, Defense
-from fastarat.engine.step import RATES, TrainStep, default_sgd
+from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
-from fastarat.optim import SGD
 from fastarat.specs import Attack, Fast
 from fastarat.training import pick_device, usable_precision
 
@@ -145,10 +143,10 @@ def step_flops(step: TrainStep, example: Tensor, *, objective: str | None = None
     """
     cost = cost_of(
         step.defense,
-        num_steps=step.num_steps,
-        num_restarts=step.num_restarts,
-        objective=objective or step.objective,
-        awp=step.awp is not None,
+        num_steps=step.spec.num_steps,
+        num_restarts=step.spec.num_restarts,
+        objective=objective or step.spec.objective,
+        awp=step.perturbation is not None,
     )
     # Copies: hooks and mode changes must not touch the network that is timed.
     flops = forward_flops(copy.deepcopy(step.model), example)
@@ -236,31 +234,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def report_phases(step: TrainStep, mark: Callable[[str], None], start: Callable[[], None] = lambda: None) -> None:
-    """Make `step` tell `mark` the ends of its attack, forward, backward, optimiser and metrics; before its first call.
-
-    start: called when a step begins.
-    """
-
-    def around(owner: Any, method: str, before: Callable[[], None], after: Callable[[], None]) -> None:
-        found = getattr(owner, method)
-
-        def call(*args: Any, **options: Any) -> Any:
-            before()
-            result = found(*args, **options)
-            after()
-            return result
-
-        # An attribute of the instance hides the class's method; a defense is a frozen dataclass.
-        object.__setattr__(owner, method, call)
-
-    def nothing() -> None:
-        """Mark nothing."""
-
-    step.defense = copy.copy(step.defense)
-    around(step, "_step", start, lambda: mark("metrics"))
-    around(step, "attack", nothing, lambda: mark("attack"))
-    around(step.defense, "backward", lambda: mark("forward"), lambda: mark("backward"))
-    around(step.scaler, "step", nothing, lambda: mark("optimiser"))
+    """Make `step` tell `mark` the ends of its phases; before its first call. start: called when a step begins."""
+    step.mark = lambda phase: start() if phase == "start" else mark(phase)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -457,7 +432,6 @@ class BenchConfig:
     capture: Literal["auto", "on", "off", "fake"] = _f("auto", "replay the whole step as one CUDA graph")
     compile_loss: bool = _f(False, "torch.compile the loss")
     fold_bn: bool = _f(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
-    optimizer: Literal["fastarat", "torch"] = _f("fastarat", "as --optim.optimizer in fastarat train")
     awp: float | None = _f(None, "gamma_w of adversarial weight perturbation")
     repeats: int | None = _f(None, "samples (default: 20; 5 on a CPU)")
     steps: int | None = _f(None, "steps per sample (default: half a second's worth)")
@@ -563,7 +537,6 @@ def make_step(config: BenchConfig, defense: Defense, device: torch.device, preci
         torch.empty(2, 3, config.image_size, config.image_size),
         attack=config.attack,
         fast=config.fast(precision),
-        optimizer=default_sgd if config.optimizer == "torch" else partial(SGD, **RATES, backend=config.kernels),
         awp=config.awp,
     )
 
@@ -683,12 +656,10 @@ def _fast_paths(config: BenchConfig, step: TrainStep, device: torch.device) -> l
     found = ["channels-last"] if config.channels_last else []
     if config.kernels != "plain" and why_not_triton(device) is None:
         found.append("Triton kernels")
-    if step.fold:
+    if step.attacker.folds:
         found.append("BatchNorm folded in the attack")
     if not step.why_eager:
         found.append("fake capture" if config.capture == "fake" else "one CUDA graph")
-    if step.one_pass and why_not_triton(device) is None:
-        found.append("SGD that writes the attack's weights")
     if config.compile_loss:
         found.append("compiled loss")
     return found

@@ -40,6 +40,7 @@ _ALIASES = {
     "kl": ("kldiv",),
     "on": ("true",),
     "off": ("false",),
+    "torch": ("fastarat",),  # an optimiser that was ours; saved configs name it
 }
 
 
@@ -303,7 +304,7 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     """
     if isinstance(value, Tensor):
         if value.dim() or value.dtype != torch.float32:
-            mend = f"; write {key}.float()" if value.is_floating_point() and not value.dim() else ""
+            mend = f"; write {key.rpartition('.')[2]}.float()" if value.is_floating_point() and not value.dim() else ""
             raise UserError(f"{key}={shown(value)}: expected a number or a 0-d float32 tensor{mend}")
         if not (read and readable(value)):
             return value

@@ -41,9 +41,7 @@ class OptimConfig:
         None, "on every parameter, BatchNorm and biases included, as released", _FROM_0
     )
     nesterov: bool | None = setting(None, "Nesterov momentum")
-    optimizer: Literal["fastarat", "torch", "apex"] = setting(
-        "fastarat", "fused SGD that also writes the attack's bf16 weights, torch's, or NVIDIA Apex's if installed"
-    )
+    optimizer: Literal["torch", "apex"] = setting("torch", "PyTorch's fused SGD, or NVIDIA Apex's if installed")
 
     def __post_init__(self) -> None:
         settle(self, "optim.")

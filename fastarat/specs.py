@@ -91,8 +91,8 @@ def spec_of(cls: type[_Spec], given: _Spec | None, options: dict[str, Any]) -> _
     return dataclasses.replace(given, **own) if given is not None else cls(**own)
 
 
-def none_left(options: dict[str, Any], who: str) -> None:
-    """Raise UserError for the first of `options`, which no spec took."""
+def none_left(options: dict[str, Any], who: str, *specs: type) -> None:
+    """Raise UserError for the first of `options`, which none of `specs` took."""
     for name in options:
-        known = [f.name for cls in (Attack, Fast) for f in dataclasses.fields(cls)]
+        known = [f.name for cls in specs for f in dataclasses.fields(cls)]
         raise UserError(f"{who} takes no {name!r}{nearest(name, known) or '.'} Known: {', '.join(known)}.")

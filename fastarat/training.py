@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from fastarat.attacks import mode_of
 from fastarat.averages import MovingAverage, WeightAverage, averaged_model
 from fastarat.card import card_rows, default_recipe
 from fastarat.checks import pick_device
@@ -42,10 +41,10 @@ from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, attack_title, evaluate
 from fastarat.kernels import why_not_triton
+from fastarat.nets.attacker import mode_of
 from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
 from fastarat.nets.models import build_model, check_takes
 from fastarat.nets.winograd import qualifies
-from fastarat.optim import SGD
 from fastarat.runs import RunFolder, load_into, load_weights, write_atomic
 from fastarat.schedules import counted, in_words, lr_at, momentum_at, recipe_of
 
@@ -194,9 +193,7 @@ def sgd(config: Config, device: torch.device):
         return lambda parameters: FusedSGD(parameters, **options)
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UserError("optim.nesterov needs optim.momentum above 0")
-    if config.optim.optimizer == "torch":
-        return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
-    return lambda parameters: SGD(parameters, backend=config.kernels, **options)
+    return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
 
 
 class _Training:
@@ -597,12 +594,12 @@ class _Training:
         }
         if defense.attacks:
             rows |= {
-                "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.objective}, "
+                "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.spec.objective}, "
                 f"epsilon {pixels(attack.epsilon)}, "
                 f"step {pixels(config.attack.step_size)}"
                 + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
-                "attack start": _START[step.start],
-                "attack BN": _BN[step.attack_bn],
+                "attack start": _START[step.spec.start],
+                "attack BN": _BN[step.spec.bn],
             }
         train, val, test = (len(s) for s in (self.dataset.train, self.dataset.val, self.dataset.test))
         rows |= {
@@ -622,9 +619,10 @@ class _Training:
             f"{in_words(self.recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)}, "
             f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
             "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}.get(
-                optim.optimizer, "SGD, fused" + (", writing the attack's weights too" if self.step.one_pass else "")
+                optim.optimizer, optim.optimizer
             ),
-            "precision": self.precision_note + ("; the attack's first step float32" if self.step.careful else ""),
+            "precision": self.precision_note
+            + ("; the attack's first step float32" if self.step.starts_exactly else ""),
             "device": _device_name(self.device) + f", torch {torch.__version__}",
         }
         if config.awp is not None:
@@ -665,7 +663,7 @@ class _Training:
             on.append("one forward for [clean; adv]")
         if self.config.defense.attacks:
             on.append("input gradients only in the attack")
-        if self.step.fold:
+        if self.step.attacker.folds:
             on.append("BatchNorm folded into the attack's convolutions")
         wide = any(map(qualifies, self.step.model.modules()))
         if wide and self.device.type == "cpu" and self.precision == "fp32" and self.config.channels_last:

@@ -3,7 +3,6 @@
 from .backend import interpreting, why_not_triton
 from .conv import conv_bias_relu, why_not_conv_bias_relu, why_not_fold
 from .pgd_update import pgd_update
-from .sgd import sgd_update
 from .split_bn import SplitBN, split_bn
 from .stem import stem_applies, stem_conv, stem_input_grad
 
@@ -12,7 +11,6 @@ __all__ = [
     "conv_bias_relu",
     "interpreting",
     "pgd_update",
-    "sgd_update",
     "split_bn",
     "stem_applies",
     "stem_conv",

@@ -448,7 +448,7 @@ def test_the_model_and_the_random_state_come_back_as_they_were(interrupt, quick)
     def look(module, args, output):
         assert not module.training
         assert not any(p.requires_grad for p in model.parameters())
-        assert module._groups == ("clean",)
+        assert module.route.groups == ("clean",)
         assert output.dtype == torch.float32
         seen.append(1)
         if interrupt and len(seen) == 20:
@@ -465,7 +465,7 @@ def test_the_model_and_the_random_state_come_back_as_they_were(interrupt, quick)
     assert len(seen) >= 20
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert {name: p.requires_grad for name, p in model.named_parameters()} == frozen
-    assert model.bn._groups == ("adv",)
+    assert model.bn.route.groups == ("adv",)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), rng)

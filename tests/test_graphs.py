@@ -1,6 +1,5 @@
 """Captured functions and steps. Without a GPU the fake twin runs: same buffers, checks and ownership, replay = call."""
 
-import contextlib
 import copy
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import fastarat
 from fastarat.attacks import PGD
 from fastarat.config import OptimConfig
-from fastarat.nets.models import build_model, folded_batchnorm
+from fastarat.nets.models import build_model
 
 CUDA = torch.cuda.is_available()
 MODES = ["fake", "cuda"] if CUDA else ["fake"]
@@ -148,7 +147,7 @@ def test_captured_steps_equal_eager_ones(mode, defense):
         assert "fastarat train --defense standard" in str(error)  # noqa: PT017
         return
     if kind.why_eager:
-        assert made[1]._capture is None
+        assert made[1]._run.mode is None
         assert made[1].why_eager == kind.why_eager
         return
     eager, fast = made
@@ -165,18 +164,18 @@ def test_captured_steps_equal_eager_ones(mode, defense):
             torch.testing.assert_close(
                 a[name], b[name], rtol=0 if mode == "fake" else 1e-3, atol=0 if mode == "fake" else 1e-4
             )
-    assert len(fast._graphs) == 2
+    assert len(fast._run.graphs) == 2
     assert_equal_state(eager, fast, exact=mode == "fake")
     assert eager.meter.read() == pytest.approx(fast.meter.read(), rel=1e-12 if mode == "fake" else 1e-3)
 
 
 def test_capturing_leaves_no_trace():
     (step,) = steps("fake", 1)
-    step.why_eager, step._capture = "", "fake"
+    step._run.mode = "fake"
     before = {k: v.clone() for k, v in step.model.state_dict().items()}
     generator = step.generator.get_state(), torch.get_rng_state()
     images, labels = batch()
-    step._captured(images, labels)
+    step._run.captured(images, labels)
     for key, value in step.model.state_dict().items():
         assert torch.equal(value, before[key]), key
     for state in step.optimizer.state.values():
@@ -192,7 +191,7 @@ def test_loading_a_state_drops_the_graphs():
     for step in (eager, fast):
         step(*batch())
     fast.load_state_dict(copy.deepcopy(eager.state_dict()))
-    assert not fast._graphs
+    assert not fast._run.graphs
     seeds = [s.generator.manual_seed(3) for s in (eager, fast)]
     assert len(seeds) == 2
     eager(*batch(seed=4)), fast(*batch(seed=4))
@@ -244,13 +243,13 @@ def test_losses_compile_whole(defense):
     except fastarat.UserError:
         return
     seen = []
-    step._terms = lambda views: seen.append(views) or step._heads_and_loss(views)
+    step.loss = lambda views: seen.append(views) or step.eager_loss(views)
     step(*batch())
     torch._dynamo.reset()
-    compiled = torch.compile(step._heads_and_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(step.eager_loss, fullgraph=True, backend="aot_eager", dynamic=False)
     views = seen[0]
     with torch.no_grad():
-        expected = step._heads_and_loss(views)
+        expected = step.eager_loss(views)
         got = compiled(views)
     assert list(got) == list(expected)
     for name in expected:
@@ -269,68 +268,6 @@ def test_a_step_with_a_compiled_loss_equals_the_eager_step():
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4)
     assert_equal_state(eager, fast, exact=False)
-
-
-def assert_folding_changes_nothing(model, x):
-    """Logits and input gradients of an eval-mode network in float64, folded and not."""
-    grads, logits = [], []
-    for folding in (contextlib.nullcontext(), folded_batchnorm(model)):
-        point = x.clone().requires_grad_()
-        with folding:
-            logits.append(model(point))
-        grads.append(torch.autograd.grad(logits[-1].square().sum(), point)[0])
-    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "resnet-small"])
-@pytest.mark.parametrize("split", [True, False])
-def test_folding_changes_nothing_but_rounding(name, split):
-    torch.manual_seed(0)
-    model = build_model(name, num_classes=4).double()
-    model = fastarat.split_batchnorm(model) if split else model
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    model(x)  # running statistics off their start
-    model.eval()
-    with torch.no_grad():
-        for m in model.modules():
-            if hasattr(m, "running_mean") and m.running_mean is not None:
-                m.running_mean.add_(0.1 * torch.rand_like(m.running_mean))
-    assert_folding_changes_nothing(model, x)
-    assert not any(hasattr(m, "folded") for m in model.modules())
-    assert len(list(model.foldable())) >= 6
-
-
-def test_folded_attacks_follow_the_weights():
-    """The fold is made anew each step: after an update the attack is the unfolded one on the new weights."""
-    images, labels = batch()
-    made = [
-        fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, attack_bn="eval",
-                           fold=fold) for fold in (True, False)
-    ]  # fmt: skip
-    assert [s.fold for s in made] == [True, False]
-    for i in range(3):
-        for s in made:
-            s.generator.manual_seed(i)
-        a, b = (s.attack(images, labels).images for s in made)
-        assert ((a - b).abs() > 1e-5).float().mean() < 0.01
-        for s in made:
-            s(images, labels)
-
-
-def test_low_precision_weights_are_cast_once_per_step_and_fresh():
-    images, labels = batch()
-    step = fastarat.TrainStep(
-        small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2, precision="bf16"
-    )
-    step(images, labels)
-    with step._attack_weights("train"):
-        used = step.forward.weights
-        for name, p in step.model.named_parameters():
-            assert (name in used) == (p.dim() >= 2)
-            if name in used:
-                assert torch.equal(used[name], p.detach().bfloat16())
-    assert step.forward.weights is None
 
 
 def test_awp_by_hand():
@@ -389,14 +326,13 @@ def test_an_attack_that_stands_still_is_noticed(capture, defense):
     images, labels = batch()
     step(images, labels)
     assert step.meter.bad() is None
-    run = step.forward.__class__.__call__
-    sick = []
+    run, sick = step.attacker.__class__.__call__, []
 
-    def logits(self, points, *branches, **options):
-        out, features = run(self, points, *branches, **options)
-        return (out + float("nan") if sick and points.requires_grad else out), features
+    def logits(self, points):
+        out = run(self, points)
+        return out + float("nan") if sick and points.requires_grad else out
 
-    step.forward.__class__ = type("Sick", (step.forward.__class__,), {"__call__": logits})
+    step.attacker.__class__ = type("Sick", (step.attacker.__class__,), {"__call__": logits})
     sick.append(1)
     terms = step(images, labels)
     assert all(v.isfinite() for v in terms.values())

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastarat
-from fastarat.nets.models import PENULTIMATE, Taps, build_model, forward_with_features, tap_names, tappable
+from fastarat.nets.models import build_model
+from fastarat.nets.taps import PENULTIMATE, Taps, forward_with_features, tap_names, tappable
 
 
 @pytest.mark.parametrize(

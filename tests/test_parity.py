@@ -103,11 +103,11 @@ def test_bf16_captured_attacks_are_as_strong(slow, digits, mode):
     fast = make_step("bf16", "fake")
     images = digits.test.images[:200].permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
     captured = fastarat.capture(
-        lambda *batch: fast.attack(*batch, mode).images, (images, digits.test.labels[:200]), mode="fake"
+        lambda *batch: fast.attack(*batch, bn=mode).images, (images, digits.test.labels[:200]), mode="fake"
     )
     # After the capture: it must read the weights as they are now, not as they were.
     fast.load_state_dict(trained.state_dict())
-    wanted = increase(trained, lambda *batch: trained.attack(*batch, mode).images, digits, mode)
+    wanted = increase(trained, lambda *batch: trained.attack(*batch, bn=mode).images, digits, mode)
     found = increase(trained, captured, digits, mode)
     assert wanted > 0.3, "the attack does nothing, so nothing is compared"
     assert abs(found / wanted - 1) < STRENGTH
@@ -135,9 +135,13 @@ def test_bf16_attacks_on_a_kl_from_its_minimum_are_as_strong(of_trades, digits):
     """
     fast = make_step("bf16", "fake", fastarat.TRADES())
     fast.load_state_dict(of_trades.state_dict())
-    assert (fast.careful, of_trades.careful, make_step("bf16", "fake").careful) == (True, False, False)
+    assert (fast.starts_exactly, of_trades.starts_exactly, make_step("bf16", "fake").starts_exactly) == (
+        True,
+        False,
+        False,
+    )
     off = {}
-    for fast.careful in (True, False):
+    for fast.starts_exactly in (True, False):
 
         def attack(images, labels):
             return fast.attack(images, labels).images
@@ -146,8 +150,12 @@ def test_bf16_attacks_on_a_kl_from_its_minimum_are_as_strong(of_trades, digits):
         for seed in range(8):
             fast.generator.manual_seed(seed)
             changes.append(change(of_trades, attack, digits, seed))
-        off[fast.careful] = torch.tensor(changes)
-        print(f"first step float32: {fast.careful}", [f"{c:+.3f}" for c in changes], f"mean {sum(changes) / 8:+.3f}")
+        off[fast.starts_exactly] = torch.tensor(changes)
+        print(
+            f"first step float32: {fast.starts_exactly}",
+            [f"{c:+.3f}" for c in changes],
+            f"mean {sum(changes) / 8:+.3f}",
+        )
     assert off[True].abs().max() < KL_STRENGTH
     assert off[False].abs().mean() > 3 * KL_STRENGTH, "the guard guards nothing"
 

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "kernels"},
     {"checks"},
-    {"specs"},
-    {"attacks", "schedules", "losses", "runs", "doctor", "optim"},
+    {"specs", "schedules", "runs", "doctor"},
     {"nets", "data"},
+    {"attacks", "losses"},
     {"defenses"},
     {"config", "engine", "evaluation"},
     {"averages", "card"},

@@ -296,7 +296,7 @@ def test_the_words_for_no_switch_off():
     images, labels = batch()
     assert PGD(network(), epsilon=0.1, num_steps=1, count="off")(images, labels).kappa is None
     step = fastarat.TrainStep(network(), fastarat.AT(), images, channels_last="no", fold="off")
-    assert (step.memory_format, step.fold) == (torch.contiguous_format, False)
+    assert (step.memory_format, step.fast.fold_bn) == (torch.contiguous_format, False)
     for tf32, precision in (("no", "float32"), ("yes", "tf32")):
         measured = evaluate(network(), (images, labels), "clean", tf32=tf32, progress="off")
         assert measured.settings["precision"] == precision

@@ -522,7 +522,7 @@ def test_swa_is_the_mean_of_the_snapshots_with_statistics_of_adversarial_images(
     own = {k: v.clone() for k, v in step.model.state_dict().items()}
     crafted = []
     attack = step.attack
-    step.attack = lambda *a: crafted.append(attack(*a)) or crafted[-1]
+    step.attack = lambda *a, **k: crafted.append(attack(*a, **k)) or crafted[-1]
     model = averaged_model(step, average, batches)
     torch.testing.assert_close(model.conv1.weight, torch.stack(snapshots).mean(0))
     images = [c.images for c in crafted]
@@ -625,7 +625,7 @@ def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp
     training.step.model.bn1.clean.register_buffer("running_mean", training.step.model.bn1.clean.running_mean + 3)
     forward = training.step.model.forward
     training.step.model.forward = lambda x: (
-        calls.append((training.step.model.training, training.step.model.bn1._groups, len(x))) or forward(x)
+        calls.append((training.step.model.training, training.step.model.bn1.route.groups, len(x))) or forward(x)
     )
     accuracy = training._probe("clean", 70, 1)
     assert calls == [(False, ("clean",), 32)] * 3

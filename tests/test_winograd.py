@@ -1,19 +1,15 @@
 """Winograd convolutions: the same numbers as PyTorch's, never from old weights, and only where they apply."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 import fastarat
 from fastarat.nets import winograd
-from fastarat.nets.models import ResNet, build_model, folded_batchnorm
-from fastarat.nets.winograd import Conv2d, conv2d, held, qualifies, set_winograd
+from fastarat.nets.attacker import Attacker
+from fastarat.nets.models import ResNet, build_model
+from fastarat.nets.winograd import Conv2d, conv2d, qualifies, set_winograd
 
 CL = torch.channels_last
 
@@ -210,8 +206,7 @@ def test_new_weights_give_new_numbers(change, calls):
     conv, x = layer(), torch.randn(2, 128, 8, 8).to(memory_format=CL)
     for _ in range(2):
         before = conv(x)
-        with held(conv):
-            conv(x)
+        conv(x)
         point = x.clone(memory_format=torch.preserve_format).requires_grad_()
         change(conv)
         y, expected = conv(point), F.conv2d(point, conv.weight, padding=1)
@@ -220,28 +215,6 @@ def test_new_weights_give_new_numbers(change, calls):
         ours, theirs = (torch.autograd.grad(v.square().sum(), point)[0] for v in (y, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
     assert calls() == 6
-
-
-def test_held_weights_are_those_of_the_module_and_of_nobody_else():
-    conv, x = layer(), torch.randn(2, 128, 8, 8).to(memory_format=CL)
-    other = torch.randn_like(conv.weight)
-    keys = set(conv.state_dict())
-    with held(conv):
-        held_transform = conv.held[1]
-        assert set(conv.state_dict()) == keys
-        torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, padding=1), rtol=1e-4, atol=1e-5)
-        y = functional_call(conv, {"weight": other}, (x,))
-        torch.testing.assert_close(y, F.conv2d(x, other, padding=1), rtol=1e-4, atol=1e-3)
-        copies = copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))
-        file = io.BytesIO()
-        torch.save(conv, file)
-        file.seek(0)
-        assert all(c.held is None for c in (*copies, torch.load(file, weights_only=False)))
-        assert conv.held[1] is held_transform
-    assert conv.held is None
-    with pytest.raises(KeyError), held(conv):
-        raise KeyError
-    assert conv.held is None
 
 
 def test_a_weight_written_between_forward_and_backward_is_noticed():
@@ -271,8 +244,9 @@ def test_folded_networks_take_it_too(calls):
         for on in (True, False):
             set_winograd(model, on)
             point = x.clone(memory_format=torch.preserve_format).requires_grad_()
-            with folded_batchnorm(model):
-                logits = model(point)
+            attacker = Attacker(model, fold=True)
+            attacker.refresh()
+            logits = attacker(point)
             results.append((logits, torch.autograd.grad(logits.square().sum(), point)[0]))
             assert calls() == 4 * on
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -303,20 +277,6 @@ def test_a_training_step_is_the_same(mode, monkeypatch, calls):
             assert (ours[key] - value).norm() <= 1e-3 * moved + 1e-6, key
 
 
-def test_an_attack_transforms_each_weight_once(monkeypatch):
-    images, labels = torch.rand(4, 3, 8, 8), torch.randint(4, (4,))
-    made = []
-    row_of = winograd._transformed_row
-    monkeypatch.setattr(winograd, "_transformed_row", lambda w, row, *out: (made.append(row), row_of(w, row, *out))[1])
-    for mode in ("train", "eval"):
-        step = fastarat.TrainStep(wide_network(), fastarat.ARAT(), images, num_steps=3, attack_bn=mode)
-        made.clear()
-        step.attack(images, labels)
-        assert len(made) == 4 * 4
-        step(images, labels)
-        assert len(made) == 4 * 16  # one more attack's, and twice the training pass's
-
-
 def test_a_training_forward_keeps_no_transformed_weights():
     x, weight, _ = problem(4, 8, 8, 8, 8)
     kept = []
@@ -324,5 +284,5 @@ def test_a_training_forward_keeps_no_transformed_weights():
         conv2d(x, weight)
         assert sum(t.numel() for t in kept) == x.numel() + weight.numel()
         kept.clear()
-        conv2d(x, weight.detach(), None, winograd.transformed(weight))
+        conv2d(x, weight.detach())  # as in an attack
         assert x.shape not in [t.shape for t in kept]

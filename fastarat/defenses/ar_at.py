@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastarat.attacks import Attacked, random_start
 from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
 from fastarat.losses import Align, Distance, ar_at_invariance, wide
-from fastarat.nets.models import Network, Taps, build_model, forward_with_features, tap_names
+from fastarat.nets.models import Network, build_model
+from fastarat.nets.taps import Taps, forward_with_features, tap_names
 
 
 class Predictor(nn.Module):

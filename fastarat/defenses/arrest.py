@@ -14,7 +14,8 @@ from fastarat.attacks import Attacked, random_start
 from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
-from fastarat.nets.models import PENULTIMATE, Network, Taps, forward_with_features
+from fastarat.nets.models import Network
+from fastarat.nets.taps import PENULTIMATE, Taps, forward_with_features
 
 
 class Frozen(nn.Module):

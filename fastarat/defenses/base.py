@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from fastarat.attacks import Attacked, random_start
 from fastarat.checks import settle
 from fastarat.errors import UserError
 from fastarat.runs import load_into, load_weights
+from fastarat.specs import Attack
 
 
 class Views(NamedTuple):
@@ -169,6 +171,15 @@ class Defense:
     def bn_mode(self, norm: str) -> str:
         """Return the BN mode of the attack for this norm."""
         return self.attack_bn
+
+    def completed(self, attack: Attack) -> Attack:
+        """Return `attack` with what it leaves to the defense, and its step size, filled in."""
+        return dataclasses.replace(
+            attack.stepping(),
+            bn=attack.bn or self.bn_mode(attack.norm),
+            start=attack.start or self.start_kind(attack.norm),
+            objective=attack.objective or self.objective,
+        )
 
     def describe(self, norm: str) -> dict[str, str]:
         """Lines this defense adds to the run card; a subclass puts its own after these."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,57 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastarat.errors import UserError
+from fastarat.specs import Capture
 
 Mode = Literal["cuda", "fake"]
+
+
+def capture_mode(
+    wanted: Capture, device: torch.device, optimizer: torch.optim.Optimizer, why_not: str
+) -> tuple[Mode | None, str]:
+    """Return how a training step is to be captured, None for not at all, and why not.
+
+    why_not: what else forbids it, or "". Raises: UserError when it was asked for ("on") and cannot be had.
+    """
+    reason = why_not
+    if not reason and wanted != "fake" and device.type != "cuda":
+        reason = f"{device.type} has no CUDA graphs"
+    for group in optimizer.param_groups:
+        if not reason and device.type == "cuda" and not (group.get("fused") or group.get("capturable")):
+            reason = "the optimiser reads its learning rate on the host; build it with fused=True or capturable=True"
+        if not reason and group.get("dampening"):
+            reason = "momentum dampening needs a first step of its own"
+    if wanted == "off":
+        return None, "asked for"
+    if reason and wanted == "on":
+        raise UserError(f"this step cannot be captured: {reason}; write capture='auto' or False")
+    if reason:
+        return None, reason
+    return "fake" if wanted == "fake" else "cuda", ""
+
+
+@contextmanager
+def preserved(
+    tensors: Callable[[], Sequence[Tensor]], device: torch.device, generators: Sequence[torch.Generator]
+) -> Iterator[None]:
+    """Put tensors, generators and PyTorch's own randomness back in place after the block.
+
+    tensors: asked before and after; one that was born in between (momentum, a counter) becomes its first value, zero.
+    """
+    before = {id(t): t.detach().clone() for t in tensors()}
+    states = [g.get_state() for g in generators], torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t in tensors():
+                t.copy_(before[id(t)]) if id(t) in before else t.zero_()
+        for generator, state in zip(generators, states[0], strict=True):
+            generator.set_state(state)
+        torch.set_rng_state(states[1])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
 
 
 @functools.cache
@@ -170,3 +219,48 @@ def capture(
     if generators is None:
         generators = getattr(fn, "generators", ())
     return Captured(fn, example, mode=mode, generators=generators, warmup=warmup, pool=pool)
+
+
+class PerShape:
+    """A function of (images, labels), captured for the first two shapes it is called with; others run eagerly.
+
+    Two, a full batch and a last one, share a memory pool: they never run at once.
+    around: the context that a capture happens in, which undoes its warm-up calls. Raises (call): UserError when the
+    function cannot be captured.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Tensor, Tensor], Any],
+        mode: Mode | None,
+        *,
+        generators: Sequence[torch.Generator],
+        around: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.fn, self.mode, self.around = fn, mode, around
+        self.generators = generators if mode == "cuda" else ()
+        self.graphs: dict[torch.Size, Captured] = {}
+
+    def clear(self) -> None:
+        """Forget the graphs: what they hold by address has been replaced."""
+        self.graphs.clear()
+
+    def captured(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Any]:
+        """Return what serves this shape, captured now if it is one of the first two."""
+        if self.mode is not None and images.shape not in self.graphs and len(self.graphs) < 2:
+            pool = next((g.pool for g in self.graphs.values()), None)
+            options = {"mode": self.mode, "generators": self.generators, "pool": pool}
+            with self.around():
+                try:
+                    self.graphs[images.shape] = capture(self.fn, (images, labels), **options)
+                except UserError:
+                    raise
+                except RuntimeError as error:
+                    first = str(error).strip().split("\n")[0]
+                    raise UserError(
+                        f"this step cannot be captured as a CUDA graph ({first}): pass capture=False"
+                    ) from error
+        return self.graphs.get(images.shape, self.fn)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        return self.captured(images, labels)(images, labels)

@@ -22,6 +22,47 @@ from fastarat.kernels import split_bn
 BRANCHES = ("clean", "adv")
 
 
+class Route:
+    """Which BatchNorm set normalises which part of the batch: one object that all layers of a network share.
+
+    groups: branch names, one per equal part of the batch. updates: order in which running statistics follow, None:
+    that of `groups`. pending: updates waiting for the end of `through`, None outside: then they happen at once.
+    """
+
+    def __init__(self) -> None:
+        self.groups: tuple[str, ...] = ("adv",)
+        self.updates: tuple[str, ...] | None = None
+        self.pending: list | None = None
+
+    @contextmanager
+    def through(self, *groups: str, updates: Sequence[str] | None = None) -> Iterator[None]:
+        """Send forwards inside the block through these branches; running statistics move, in order, when it ends.
+
+        The names are taken as they are: `branch` checks them.
+        """
+        before = self.groups, self.updates, self.pending
+        pending: list = []
+        self.groups, self.updates, self.pending = groups, None if updates is None else tuple(updates), pending
+        try:
+            yield
+        finally:
+            self.groups, self.updates, self.pending = before
+            _apply_updates(pending)
+
+
+def route_of(model: nn.Module) -> Route:
+    """Return the route that all BatchNorm layers of this module's kind in `model` share, from now on if not before."""
+    layers = _layers(model)
+    route = layers[0].route if layers else Route()
+    for m in layers:
+        m.route = route
+    return route
+
+
+def _layers(model: nn.Module) -> list[BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, BatchNorm2d)]
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` fused with an optional residual add and ReLU, and aware of concatenated sub-batches.
 
@@ -48,9 +89,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         **factory,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        self._groups: tuple[str, ...] = ("adv",)
-        self._updates: tuple[str, ...] | None = None
-        self._pending: list | None = None
+        self.route = Route()
         self.backend = "auto"
         # What a wrapped subclass applied after its normalisation (timm's BatchNormAct2d: drop and act).
         self.drop: nn.Module | None = None
@@ -69,7 +108,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         shape = x.shape
         if x.dim() != 4:
             x = x.reshape(shape[0], shape[1], -1, 1)
-        sets = [self.branch_set(name) for name in self._groups]
+        sets = [self.branch_set(name) for name in self.route.groups]
         weight, bias = _stack(sets, "weight", x), _stack(sets, "bias", x)
         if self.training or self.running_mean is None:
             y, mean, var = split_bn(x, weight, bias, residual, relu, eps=self.eps, backend=self.backend)
@@ -84,16 +123,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y if self.act is None else self.act(y)
 
     def _note(self, sets: list[nn.BatchNorm2d], mean: Tensor, var: Tensor, rows: int) -> None:
-        order = self._groups if self._updates is None else self._updates
-        unbias = rows / (rows - 1)
-        updates = []
-        for name in order:
-            part = self._groups.index(name)
-            updates.append((sets[part], mean[part], var[part], unbias))
-        if self._pending is None:
+        route = self.route
+        parts = [route.groups.index(name) for name in (route.groups if route.updates is None else route.updates)]
+        updates = [(sets[part], mean[part], var[part], rows / (rows - 1)) for part in parts]
+        if route.pending is None:
             _apply_updates(updates)
         else:
-            self._pending.extend(updates)
+            route.pending.extend(updates)
 
 
 class SplitBatchNorm2d(BatchNorm2d):
@@ -142,26 +178,14 @@ class BatchNorm1d(BatchNorm2d):
     _ndims = (2, 3)
 
 
-class BatchNorm3d(BatchNorm2d):
-    """`BatchNorm2d` for [B, C, D, H, W] input."""
-
-    _ndims = (5,)
-
-
 class SplitBatchNorm1d(SplitBatchNorm2d):
     """`SplitBatchNorm2d` for [B, C] or [B, C, L] input."""
 
     _ndims = (2, 3)
 
 
-class SplitBatchNorm3d(SplitBatchNorm2d):
-    """`SplitBatchNorm2d` for [B, C, D, H, W] input."""
-
-    _ndims = (5,)
-
-
-_PLAIN = {2: BatchNorm2d, 1: BatchNorm1d, 3: BatchNorm3d}
-_SPLIT = {2: SplitBatchNorm2d, 1: SplitBatchNorm1d, 3: SplitBatchNorm3d}
+_PLAIN = {2: BatchNorm2d, 1: BatchNorm1d}
+_SPLIT = {2: SplitBatchNorm2d, 1: SplitBatchNorm1d}
 
 
 def split_batchnorm(model: nn.Module, branches: Sequence[str] = BRANCHES) -> nn.Module:
@@ -220,19 +244,11 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
         )
     if other := [name for name in updates or () if name not in groups]:
         raise UserError(f"updates={tuple(updates)}: {other[0]!r} is not among the branches named, {', '.join(groups)}")
-    layers = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
-    before = [(m._groups, m._updates, m._pending) for m in layers]
-    pending: list = []
-    for m in layers:
+    for m in _layers(model):
         for name in groups:
             m.branch_set(name)
-        m._groups, m._updates, m._pending = groups, None if updates is None else tuple(updates), pending
-    try:
+    with route_of(model).through(*groups, updates=updates):
         yield model
-    finally:
-        for m, state in zip(layers, before, strict=True):
-            m._groups, m._updates, m._pending = state
-        _apply_updates(pending)
 
 
 def branches_of(model: nn.Module) -> tuple[str, ...]:
@@ -245,9 +261,8 @@ def branches_of(model: nn.Module) -> tuple[str, ...]:
 
 def set_backend(model: nn.Module, backend: str) -> None:
     """Choose "auto", "triton" or "plain" for every BatchNorm layer of this module's kind."""
-    for m in model.modules():
-        if isinstance(m, BatchNorm2d):
-            m.backend = backend
+    for m in _layers(model):
+        m.backend = backend
 
 
 def _stack(sets: list[nn.BatchNorm2d], name: str, x: Tensor) -> Tensor:
@@ -306,21 +321,15 @@ def _convert(model: nn.Module, wanted, build) -> nn.Module:
 
 def _rebuilt(old: nn.Module, branches: Sequence[str] | None, source: str | None = None) -> nn.Module:
     """Build our form of BatchNorm layer `old`; parameters move (the same objects), extra branches are copies."""
-    if isinstance(old, nn.SyncBatchNorm) or not isinstance(old, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-        raise UserError(f"cannot convert a {type(old).__name__} layer: use nn.BatchNorm1d, 2d or 3d")
+    if isinstance(old, nn.SyncBatchNorm) or not isinstance(old, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        raise UserError(f"cannot convert a {type(old).__name__} layer: use nn.BatchNorm1d or nn.BatchNorm2d")
     ours = isinstance(old, BatchNorm2d)
     own_forward = type(old).forward not in (nn.BatchNorm2d.forward, _BatchNorm.forward)
     if not ours and own_forward and not hasattr(old, "act"):
         raise UserError(
             f"cannot convert {type(old).__name__}: its forward does more than BatchNorm; use nn.BatchNorm2d there"
         )
-    dims = (
-        {(2, 3): 1, (5,): 3}.get(old._ndims, 2)
-        if ours
-        else {nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}.get(
-            next(c for c in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(old, c)), 2
-        )
-    )
+    dims = 1 if isinstance(old, (nn.BatchNorm1d, BatchNorm1d, SplitBatchNorm1d)) else 2
     held = old.branch_set(source) if source else old
     args = (old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
     if branches is None:

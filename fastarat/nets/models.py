@@ -9,117 +9,48 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.errors import UserError, unknown
-from fastarat.kernels import conv_bias_relu, stem_applies, stem_conv, why_not_conv_bias_relu
+from fastarat.kernels import conv_bias_relu, stem_applies, stem_conv
 from fastarat.nets.batchnorm import BatchNorm2d, set_backend
-from fastarat.nets.winograd import Conv2d, convolve, qualifies, transformed
+from fastarat.nets.taps import PENULTIMATE, Taps
+from fastarat.nets.winograd import Conv2d
 
-PENULTIMATE = "penultimate"
 
+class FoldedConv(Conv2d):
+    """A convolution that has absorbed the BatchNorm after it: it adds the residual and applies the ReLU itself.
 
-class Taps:
-    """Collects pooled intermediate features during one forward (AR-AT's alignment layers).
-
-    Args:
-        layers: names as in the model's `tap_names`, or "penultimate" (the pooled input of the classifier).
-        relu, pool: apply ReLU, then global average pooling, to each tapped tensor, in this order.
-    After the forward, `features` maps each name to a tensor [B, d] (or [B, d, H, W] without pooling).
-    Source: Waseda et al., ICLR 2025, released code (`is_relu`, `is_avg_pool`).
+    Its tensors are `Attacker`'s to fill. fused: whether cuDNN does bias, residual and ReLU in the convolution's call.
     """
 
-    def __init__(self, layers: Sequence[str], relu: bool = True, pool: bool = True) -> None:
-        self.layers, self.relu, self.pool = tuple(layers), relu, pool
-        self.features: dict[str, Tensor] = {}
+    def __init__(self, conv: Conv2d, dtype: torch.dtype, bias: bool, fused: bool) -> None:
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        super().__init__(*shape, bias=bias, device="meta")
+        self.weight = nn.Parameter(torch.empty_like(conv.weight, dtype=dtype), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_empty(conv.out_channels), requires_grad=False)
+        self.winograd, self.fused, self.backend = conv.winograd, fused, getattr(conv, "backend", "plain")
 
-    def record(self, name: str, x: Tensor) -> None:
-        if name in self.layers:
-            if self.relu and name != PENULTIMATE:
-                x = F.relu(x)
-            if self.pool and x.dim() == 4:
-                x = x.mean((2, 3))
-            self.features[name] = x.flatten(1)
-
-    def ordered(self) -> tuple[Tensor, ...]:
-        return tuple(self.features[name] for name in self.layers)
-
-
-class Folded(NamedTuple):
-    """A convolution that has absorbed the BatchNorm after it.
-
-    weight: [O, I, k, k]; bias: [O], or None where another convolution's bias has taken it up; transform: [16, O, I], of
-    the weight, where the Winograd path may be taken; fused: whether cuDNN adds the bias and what follows.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    transform: Tensor | None
-    fused: bool
-
-    def convolved(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.fused and relu:
-            backend = getattr(conv, "backend", "plain")
-            options = {"stride": conv.stride, "padding": conv.padding, "backend": backend}
+            options = {"stride": self.stride, "padding": self.padding, "backend": self.backend}
             return conv_bias_relu(x, self.weight, self.bias, residual, **options)
-        y = convolve(conv, x, self.weight, self.bias, self.transform)
+        y = super().forward(x)
         if residual is not None:
             y = y + residual
         return F.relu(y) if relu else y
 
 
-@contextmanager
-def folded_batchnorm(model: Network, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Fold the "adv" branch's running statistics and affine into the convolutions before them, inside the block.
-
-    Only for eval-mode forwards through the adversarial branch without taps. Input gradients flow; parameters get
-    none. dtype: of the folded weights, default the convolution's own; the folding itself is float32 or wider.
-    """
-    pairs = list(model.foldable())
-    fused = why_not_conv_bias_relu(pairs[0][0].weight.device, dtype or pairs[0][0].weight.dtype) is None
-    with torch.no_grad():
-        biases, scales = {}, {}
-        for conv, bn in pairs:
-            held = bn.branch_set("adv")
-            scales[conv] = held.weight * torch.rsqrt(held.running_var + bn.eps)
-            biases[conv] = held.bias - held.running_mean * scales[conv]
-        for shortcut, conv in model.shortcuts():  # they are added up: one bias does for both
-            biases[conv] += biases.pop(shortcut)
-        for conv, scale in scales.items():
-            weight = (conv.weight * scale[:, None, None, None]).to(dtype or conv.weight.dtype)
-            bias = biases[conv].to(weight.dtype) if conv in biases else None
-            wide = qualifies(conv) and weight.device.type == "cpu" and weight.dtype == torch.float32
-            conv.folded = Folded(weight, bias, transformed(weight) if wide else None, fused)
-    try:
-        yield
-    finally:
-        for conv, _ in pairs:
-            del conv.folded
-
-
-@contextmanager
-def unfolded_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Undo `folded_batchnorm` inside the block."""
-    aside = [(m, m.__dict__.pop("folded")) for m in model.modules() if "folded" in m.__dict__]
-    try:
-        yield
-    finally:
-        for m, folded in aside:
-            m.folded = folded
-
-
 def _conv_norm_relu(
     conv: Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
 ) -> Tensor:
-    """Convolution, BN, optional residual add, ReLU; the first two are one while BN is folded."""
-    folded: Folded | None = getattr(conv, "folded", None)
-    if folded is not None:
-        return folded.convolved(conv, x, residual, relu)
+    """Convolution, BN, optional residual add, ReLU; the first two are one where an attacker has folded BN."""
+    if isinstance(conv, FoldedConv):
+        return conv(x, residual, relu)
     return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
 
 
@@ -248,6 +179,11 @@ class Network(nn.Module):
         super().__init__()
         self.normalize: nn.Module | None = None
 
+    def tappable(self) -> list[str]:
+        """Names that `Taps` can collect."""
+        names = [n for n, m in self.named_modules() if isinstance(m, BatchNorm2d) and "shortcut" not in n]
+        return [*(n for n in names if n != "bn1"), PENULTIMATE]
+
     def foldable(self) -> Iterator[tuple[Conv2d, BatchNorm2d]]:
         """Pairs of a convolution and the BatchNorm that follows it directly."""
         for m in self.modules():
@@ -361,6 +297,10 @@ class WideResNet(Network):
             elif isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
 
+    def tappable(self) -> list[str]:
+        inner = [n.replace(".bn", ".relu") for n, _ in self.named_modules() if ".bn" in n and n.count(".") == 3]
+        return [*inner, "avgpool", PENULTIMATE]
+
     def forward(self, images: Tensor, taps: Taps | None = None) -> Tensor:
         x = self.conv1(self._input(images))
         for i in range(1, 4):
@@ -451,53 +391,3 @@ def check_takes(model: nn.Module, name: str, shape: tuple[int, int, int]) -> Non
     finally:
         for m, training in modes:
             m.training = training
-
-
-def tap_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the layers AR-AT aligns by default in `model`: a built-in network's own, else the penultimate feature."""
-    return model.tap_names if isinstance(model, Network) else (PENULTIMATE,)
-
-
-def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -> Tensor:
-    """Run `model` once and fill `taps`; networks that are not ours are tapped by hooks on the named modules.
-
-    Returns: logits [B, K]. Raises: UserError naming a layer the model does not have.
-    """
-    if taps is not None and "" in taps.layers:  # the whole model, and what a network's own blocks leave unnamed
-        raise unknown("feature layer", "", tappable(model))
-    if taps is None or isinstance(model, Network):
-        logits = model(images) if taps is None else model(images, taps)
-    else:
-        hooks = [_hook(model, name, taps) for name in taps.layers]
-        try:
-            logits = model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    if taps is not None and len(taps.features) < len(taps.layers):
-        missing = next(name for name in taps.layers if name not in taps.features)
-        raise unknown("feature layer", missing, tappable(model))
-    return logits
-
-
-def tappable(model: nn.Module) -> list[str]:
-    """Names `Taps` can collect in `model`."""
-    if isinstance(model, WideResNet):
-        inner = [n.replace(".bn", ".relu") for n, _ in model.named_modules() if ".bn" in n and n.count(".") == 3]
-        return [*inner, "avgpool", PENULTIMATE]
-    if isinstance(model, Network):
-        names = [n for n, m in model.named_modules() if isinstance(m, BatchNorm2d) and "shortcut" not in n]
-        return [n for n in names if n != "bn1"] + [PENULTIMATE]
-    return [n for n, _ in model.named_modules() if n] + [PENULTIMATE]
-
-
-def _hook(model: nn.Module, name: str, taps: Taps):
-    if name == PENULTIMATE:
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            raise UserError(f"{type(model).__name__} has no nn.Linear, so no penultimate feature: name a layer")
-        return linear[-1].register_forward_pre_hook(lambda m, args: taps.record(PENULTIMATE, args[0]))
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise unknown("feature layer", name, tappable(model))
-    return modules[name].register_forward_hook(lambda m, args, out: taps.record(name, out))

@@ -11,8 +11,6 @@ Source: Lavin and Gray, CVPR 2016, arXiv 1509.09308.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -31,34 +29,15 @@ class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, with the same weights from the same seed, that takes the Winograd path where it is faster.
 
     winograd: whether it may. Nothing derived from the weights outlives a forward and its backward, since not every
-    update of a weight leaves a trace on it (fused SGD and `.data` do not); `held` is the one exception.
+    update of a weight leaves a trace on it (fused SGD and `.data` do not).
     """
 
     winograd: bool = True
-    held: tuple[Tensor, Tensor] | None = None
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("folded", "held")}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (qualifies(self) and _applies(x, self.weight)):
-            return super().forward(x)
-        weight, transform = self.held or (None, None)
-        # Another weight than the held one: torch.func.functional_call put it there.
-        return conv2d(x, self.weight, self.bias, transform if weight is self.weight else None)
-
-
-def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor | None) -> Tensor:
-    """Convolve as `conv` does, but with these weights.
-
-    Args:
-        x: float32 [B, I, H, W]. weight: [O, I, k, k]. bias: [O].
-        transform: `transformed(weight)`, [16, O, I], if at hand.
-    Returns: [B, O, H', W'].
-    """
-    if qualifies(conv) and _applies(x, weight):
-        return conv2d(x, weight, bias, transform)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+        if qualifies(self) and _applies(x, self.weight):
+            return conv2d(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def qualifies(conv: nn.Module) -> bool:
@@ -97,39 +76,18 @@ def set_winograd(model: nn.Module, on: bool) -> None:
             m.winograd = on
 
 
-@contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Transform the weights of `model` once for all forwards inside the block, where they must not change.
-
-    A convolution that has absorbed a BatchNorm keeps the transform of its own.
-    """
-    layers = [m for m in model.modules() if qualifies(m) and m.weight.device.type == "cpu" and not hasattr(m, "folded")]
-    for m in layers:
-        m.held = m.weight, transformed(m.weight)
-    try:
-        yield
-    finally:
-        for m in layers:
-            del m.held
+def _transformed(weight: Tensor) -> list[Tensor]:
+    """G w G' of weight [O, I, 3, 3], by its four rows of places: [4, O, I] each."""
+    return [_transformed_row(weight, row) for row in range(4)]
 
 
-@torch.no_grad()
-def transformed(weight: Tensor) -> Tensor:
-    """Return G w G', [16, O, I], of weight: [O, I, 3, 3]."""
-    out = weight.new_empty(16, *weight.shape[:2])
-    for row, places in enumerate(_ROWS):
-        _transformed_row(weight, row, out[places])
-    return out
-
-
-def _transformed_row(weight: Tensor, row: int, out: Tensor | None = None) -> Tensor:
-    """One of the four rows of places of G w G': [4, O, I]."""
+def _transformed_row(weight: Tensor, row: int) -> Tensor:
     taps = weight.detach().permute(2, 3, 0, 1)
     if row in (0, 3):
         taps = taps[0 if row == 0 else 2]
     else:
         taps = torch.add(taps[0], taps[2]).add_(taps[1], alpha=1 if row == 1 else -1).mul_(0.5)
-    out = taps.new_empty(4, *weight.shape[:2]) if out is None else out
+    out = taps.new_empty(4, *weight.shape[:2])
     out[0], out[3] = taps[0], taps[2]
     torch.add(taps[0], taps[2], out=out[1])
     torch.sub(out[1], taps[1], out=out[2]).mul_(0.5)
@@ -137,36 +95,35 @@ def _transformed_row(weight: Tensor, row: int, out: Tensor | None = None) -> Ten
     return out
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, transform: Tensor | None = None) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve with 3x3 taps, stride 1 and padding 1, on a CPU.
 
     Args:
         x: float32 or float64 [B, I, H, W], H and W even; fastest channels-last.
         weight: [O, I, 3, 3]. bias: [O].
-        transform: `transformed(weight)`, [16, O, I], if at hand.
     Returns: [B, O, H, W], channels-last.
     """
-    return _Winograd.apply(x, weight, bias, transform)
+    return _Winograd.apply(x, weight, bias)
 
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor | None) -> Tensor:
-        return _convolved(x, weight, bias, transform)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolved(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, transform = inputs
+        x, weight, _ = inputs
         ctx.shape = x.shape
         # In attacks nobody asks for weight gradients, and x need not be kept. The weight is kept for its layout, for
-        # gradients of gradients, and so that autograd notices a write to it. A transform that was not given is made
-        # again: kept, those of a ResNet-18 would be the largest thing in memory.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, transform)
+        # gradients of gradients, and so that autograd notices a write to it. Its transform is made again: kept, those
+        # of a ResNet-18 would be the largest thing in memory (70 MB, for 3 % of a step's time).
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weight, transform = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         dx = dw = None
         if torch.is_grad_enabled():  # create_graph: PyTorch's own gradients can be differentiated again
             if wants_x:
@@ -175,10 +132,10 @@ class _Winograd(torch.autograd.Function):
                 dw = torch.nn.grad.conv2d_weight(x, weight.shape, dy, padding=1)
         else:
             if wants_x:
-                dx = _convolved(dy, weight, None, transform, flip=True)
+                dx = _convolved(dy, weight, None, flip=True)
             if wants_weight:
                 dw = _weight_gradient(x, dy, weight)
-        return dx, dw, dy.sum((0, 2, 3)) if wants_bias else None, None
+        return dx, dw, dy.sum((0, 2, 3)) if wants_bias else None
 
 
 def _pieces(x: Tensor, weight: Tensor) -> list[slice]:
@@ -189,17 +146,17 @@ def _pieces(x: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, transform: Tensor | None, flip: bool = False) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool = False) -> Tensor:
     """Convolve x; flip: with the taps of the input gradient, from outputs to inputs."""
     pieces = _pieces(x, weight)
-    if transform is None and len(pieces) > 1:
-        transform = transformed(weight)
+    # One piece alone takes a row of the weights at a time: all four are larger than x and weight.
+    rows = _transformed(weight) if len(pieces) > 1 else None
     y = x.new_empty(x.shape[0], x.shape[2], x.shape[3], weight.shape[1 if flip else 0])
     for piece in pieces:
         tiled = _Tiles(x[piece], flip)
         products = x.new_empty(16, tiled.count, y.shape[3])
-        for row, places in enumerate(_ROWS):  # never all tiles or weights at once: they are larger than x and weight
-            part = _transformed_row(weight, row) if transform is None else transform[places]
+        for row, places in enumerate(_ROWS):
+            part = _transformed_row(weight, row) if rows is None else rows[row]
             torch.bmm(tiled.row(row), part if flip else part.transpose(1, 2), out=products[places])
             del part
         if bias is not None:

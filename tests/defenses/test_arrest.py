@@ -165,8 +165,8 @@ def test_replay_noise_fills_the_ball_and_stays_in_it(tmp_path, monkeypatch):
     assert not any(z.requires_grad for z in compared[0]), "the replay test keeps a graph"
     away = (seen[-1] - images).abs()
     assert not torch.equal(seen[-1], attacked.images)
-    assert step.epsilon * 0.98 < away.max() <= step.epsilon + 1e-7
-    assert away.mean().item() == pytest.approx(step.epsilon / 2, rel=0.05)
+    assert step.spec.epsilon * 0.98 < away.max() <= step.spec.epsilon + 1e-7
+    assert away.mean().item() == pytest.approx(step.spec.epsilon / 2, rel=0.05)
 
 
 def test_lam_defaults_to_the_networks(tmp_path):

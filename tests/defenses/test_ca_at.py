@@ -190,8 +190,8 @@ def test_a_compiled_loss_gives_the_same_step_at_the_same_cost():
         fastarat.TrainStep(copy.deepcopy(net), CAAT(), torch.empty(2, 3, 8, 8), num_steps=2, capture=False)
         for _ in range(2)
     ]
-    loss = steps[1]._terms
-    steps[1]._terms = lambda views: dict(zip(("ce_clean", "ce_adv"), Joined.apply(*loss(views).values()), strict=True))
+    loss = steps[1].loss
+    steps[1].loss = lambda views: dict(zip(("ce_clean", "ce_adv"), Joined.apply(*loss(views).values()), strict=True))
     for step in steps:
         with counting(step, 8) as counter:
             step(images, labels)

@@ -13,7 +13,7 @@ import torch
 
 def compile_all() -> None:
     import triton
-    from fastarat.kernels import pgd_update_triton, sgd_triton, split_bn_triton, stem_triton
+    from fastarat.kernels import pgd_update_triton, split_bn_triton, stem_triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -52,9 +52,6 @@ def compile_all() -> None:
     pgd_update_triton.update(images, images, images, 0.0, 0.0, scalar, scalar)
     for dtype, out in ((torch.bfloat16, 64), (torch.float16, 160)):
         stem_triton.input_grad(torch.zeros(2, out, 8, 8, dtype=dtype), torch.zeros(out, 3, 3, 3, dtype=dtype))
-    for count, rate in ((sgd_triton.MAX_TENSORS + 1, scalar), (2, None)):
-        some = [torch.zeros(64, 64, 3, 3) for _ in range(count)]
-        sgd_triton.update(some, some, some, [w.bfloat16() for w in some], 0.1, rate, 0.9, 5e-4, rate is None)
 
 
 def test_kernels_compile_for_hopper(tmp_path):
@@ -73,7 +70,6 @@ def test_kernels_compile_for_hopper(tmp_path):
         "_merge_sums_kernel",
         "_backward_apply_kernel",
         "_pgd_update_kernel",
-        "_sgd_update_kernel",
         "_stem_input_grad_kernel",
     }
     # The first kernels are those of 64 channels: whole 16-byte loads, and no register spilt to local memory.
@@ -81,9 +77,6 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert lines[2] == ["_apply_kernel", "16-byte", "False"]
     assert lines[3] == ["_backward_sums_kernel", "16-byte", "False"]
     assert lines[5] == ["_backward_apply_kernel", "16-byte", "False"]
-    assert [line for line in lines if line[0] == "_sgd_update_kernel"] == 3 * [
-        ["_sgd_update_kernel", "16-byte", "False"]
-    ]
 
 
 if __name__ == "__main__":

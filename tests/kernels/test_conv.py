@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastarat.kernels import conv, conv_bias_relu, why_not_conv_bias_relu
-from test_graphs import assert_folding_changes_nothing
+from test_attacker import assert_folding_changes_nothing, attacker_of
 
 import fastarat
-from fastarat.nets.models import build_model, folded_batchnorm
+from fastarat.nets.models import FoldedConv, build_model
 
 
 def plainly(x, weight, bias, residual, stride, padding):
@@ -20,7 +20,7 @@ def stand_in(monkeypatch):
     """Outside a GPU: the same mathematics in place of cuDNN's call, counted."""
     calls = []
     monkeypatch.setattr(conv, "_fused", lambda *a: (calls.append(a[3] is not None), plainly(*a))[1])
-    monkeypatch.setattr(fastarat.nets.models, "why_not_conv_bias_relu", lambda device, dtype: None)
+    monkeypatch.setattr(fastarat.nets.attacker, "why_not_conv_bias_relu", lambda device, dtype: None)
     return calls
 
 
@@ -55,8 +55,8 @@ def test_a_folded_network_takes_it_everywhere_it_fits(stand_in, name, plain, add
 
 def test_a_shortcut_has_no_bias_of_its_own():
     model = build_model("resnet18", num_classes=4).eval()
-    with folded_batchnorm(model):
-        biases = [conv.folded.bias is not None for conv, _ in model.foldable()]
+    network = attacker_of(model, fold=True).network
+    biases = [m.bias is not None for m in network.modules() if isinstance(m, FoldedConv)]
     assert (biases.count(True), biases.count(False)) == (17, 3)
 
 
@@ -97,7 +97,7 @@ def test_on_a_gpu(dtype):
         step = fastarat.TrainStep(
             model, fastarat.AT(), images, precision=precision, num_steps=1, attack_bn="eval", fold=fold, capture=False
         )
-        assert step.fold == fold
+        assert step.attacker.folds == fold
         crafted.append(step.attack(images, labels).images)
     differ = ((crafted[0] - crafted[1]).abs() > 1e-5).float().mean().item()
     assert differ < (0.02 if dtype == torch.float32 else 0.2)
@@ -111,9 +111,9 @@ def test_captured_on_a_gpu():
         model = build_model("resnet18", num_classes=10).cuda()
         step = fastarat.TrainStep(
             model, fastarat.TRADES(), torch.empty(8, 3, 32, 32), precision="bf16", num_steps=3, fold=fold, capture=True,
-            optimizer=lambda p: fastarat.SGD(p, lr=0.01, momentum=0.9),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
         )  # fmt: skip
-        assert (step.fold, step.one_pass) == (fold, True)
+        assert step.attacker.folds == fold
         generator = torch.Generator("cuda").manual_seed(0)
         for _ in range(3):
             images = torch.rand(8, 3, 32, 32, device="cuda", generator=generator)

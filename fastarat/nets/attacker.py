@@ -1,0 +1,139 @@
+"""The network as an attack sees it: the model's BatchNorm modules, and weights made for the attack once per step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastarat.kernels import why_not_conv_bias_relu, why_not_fold
+from fastarat.nets.models import FoldedConv, Network
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions that store weights and activations in 16 bits, by name."""
+
+
+def autocast(images: Tensor, precision: str) -> contextlib.AbstractContextManager:
+    """Return the context in which a network computes in `precision` on the device of `images`."""
+    if precision not in HALF:
+        return contextlib.nullcontext()
+    # Parameters change between steps: a cached cast would make the attack differentiate stale weights.
+    return torch.autocast(images.device.type, dtype=HALF[precision], cache_enabled=False)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Take gradients away from the parameters inside the block: an attack needs input gradients only."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    for p in moving:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in moving:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put `model` into train or eval mode inside the block; each of its modules comes back in the mode it had."""
+    before = [] if model.training == training else [(m, m.training) for m in model.modules()]
+    if before:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for m, was in before:
+            m.training = was
+
+
+class Attacker:
+    """What an attack differentiates: `refresh()` after the weights have changed, then `attacker(points)` -> logits.
+
+    Three kinds, decided here: the model itself (full precision); a twin whose weights are cast to 16 bits, once per
+    step instead of once per forward; a twin whose BatchNorm is folded into the convolutions before it (only for
+    eval-mode forwards through the branch "adv"). A twin shares everything else with the model, BatchNorm modules,
+    buffers and hooks included, so running statistics, branches and modes are the model's own.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] -> logits [B, K].
+        precision: of the forwards: "fp32", "tf32", "bf16", "fp16".
+        fold: fold BatchNorm where that pays: built-in networks, on a GPU only if cuDNN adds bias and ReLU itself.
+    folds: whether BatchNorm is folded. Parameters get no gradient inside `frozen(model)`.
+    """
+
+    def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False) -> None:
+        self.model, self.network, self.precision = model, model, precision
+        dtype = HALF.get(precision)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.folds = fold and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None
+        self._folded: dict[nn.Module, FoldedConv] = _folded_convs(model, dtype) if self.folds else {}
+        taken = {id(conv.weight) for conv in self._folded}
+        # BatchNorm's affine and biases stay the model's: casting them saves nothing.
+        self._cast: dict[str, Tensor] = {
+            name: torch.empty_like(p, dtype=dtype, requires_grad=False)
+            for name, p in model.named_parameters()
+            if dtype is not None and p.dim() >= 2 and id(p) not in taken
+        }
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the attack's weights anew from the model's, in place: a captured step reads them by address.
+
+        The twin's structure is made anew as well (its modules are a few Python dictionaries), so that whatever a
+        person changes on the model between steps, a drop rate or a layer, is what the attack sees.
+        """
+        if not self._cast and not self._folded:
+            return
+        own = dict(self.model.named_parameters())
+        if self._cast:
+            torch._foreach_copy_(list(self._cast.values()), [own[name] for name in self._cast])
+        if self._folded:
+            _fold(self.model, self._folded)
+        weights = {id(own[name]): cast for name, cast in self._cast.items()}
+        self.network = _twin(self.model, weights, dict(self._folded))
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """points: float32 [B, C, H, W] -> logits [B, K]."""
+        with autocast(points, self.precision):
+            return self.network(points)
+
+
+def _twin(module: nn.Module, weights: dict[int, Tensor], made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Copy the structure of `module`, with other weights by the parameter's id; modules in `made` have theirs."""
+    if isinstance(module, (_BatchNorm, torch.jit.ScriptModule)):
+        return module
+    if module not in made:
+        # As torch.nn.DataParallel makes its replicas: a deep copy would copy tensors, and fail on hooked weights.
+        twin = made[module] = module.__new__(type(module))
+        twin.__dict__ = module.__dict__.copy()
+        twin._parameters = {n: None if p is None else weights.get(id(p), p) for n, p in module._parameters.items()}
+        twin._modules = {n: None if m is None else _twin(m, weights, made) for n, m in module._modules.items()}
+    return made[module]
+
+
+def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[nn.Module, FoldedConv]:
+    """Convolutions that take up the BatchNorm after them, still empty, by the model's own ones."""
+    # Two that are added up need one bias between them: the shortcut has none.
+    bare = {shortcut for shortcut, _ in model.shortcuts()}
+    convs = [conv for conv, _ in model.foldable()]
+    dtype = dtype or convs[0].weight.dtype
+    fused = why_not_conv_bias_relu(convs[0].weight.device, dtype) is None
+    return {conv: FoldedConv(conv, dtype, conv not in bare, fused) for conv in convs}
+
+
+def _fold(model: Network, folded: dict[nn.Module, FoldedConv]) -> None:
+    """Fold the "adv" branch's running statistics and affine; in float32 or wider, then rounded."""
+    biases = {}
+    for conv, bn in model.foldable():
+        held = bn.branch_set("adv")
+        scale = held.weight * torch.rsqrt(held.running_var + bn.eps)
+        biases[conv] = held.bias - held.running_mean * scale
+        folded[conv].weight.copy_(conv.weight * scale[:, None, None, None])
+    for shortcut, conv in model.shortcuts():
+        biases[conv] += biases.pop(shortcut)
+    for conv, bias in biases.items():
+        folded[conv].bias.copy_(bias)

@@ -1,0 +1,86 @@
+"""Intermediate features of a network: AR-AT's alignment layers, ARREST's penultimate one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastarat.errors import UserError, unknown
+
+PENULTIMATE = "penultimate"
+
+
+class Taps:
+    """Collects pooled intermediate features during one forward (AR-AT's alignment layers).
+
+    Args:
+        layers: names as in the model's `tap_names`, or "penultimate" (the pooled input of the classifier).
+        relu, pool: apply ReLU, then global average pooling, to each tapped tensor, in this order.
+    After the forward, `features` maps each name to a tensor [B, d] (or [B, d, H, W] without pooling).
+    Source: Waseda et al., ICLR 2025, released code (`is_relu`, `is_avg_pool`).
+    """
+
+    def __init__(self, layers: Sequence[str], relu: bool = True, pool: bool = True) -> None:
+        self.layers, self.relu, self.pool = tuple(layers), relu, pool
+        self.features: dict[str, Tensor] = {}
+
+    def record(self, name: str, x: Tensor) -> None:
+        if name in self.layers:
+            if self.relu and name != PENULTIMATE:
+                x = F.relu(x)
+            if self.pool and x.dim() == 4:
+                x = x.mean((2, 3))
+            self.features[name] = x.flatten(1)
+
+    def ordered(self) -> tuple[Tensor, ...]:
+        return tuple(self.features[name] for name in self.layers)
+
+
+def tap_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the layers AR-AT aligns by default in `model`: a built-in network's own, else the penultimate feature."""
+    return model.tap_names if _ours(model) else (PENULTIMATE,)
+
+
+def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -> Tensor:
+    """Run `model` once and fill `taps`; networks that are not ours are tapped by hooks on the named modules.
+
+    Returns: logits [B, K]. Raises: UserError naming a layer the model does not have.
+    """
+    if taps is not None and "" in taps.layers:  # the whole model, and what a network's own blocks leave unnamed
+        raise unknown("feature layer", "", tappable(model))
+    if taps is None or _ours(model):
+        logits = model(images) if taps is None else model(images, taps)
+    else:
+        hooks = [_hook(model, name, taps) for name in taps.layers]
+        try:
+            logits = model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if taps is not None and len(taps.features) < len(taps.layers):
+        missing = next(name for name in taps.layers if name not in taps.features)
+        raise unknown("feature layer", missing, tappable(model))
+    return logits
+
+
+def _ours(model: nn.Module) -> bool:
+    return hasattr(model, "tap_names")
+
+
+def tappable(model: nn.Module) -> list[str]:
+    """Names `Taps` can collect in `model`."""
+    return model.tappable() if _ours(model) else [n for n, _ in model.named_modules() if n] + [PENULTIMATE]
+
+
+def _hook(model: nn.Module, name: str, taps: Taps):
+    if name == PENULTIMATE:
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise UserError(f"{type(model).__name__} has no nn.Linear, so no penultimate feature: name a layer")
+        return linear[-1].register_forward_pre_hook(lambda m, args: taps.record(PENULTIMATE, args[0]))
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise unknown("feature layer", name, tappable(model))
+    return modules[name].register_forward_hook(lambda m, args, out: taps.record(name, out))

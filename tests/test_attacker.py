@@ -1,0 +1,260 @@
+"""The network as the attack sees it: its weights are made anew at every step, everything else is the model's own."""
+
+import copy
+
+import pytest
+import torch
+from test_graphs import batch, small_model
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastarat
+from fastarat.averages import WeightAverage, averaged_model
+from fastarat.data import Batch
+from fastarat.engine.step import lay_out_state
+from fastarat.nets.attacker import Attacker
+from fastarat.nets.models import FoldedConv, build_model
+
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+def attacker_of(model, **options):
+    attacker = Attacker(model, **options)
+    attacker.refresh()
+    return attacker
+
+
+def assert_folding_changes_nothing(model, x):
+    """Logits and input gradients of an eval-mode network in float64, folded and not."""
+    folded = attacker_of(model, fold=True)
+    assert folded.folds
+    grads, logits = [], []
+    for network in (model, folded):
+        point = x.clone().requires_grad_()
+        logits.append(network(point))
+        grads.append(torch.autograd.grad(logits[-1].square().sum(), point)[0])
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "resnet-small"])
+@pytest.mark.parametrize("split", [True, False])
+def test_folding_changes_nothing_but_rounding(name, split):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=4).double()
+    model = fastarat.split_batchnorm(model) if split else model
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    model(x)  # running statistics off their start
+    model.eval()
+    with torch.no_grad():
+        for m in model.modules():
+            if hasattr(m, "running_mean") and m.running_mean is not None:
+                m.running_mean.add_(0.1 * torch.rand_like(m.running_mean))
+    before = copy.deepcopy(model.state_dict())
+    assert_folding_changes_nothing(model, x)
+    assert not any(isinstance(m, FoldedConv) for m in model.modules())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert len(list(model.foldable())) >= 6
+
+
+def test_folded_attacks_follow_the_weights():
+    """The fold is made anew each step: after an update the attack is the unfolded one on the new weights."""
+    images, labels = batch()
+    made = [
+        fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, bn="eval",
+                           fold_bn=fold) for fold in (True, False)
+    ]  # fmt: skip
+    assert [s.attacker.folds for s in made] == [True, False]
+    for i in range(3):
+        for s in made:
+            s.generator.manual_seed(i)
+        a, b = (s.attack(images, labels).images for s in made)
+        assert ((a - b).abs() > 1e-5).float().mean() < 0.01
+        for s in made:
+            s(images, labels)
+
+
+def test_full_precision_attacks_the_model_itself():
+    model = small_model()
+    assert attacker_of(model).network is model
+    assert attacker_of(model, precision="tf32").network is model
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_twin_has_its_own_weights_and_the_models_everything_else(precision):
+    model = fastarat.split_batchnorm(small_model())
+    model.register_buffer("scale", torch.ones(()))
+    attacker = attacker_of(model, precision=precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    twins = dict(attacker.network.named_parameters())
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            assert torch.equal(twins[name], p.detach().to(dtype))
+            assert not twins[name].requires_grad
+        else:
+            assert twins[name] is p
+    assert attacker.network.scale is model.scale
+    assert attacker.network.bn1 is model.bn1
+    assert type(attacker.network) is type(model)
+    addresses = {name: p.data_ptr() for name, p in twins.items()}
+    attacker.refresh()  # in place: a captured step reads by address
+    assert {name: p.data_ptr() for name, p in attacker.network.named_parameters()} == addresses
+
+
+def assert_fresh(step):
+    """What the next attack reads is the weights as they are."""
+    own = dict(step.model.named_parameters())
+    step.attacker.refresh()
+    used = {n: p for n, p in step.attacker.network.named_parameters() if p.dtype == torch.bfloat16}
+    assert len(used) > 5
+    assert all(torch.equal(p, own[name].detach().bfloat16()) for name, p in used.items())
+
+
+def step_of(defense=None, **options):
+    torch.manual_seed(0)
+    return fastarat.TrainStep(
+        small_model(), defense or fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2, precision="bf16",
+        optimizer=lambda p: torch.optim.SGD(p, fused=True, **OPTIONS), **options,
+    )  # fmt: skip
+
+
+def spied(step):
+    """Whether each attack's weights were the model's, collected as attacks happen."""
+    seen, call = [], Attacker.__call__
+
+    def looked_at(self, points):
+        own = dict(self.model.named_parameters())
+        low = [(n, p) for n, p in self.network.named_parameters() if p.dtype == torch.bfloat16]
+        seen.append(bool(low) and all(torch.equal(p, own[n].detach().bfloat16()) for n, p in low))
+        return call(self, points)
+
+    return seen, looked_at
+
+
+WRITES = ["load", "in place", "through data", "step's load", "another object"]
+
+
+@pytest.mark.parametrize("capture", ["off", "fake"])
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_written_between_steps_are_what_is_attacked(capture, write, monkeypatch):
+    step = step_of(capture=capture)
+    images, labels = batch()
+    step(images, labels)
+    state = {k: v + 0.5 if v.is_floating_point() else v for k, v in step.model.state_dict().items()}
+    if write == "load":
+        step.model.load_state_dict(state)
+    elif write == "step's load":
+        step.load_state_dict(step.state_dict() | {"model": state})
+    elif write == "another object":
+        step.model.conv1.weight = nn.Parameter(step.model.conv1.weight.detach() + 0.5)
+    else:
+        with torch.no_grad():
+            for p in step.model.parameters():
+                (p.data if write == "through data" else p).add_(0.5)
+    seen, looked_at = spied(step)
+    monkeypatch.setattr(Attacker, "__call__", looked_at)
+    step(images, labels)
+    assert len(seen) >= 2
+    assert all(seen)
+
+
+@pytest.mark.parametrize("awp", [None, 0.01])
+def test_a_defense_that_writes_weights_after_the_step(awp):
+    class Pulling(fastarat.AT):
+        def after_step(self, companions, model, step):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+
+    step = step_of(Pulling(), capture="fake", awp=awp)
+    for i in range(2):
+        step(*batch(seed=i))
+        assert_fresh(step)
+
+
+def test_an_averaged_network_is_attacked_with_its_own_weights(monkeypatch):
+    step = step_of()
+    images, labels = batch()
+    step(images, labels)
+    average = WeightAverage(step.model)
+    average.update(step.model)
+    for mean in average.parameters:
+        mean.add_(1.0)
+    seen, looked_at = spied(step)
+    monkeypatch.setattr(Attacker, "__call__", looked_at)
+    own = step.model
+    averaged = averaged_model(step, average, [Batch(images, labels, torch.arange(len(labels)))])
+    assert len(seen) == 2
+    assert all(seen)
+    assert averaged is not step.model
+    assert step.model is step.attacker.model is own
+    assert_fresh(step)
+
+
+def test_a_layer_or_setting_changed_between_steps_is_what_is_attacked():
+    class Net(nn.Module):
+        gain = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.gain * self.fc(x.flatten(1))
+
+    model, x = Net(), torch.rand(2, 3, 2, 2)
+    attacker = Attacker(model, precision="bf16")
+    for change in (lambda: None, lambda: setattr(model, "gain", 3.0), lambda: setattr(model, "fc", nn.Linear(12, 4))):
+        change()
+        attacker.refresh()
+        torch.testing.assert_close(attacker(x).float(), model(x), rtol=0.05, atol=0.05)
+
+
+def test_tied_parametrised_and_hooked_weights_are_followed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.two.weight = self.one.weight
+            self.normed = parametrizations.weight_norm(nn.Linear(12, 12))
+            with pytest.warns(FutureWarning):
+                self.hooked = nn.utils.weight_norm(nn.Linear(12, 4))
+
+        def forward(self, x):
+            return self.hooked(self.normed(self.two(self.one(x.flatten(1)))))
+
+    model, x = Net(), torch.rand(2, 3, 2, 2)
+    called = []
+    model.one.register_forward_hook(lambda *_: called.append(1))
+    attacker = Attacker(model, precision="bf16")
+    for _ in range(2):
+        attacker.refresh()
+        called.clear()
+        found = attacker(x)
+        assert called == [1]
+        torch.testing.assert_close(found.float(), model(x), rtol=0.05, atol=0.05)
+        assert attacker.network.one.weight is attacker.network.two.weight
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_resumed_step_minds_the_memory_format(fused):
+    """A fused optimiser pairs weights and momentum by address: a checkpoint of another layout would be misread."""
+    made = [
+        fastarat.TrainStep(
+            small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=1e-6, num_steps=1, channels_last=last,
+            optimizer=lambda p: torch.optim.SGD(p, fused=fused, **OPTIONS),
+        ) for last in (False, True)
+    ]  # fmt: skip
+    made[0](*batch())
+    made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))
+    for p, state in made[1].optimizer.state.items():
+        assert state["momentum_buffer"].stride() == p.stride()
+    lay_out_state(made[1].optimizer)  # once more changes nothing
+    for step in made:
+        step.generator.manual_seed(1)
+        step(*batch(seed=1))
+    for a, b in zip(*(step.model.parameters() for step in made), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
