@@ -127,8 +127,9 @@ class TrainStep:
         optimizer: called with the list of parameters (the model's and the companions'); default PyTorch's SGD, fused.
         awp: gamma_w of adversarial weight perturbation (Wu et al., NeurIPS 2020), or None; awp_warmup: epochs without.
         seed: of the attack's randomness.
-    spec: the attack in full. starts_exactly: whether its first step is float32 though the rest is not. why_eager: why a step is not captured, "" if it is. mark: called with "start" when a
-        step begins and with each phase as it ends ("attack", "forward", "backward", "optimiser", "metrics").
+    spec: the attack in full. starts_exactly: whether its first step is float32 though the rest is not. why_eager: why
+        a step is not captured, "" if it is. mark: called with "start" when a step begins and with each phase as it
+        ends ("attack", "forward", "backward", "optimiser", "metrics").
     Call: step(images float32 [B, C, H, W], labels int64 [B]) -> dict of detached scalar terms on the device, which a
         captured step overwrites at its next call. Two batch shapes are captured, a full and a last one. Every call (on
         a GPU the first of each shape) looks at the values: images in [0, 1], labels within the classes.
