@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastarat.config import DEFENSES, Config, from_dict, merge, nest, read_yaml, resolve_defense, to_dict, write_yaml
+from fastarat.config import DEFENSES, Config, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest
 from fastarat.evaluation import evaluate, parse_attacks
-from fastarat.runs import RunFolder, load_checkpoint, load_weights, write_atomic
+from fastarat.files import write_text
+from fastarat.runs import Run, load_network
 from fastarat.schedules import counted, ends_at, in_words, recipe_of
 from fastarat.table import PUBLISHED, Comparison
-from fastarat.training import Diverged, load_run, pick_device, resolve, train
+from fastarat.training import Diverged, pick_device, resolve, train
 
 _BUDGET = 8 / 255
 FINALISTS = 2
@@ -290,7 +291,7 @@ class _Runner:
             "seeds": seeds,
             "rows": {row: c._asdict() for row, c in chosen.items()},
         }
-        write_atomic(self.out / "tune.json", lambda p: p.write_text(json.dumps(record, indent=2) + "\n"))
+        write_text(self.out / "tune.json", json.dumps(record, indent=2) + "\n")
         lines = ["| row | settings | seeds | clean | PGD | score | |", "| --- | --- |" + " ---: |" * 4 + " --- |"]
         for row, choice in chosen.items():
             if self.progress:
@@ -303,8 +304,7 @@ class _Runner:
                 diverged = sum(r["diverged"] for r in t["runs"])
                 said = ["chosen"] * t["chosen"] + [f"{diverged} diverged"] * bool(diverged)
                 lines.append("| " + " | ".join([*cells, f"{100 * t['mean']:.1f}", ", ".join(said)]) + " |")
-        text = "\n".join([*lines, "", record["rule"], ""])
-        write_atomic(self.out / "tune.md", lambda p: p.write_text(text))
+        write_text(self.out / "tune.md", "\n".join([*lines, "", record["rule"], ""]))
 
     def train(self, plans: Sequence[Plan]) -> dict[str, Failure]:
         """Train what is left, first what others start from; return why, for the runs without a final network."""
@@ -330,7 +330,7 @@ class _Runner:
             failure = self._in_a_process(plan, state) if self.parallel > 1 else self._here(plan, state)
             if failure is not None and failure.diverged:
                 _diverged_file(plan).parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(_diverged_file(plan), lambda p: p.write_text(failure.why + "\n"))
+                write_text(_diverged_file(plan), failure.why + "\n")
             return plan.name, failure
 
         done = _at_once(one, pending, self.parallel, self.progress and self.parallel > 1)
@@ -405,9 +405,9 @@ class _Runner:
                 raise UserError(f"evaluating {folder} failed: {''.join(last).removeprefix('fastarat: ')} (log: {log})")
             table = file.read_text()
             if not own.exists():
-                write_atomic(own, lambda p: p.write_text(table))  # for `fastarat report`
+                write_text(own, table)  # for `fastarat report`
             return json.loads(table)
-        model, meta, config = load_run(folder, which)
+        model, meta, config = load_network(folder, which)
         data = load_dataset(
             config.dataset, data_dir=config.data_dir, val_images=config.eval.val_images, image_size=config.image_size
         )
@@ -473,33 +473,21 @@ def _diverged_file(plan: Plan) -> Path:
 
 def _state_of(plan: Plan) -> str:
     """ "new", "started", "finished" or "diverged". Raises: UserError when the folder holds a run of other settings."""
-    folder = Path(plan.config.out)
-    if not (folder / "config.yaml").is_file():
-        return "diverged" if _diverged_file(plan).is_file() else "new"
-    saved = from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml"))
-    asked, found = to_dict(plan.config), to_dict(saved)
-    for key, other in _differences(asked, found):
-        raise UserError(f"{folder} was run with {key}={other!r}, not as asked now: choose another --out, or remove it")
+    run = Run(plan.config.out)
+    if other := run.difference(plan.config):
+        raise UserError(
+            f"{run.path} was run with {other[0]}={other[1]!r}, not as asked now: choose another --out, or remove it"
+        )
     if _diverged_file(plan).is_file():
         return "diverged"
-    if not (folder / "last.pt").is_file():
-        return "started"
-    done = load_checkpoint(folder / "last.pt")["epoch"] >= saved.epochs
-    return "finished" if done and (not saved.swa or (folder / "swa.safetensors").is_file()) else "started"
-
-
-def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = ""):
-    for key, value in asked.items():
-        other = found.get(key)
-        if isinstance(value, dict):
-            yield from _differences(value, other or {}, f"{prefix}{key}.")
-        elif value != other and key not in ("device", "threads", "data_dir", "loader", "log_every", "tensorboard"):
-            yield prefix + key, other
+    if not run.config_file.is_file():
+        return "new"
+    return "finished" if run.finished() else "started"
 
 
 def _last_validation(plan: Plan) -> dict[str, float]:
     """Validation accuracies after the last epoch: clean_acc and robust_acc, those there are."""
-    rows = RunFolder(plan.config.out, resume=True).metrics()
+    rows = Run(plan.config.out).metrics()
     last = {} if not rows else rows[-1]
     found = {"clean_acc": last.get("val/clean_acc")}
     found["robust_acc"] = next((v for k, v in last.items() if k.startswith("val/robust_acc_pgd")), None)
@@ -519,10 +507,11 @@ def _score(plan: Plan, diverged: bool) -> dict[str, Any]:
 
 def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:
     which = "swa" if plan.config.swa else "last"
-    file = Path(plan.config.out) / f"compare-{which}.json"
+    run = Run(plan.config.out)
+    file = run.compared(which)
     if not file.is_file():
         return None
-    meta = load_weights(Path(plan.config.out) / f"{which}.safetensors")[1]
+    meta = run.meta(which)
     saved = json.loads(file.read_text())
     found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
     asked = {
@@ -589,7 +578,7 @@ def _tabulate(
             pairs = [(e["accuracy"]["clean_acc"], e["accuracy"]["robust_acc_aa"]) for e in evals]
             row["sum"] = _spread([c + r for c, r in pairs])
             row["nrr"] = _spread([2 * c * r / (c + r) if c + r else 0.0 for c, r in pairs])
-        walls = [m["wall_s"] for p in done for m in RunFolder(p.config.out, resume=True).metrics()]
+        walls = [m["wall_s"] for p in done for m in Run(p.config.out).metrics()]
         row["epoch_s"] = statistics.median(walls) if walls else None
         configs[name] = first = mine[0].config
         published = PUBLISHED.get((first.dataset, first.model, name))

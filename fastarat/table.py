@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastarat.evaluation import attack_title
-from fastarat.runs import write_atomic
+from fastarat.files import write_text
 from fastarat.training import pixels
 
 
@@ -183,7 +183,7 @@ class Comparison:
             ("csv", self.csv()),
             ("json", self.to_json()),
         ):
-            write_atomic(self.out / f"table.{suffix}", lambda p, text=text: p.write_text(text))
+            write_text(self.out / f"table.{suffix}", text)
         return self.out / "table.md"
 
 

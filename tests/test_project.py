@@ -21,12 +21,13 @@ ROOT = Path(__file__).parent.parent
 # or those below.
 LAYERS = [
     {"errors", "kernels"},
-    {"checks"},
-    {"attacks", "schedules", "losses", "runs", "doctor", "optim"},
+    {"checks", "files"},
+    {"attacks", "schedules", "losses", "doctor", "optim"},
     {"nets", "data"},
     {"defenses"},
-    {"config", "engine", "evaluation"},
-    {"averages", "card"},
+    {"config", "engine"},
+    {"evaluation"},
+    {"runs", "averages", "card"},
     {"training"},
     {"report", "interchange", "table", "bench"},
     {"compare"},

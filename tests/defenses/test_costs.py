@@ -23,7 +23,7 @@ from fastarat.defenses import (
     VIR,
     Standard,
 )
-from fastarat.runs import RunFolder
+from fastarat.runs import Run
 
 # defense and options: forwards, input-only backwards, full backwards; teacher's forwards and backwards.
 TABLE = [
@@ -55,7 +55,7 @@ TABLE = [
 def step_for(kind, options, folder, **engine):
     net = fastarat.build_model("resnet-small", num_classes=4)
     if kind is ARREST:
-        RunFolder(folder, resume=False).save_weights("last", net.state_dict(), {"defense": "standard"})
+        Run.create(folder).save_weights("last", net.state_dict(), {"defense": "standard"})
         options = {"teacher": str(folder), **options}
     return fastarat.TrainStep(net, kind(**options), torch.empty(2, 3, 8, 8), **engine)
 
