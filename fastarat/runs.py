@@ -161,6 +161,13 @@ class Run:
                 continue
         return rows
 
+    def last_validation(self) -> dict[str, float]:
+        """Return the accuracies on validation images after the last epoch so far: clean_acc, robust_acc (under PGD)."""
+        last = (self.metrics() or [{}])[-1]
+        robust = next((value for key, value in last.items() if key.startswith("val/robust_acc_pgd")), None)
+        found = {"clean_acc": last.get("val/clean_acc"), "robust_acc": robust}
+        return {key: value for key, value in found.items() if value is not None}
+
     def truncate_metrics(self, epoch: int) -> None:
         """Drop what was logged after `epoch`: a resumed run logs it again."""
         rows = [row for row in self.metrics() if row["epoch"] <= epoch]

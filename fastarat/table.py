@@ -1,17 +1,25 @@
-"""The table of a comparison: what it holds, its four formats, and the published numbers beside it."""
+"""The table of a comparison: what each row says, its four formats, and the published numbers beside it."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from fastarat.config import Config
 from fastarat.evaluation import attack_title
 from fastarat.files import write_text
+from fastarat.schedules import counted, ends_at, in_words, recipe_of
 from fastarat.training import pixels
+from fastarat.tuning import rule
 
 
 class Published(NamedTuple):
@@ -194,3 +202,129 @@ def _title(key: str) -> str:
 def _in_words(settings: dict[str, Any]) -> str:
     """`{"optim.lr": 0.03, "defense.gamma": 5}` as `lr 0.03, gamma 5`."""
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items())
+
+
+class Row(NamedTuple):
+    """What the runs of one row gave. config: of its first seed. robust: PGD accuracy on validation images at the end.
+
+    evaluations, robust: by seed, of those that did not diverge. epochs_s: seconds of every epoch of all of them.
+    settings: chosen or given; tried: how many they were chosen among, 0 for none.
+    """
+
+    config: Config
+    seeds: list[int]
+    evaluations: dict[int, dict[str, Any]]
+    robust: dict[int, float | None]
+    epochs_s: list[float]
+    settings: dict[str, Any]
+    tried: int
+
+
+def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, out: Path) -> Comparison:
+    """Put all rows into one table. dataset: its name. out: where the table is written."""
+    one = next(e for row in rows.values() for e in row.evaluations.values())
+    keys = list(one["accuracy"])
+    table = [_cells_of(name, row, keys, one["settings"]["num_classes"]) for name, row in rows.items()]
+    configs = {name: row.config for name, row in rows.items()}
+    first = next(iter(configs.values()))
+    settings = {
+        # By its name: a folder's path says little, and differs from machine to machine.
+        "dataset": dataset,
+        "model": first.model,
+        "epochs": " / ".join(map(str, sorted({c.epochs for c in configs.values()}))),
+        "seeds": next(iter(rows.values())).seeds,
+        "epsilon": first.attack.epsilon,
+        "norm": first.attack.norm,
+        "keys": keys,
+        "num_images": one["num_images"],
+        "device": _device(),
+        "torch": torch.__version__,
+        "rule": rule(tune_seeds, [name for name, row in rows.items() if row.tried]),
+        "warnings": [*_unequal(configs), *overestimates(table)],
+    }
+    return Comparison(table, settings, out)
+
+
+def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dict[str, Any]:
+    config, accuracies = row.config, [e["accuracy"] for e in row.evaluations.values()]
+    cells: dict[str, Any] = {"defense": name, "seeds": row.seeds}
+    cells |= {key: _spread([a[key] for a in accuracies]) for key in keys}
+    if {"clean_acc", "robust_acc_aa"} <= set(keys):
+        pairs = [(a["clean_acc"], a["robust_acc_aa"]) for a in accuracies]
+        cells["sum"] = _spread([c + r for c, r in pairs])
+        cells["nrr"] = _spread([2 * c * r / (c + r) if c + r else 0.0 for c, r in pairs])
+    published = PUBLISHED.get((config.dataset, str(config.model), name))
+    same_budget = config.attack.norm == "linf" and abs(config.attack.epsilon - _BUDGET) < 1e-9
+    return cells | {
+        "epoch_s": statistics.median(row.epochs_s) if row.epochs_s else None,
+        "published": published._asdict() if published and same_budget else None,
+        "settings": row.settings,
+        "schedule": _schedule(config, row.settings),
+        "tried": row.tried,
+        "collapsed": collapsed(row.robust, num_classes),
+        "diverged": [seed for seed in row.seeds if seed not in row.evaluations],
+        "warnings": sorted({w for e in row.evaluations.values() for w in e["warnings"]}),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def collapsed(robust: Mapping[int, float | None], num_classes: int) -> list[int]:
+    """Seeds no better than chance under attack, on validation images at the end, or under half of the best of these."""
+    found = {seed: value for seed, value in robust.items() if value is not None}
+    return [seed for seed, value in found.items() if value <= 1 / num_classes or value < max(found.values()) / 2]
+
+
+def _schedule(config: Config, settings: Mapping[str, Any]) -> str:
+    """The row's schedule in words; what the row's own settings say is not said again."""
+    optim, recipe = config.optim, recipe_of(config.optim.recipe)
+    if settings.keys() & {"optim.lr", "optim.warmup"} and not recipe.one_cycle:
+        drops = [f"x {f:g} from epoch {at:g}" for at, f in recipe.drops_in(config.epochs)]
+        lr = ", ".join(["the row's lr and warm-up", *drops])
+    else:
+        lr = in_words(recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
+    momentum = "" if optim.momentum == 0.9 and not optim.nesterov else f", momentum {optim.momentum or '0.95 to 0.85'}"
+    return f"{optim.recipe}: {counted(config.epochs, 'epoch')}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
+
+
+def overestimates(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the rows, in one sentence, whose PGD accuracy is over 5 points above AutoAttack's in the mean over seeds."""
+    gaps = []
+    for row in rows:
+        pgd = [v["mean"] for k, v in row.items() if k.startswith("robust_acc_pgd") and v]
+        aa = row.get("robust_acc_aa")
+        if pgd and aa and (gap := 100 * (min(pgd) - aa["mean"])) > 5:
+            gaps.append(f"{row['defense']} by {gap:.1f}")
+    if not gaps:
+        return []
+    return [f"PGD overestimates {', '.join(gaps)} points against AutoAttack: quote AutoAttack, not PGD"]
+
+
+def _unequal(configs: dict[str, Config]) -> list[str]:
+    """Say where rows are trained so differently that a short run's order may be the schedule's."""
+    ends: dict[float, list[str]] = {}
+    for name, c in configs.items():
+        ends.setdefault(ends_at(recipe_of(c.optim.recipe), epochs=c.epochs, warmup=c.optim.warmup), []).append(name)
+    found = []
+    if len(ends) > 1:
+        said = "; ".join(f"{', '.join(names)} at {share:.2g} of it" for share, names in ends.items())
+        found.append(
+            f"the rows end at different shares of their base learning rate ({said}), so part of a difference between "
+            "them may be the schedule's; --optim.recipe NAME puts all on one"
+        )
+    lengths = sorted({c.epochs for c in configs.values()})
+    if len(lengths) > 1:
+        found.append(f"the rows were trained for {' / '.join(map(str, lengths))} epochs; --epochs N gives all the same")
+    return found
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} cores"
