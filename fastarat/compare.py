@@ -20,11 +20,10 @@ from typing import Any, NamedTuple, TypeVar
 from fastarat import tuning
 from fastarat.checks import pick_device
 from fastarat.config import DEFENSES, Config, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
-from fastarat.data import load_dataset
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate, parse_attacks
 from fastarat.files import write_text
-from fastarat.runs import Run, load_network
+from fastarat.runs import Run, dataset_of, load_network
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import Diverged, resolve, train
 from fastarat.tuning import Choice, Settings, parse_tune
@@ -103,7 +102,6 @@ def compare(
     Raises: UserError before any training for a mistake, or a folder of other settings; after the others are done for
         runs that failed.
     """
-    # Longer than others for its docstring: the body is the order of things.
     defenses, tune = [_row_name(d) for d in defenses], dict(tune or {})
     _check_asked(defenses, seeds, base or {}, tune, tune_seeds, parallel)
     parse_attacks(attack)
@@ -183,13 +181,7 @@ class _Runner:
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: Settings = {}
         self.finished: set[Path] = set()
-        config = from_dict(base, source="compare")
-        self.dataset = load_dataset(
-            config.dataset,
-            data_dir=config.data_dir,
-            val_images=config.eval.val_images,
-            image_size=config.image_size,
-        )
+        self.dataset = dataset_of(from_dict(base, source="compare"))
 
     def check(self, grids: Mapping[str, list[Settings]], seed: int) -> None:
         """Find every mistake before any training."""

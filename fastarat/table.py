@@ -91,26 +91,21 @@ class Comparison:
         return "".join(f"% {line}\n" for line in self.note().splitlines() if line) + f"{table}\n"
 
     def csv(self) -> str:
-        keys = [*self.settings["keys"], "sum", "nrr"]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                *("defense", "seeds", "images"),
-                *(f"{k}_{s}" for k in keys for s in ("mean", "std")),
-                *("epoch_s", "schedule", "settings", "tried", "collapsed", "diverged"),
-                *("published_clean", "published_aa", "published_source"),
-            ]
-        )
+        lines = []
         for row in self.rows:
-            cells = [row["defense"], len(row["seeds"]), self.settings["num_images"]]
-            for key in keys:
-                value = row.get(key) or {"mean": "", "std": ""}
-                cells += [value["mean"], "" if value["std"] is None else value["std"]]
-            cells += ["" if row["epoch_s"] is None else row["epoch_s"], row["schedule"], _in_words(row["settings"])]
-            cells.append(row["tried"])
-            cells += [" ".join(map(str, row[kind])) for kind in ("collapsed", "diverged")]
-            writer.writerow([*cells, *((row["published"] or {}).get(k, "") for k in ("clean", "autoattack", "source"))])
+            line = {"defense": row["defense"], "seeds": len(row["seeds"]), "images": self.settings["num_images"]}
+            for key in (*self.settings["keys"], "sum", "nrr"):
+                line |= {f"{key}_{part}": (row.get(key) or {}).get(part) for part in ("mean", "std")}
+            line |= {"epoch_s": row["epoch_s"], "schedule": row["schedule"], "settings": _in_words(row["settings"])}
+            line |= {"tried": row["tried"], **{k: " ".join(map(str, row[k])) for k in ("collapsed", "diverged")}}
+            published = row["published"] or {}
+            for name, part in (("clean", "clean"), ("aa", "autoattack"), ("source", "source")):
+                line[f"published_{name}"] = published.get(part)
+            lines.append(line)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
         return file.getvalue()
 
     def to_json(self) -> str:
@@ -153,24 +148,23 @@ class Comparison:
         return not title.startswith(("published", "schedule", "settings"))
 
     def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
-        keys = self.settings["keys"]
-        shown = [*keys, *(("sum", "nrr") if self._sums() else ())]
-        head = ["defense", *(_title(key) for key in shown), "s/epoch"]
+        """Return the titles of the columns, and the cells of every row."""
+        shown = {key: attack_title(key) for key in self.settings["keys"]}
+        shown |= {"sum": "Sum", "nrr": "NRR"} if self._sums() else {}
         optional = {
             "collapsed": self._shows_collapsed(),
             "schedule": len({row["schedule"] for row in self.rows}) > 1,
             "settings": any(row["settings"] for row in self.rows),
             "published clean / AutoAttack": any(row["published"] for row in self.rows),
         }
-        head += [title for title, there in optional.items() if there]
         body = []
         for row in self.rows:
             cells = {"defense": row["defense"]}
-            cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"
-            for key in shown:
+            for key, title in shown.items():
                 value = row.get(key)
                 spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
-                cells[_title(key)] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
+                cells[title] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
+            cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"
             bad = len({*row["collapsed"], *row["diverged"]})
             cells["collapsed"] = f"{bad} of {len(row['seeds'])}" if bad else "0"
             cells["schedule"] = row["schedule"]
@@ -180,23 +174,15 @@ class Comparison:
             cells["published clean / AutoAttack"] = (
                 f"{p['clean']:.2f} / {p['autoattack']:.2f} ({p['source']})" if p else empty
             )
-            body.append([cells[title] for title in head])
-        return head, body
+            body.append({title: cell for title, cell in cells.items() if optional.get(title, True)})
+        return list(body[0]), [list(cells.values()) for cells in body]
 
     def save(self) -> Path:
         """Write table.md, .tex, .csv and .json into the comparison's folder."""
-        for suffix, text in (
-            ("md", self.markdown() + "\n"),
-            ("tex", self.latex()),
-            ("csv", self.csv()),
-            ("json", self.to_json()),
-        ):
+        forms = {"md": self.markdown() + "\n", "tex": self.latex(), "csv": self.csv(), "json": self.to_json()}
+        for suffix, text in forms.items():
             write_text(self.out / f"table.{suffix}", text)
         return self.out / "table.md"
-
-
-def _title(key: str) -> str:
-    return {"sum": "Sum", "nrr": "NRR"}.get(key) or attack_title(key)
 
 
 def _in_words(settings: dict[str, Any]) -> str:
