@@ -225,7 +225,8 @@ _COMPARE = ("defenses", "seeds", "test_attack", "limit", "parallel", "tune", "tu
 
 def _compare(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
-    from fastarat.compare import compare, parse_tune
+    from fastarat.compare import compare
+    from fastarat.tuning import parse_tune
 
     parser.add_argument("--defenses", required=True, help="comma-separated, of " + ", ".join(c.DEFENSES) + ", or "
                         "FILE.py:CLASS; NAME+swa averages weights")  # fmt: skip

@@ -26,9 +26,7 @@ from fastarat.files import write_text
 from fastarat.runs import Run, dataset_of, load_network
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import Diverged, resolve, train
-from fastarat.tuning import Choice, Settings, parse_tune
-
-__all__ = ["Comparison", "compare", "parse_tune"]
+from fastarat.tuning import Choice, Settings
 
 _ROWS_OWN = {"seed": "seeds", "defense": "defenses", "swa": "a row named NAME+swa", "out": "out"}
 
@@ -403,11 +401,6 @@ def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, A
     meta = run.meta(plan.which)
     saved = json.loads(file.read_text(encoding="utf-8"))
     found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
-    asked = {
-        "attacks": [a.name for a in parse_attacks(attack)],
-        "limit": limit,
-        "epoch": meta["epoch"],
-        "epsilon": meta["epsilon"],
-        "norm": meta["norm"],
-    }
+    asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
+    asked |= {key: meta[key] for key in ("epoch", "epsilon", "norm")}
     return saved if all(found.get(key) == value for key, value in asked.items()) else None

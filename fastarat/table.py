@@ -223,7 +223,7 @@ def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, o
         "norm": first.attack.norm,
         "keys": keys,
         "num_images": one["num_images"],
-        "device": _device(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} cores",
         "torch": torch.__version__,
         "rule": rule(tune_seeds, [name for name, row in rows.items() if row.tried]),
         "warnings": [*_unequal(configs), *overestimates(table)],
@@ -256,11 +256,8 @@ def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dic
 def _spread(values: list[float]) -> dict[str, Any] | None:
     if not values:
         return None
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-    }
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
 
 
 def collapsed(robust: Mapping[int, float | None], num_classes: int) -> list[int]:
@@ -289,9 +286,8 @@ def overestimates(rows: Sequence[dict[str, Any]]) -> list[str]:
         aa = row.get("robust_acc_aa")
         if pgd and aa and (gap := 100 * (min(pgd) - aa["mean"])) > 5:
             gaps.append(f"{row['defense']} by {gap:.1f}")
-    if not gaps:
-        return []
-    return [f"PGD overestimates {', '.join(gaps)} points against AutoAttack: quote AutoAttack, not PGD"]
+    said = f"PGD overestimates {', '.join(gaps)} points against AutoAttack: quote AutoAttack, not PGD"
+    return [said] if gaps else []
 
 
 def _unequal(configs: dict[str, Config]) -> list[str]:
@@ -310,7 +306,3 @@ def _unequal(configs: dict[str, Config]) -> list[str]:
     if len(lengths) > 1:
         found.append(f"the rows were trained for {' / '.join(map(str, lengths))} epochs; --epochs N gives all the same")
     return found
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} cores"

@@ -10,12 +10,12 @@ import torch
 import fastarat
 from fastarat import compare as module
 from fastarat.cli import main
-from fastarat.compare import compare, parse_tune
+from fastarat.compare import compare
 from fastarat.config import from_dict
 from fastarat.runs import Run
 from fastarat.schedules import ends_at, recipe_of
 from fastarat.table import PUBLISHED, collapsed, overestimates
-from fastarat.tuning import FINALISTS
+from fastarat.tuning import FINALISTS, parse_tune
 
 BASE = {
     "limit_train": 64, "batch_size": 32, "epochs": 2, "tensorboard": False,
