@@ -36,6 +36,7 @@ from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
+from fastarat.runs import load_start
 from fastarat.specs import Attack, Fast
 from fastarat.training import pick_device, usable_precision
 
@@ -531,6 +532,7 @@ def make_step(config: BenchConfig, defense: Defense, device: torch.device, preci
     """Build the step that `config` describes; `config.batch_size` and `.precision` are not read."""
     torch.manual_seed(0)
     model = build_model(config.model, num_classes=config.num_classes, image_size=config.image_size).to(device)
+    load_start(defense, model)
     return TrainStep(
         model,
         defense,

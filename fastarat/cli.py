@@ -9,9 +9,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastarat.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fastarat.config import Config
+    from fastarat.data import Dataset
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,16 +148,14 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 
 def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.checks import checked_budget, checked_seed
-    from fastarat.data import load_dataset
     from fastarat.evaluation import check_writable, evaluate, parse_attacks
-    from fastarat.training import accuracy_name, check_branch, load_run, pick_device
+    from fastarat.runs import WEIGHTS, Run, check_branch, load_network
+    from fastarat.training import accuracy_name, pick_device
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
                         "autoattack, apgd-ce, apgd-t, fab-t, square (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--weights", default="last", choices=("last", "best", "swa", "ema"), help="of a run folder (default: last)"
-    )
+    parser.add_argument("--weights", default="last", choices=WEIGHTS, help="of a run folder (default: last)")
     parser.add_argument("--epsilon", help="pixel units, such as 8/255 (default: the run's)")
     parser.add_argument("--step-size", help="of PGD, pixel units (default: epsilon / 4)")
     parser.add_argument("--norm", help="linf or l2 (default: the run's)")
@@ -173,35 +175,19 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     checked_seed(args.seed)
     parse_attacks(args.attack)
     device = pick_device(args.device)
-    model, meta, config = load_run(args.run, args.weights)
+    model, meta, config = load_network(args.run, args.weights)
     check_branch(args.run, meta, args.branch, args.weights if Path(args.run).is_dir() else "")
     epsilon = meta["epsilon"] if args.epsilon is None else args.epsilon
     budget = checked_budget(epsilon, args.step_size, meta["norm"] if args.norm is None else args.norm, where="--")
-    if config is None and not args.dataset:
-        raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
-    dataset = load_dataset(
-        args.dataset or config.dataset,
-        data_dir=args.data_dir or (config.data_dir if config else "data"),
-        val_images=config.eval.val_images if config and not args.dataset else None,
-        image_size=config.image_size if config else None,
-    )
-    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
-        raise UserError(
-            f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
-            f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
-        )
+    dataset = _data_to_evaluate(args, meta, config)
     if args.limit is not None and args.limit > len(dataset.test):
         print(f"note: --limit {args.limit} is above the {len(dataset.test):,} test images: all of them are evaluated")
-    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    where = (
-        Path(args.out)
-        if args.out
-        else folder / ("eval.json" if args.weights == "last" else f"eval-{args.weights}.json")
-    )
+    run = Run.holding(args.run)
+    where = Path(args.out) if args.out else run.evaluation(args.weights)
     check_writable(where)
     result = evaluate(
         model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
-        seed=args.seed, branch=args.branch, state_dir=folder / "eval", tf32=args.tf32,
+        seed=args.seed, branch=args.branch, state_dir=run.state_dir, tf32=args.tf32,
     )  # fmt: skip
     result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     result.save(where)
@@ -215,12 +201,32 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
+def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Config | None) -> Dataset:
+    from fastarat.data import load_dataset
+
+    if config is None and not args.dataset:
+        raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
+    dataset = load_dataset(
+        args.dataset or config.dataset,
+        data_dir=args.data_dir or (config.data_dir if config else "data"),
+        val_images=config.eval.val_images if config and not args.dataset else None,
+        image_size=config.image_size if config else None,
+    )
+    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
+        raise UserError(
+            f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
+            f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
+        )
+    return dataset
+
+
 _COMPARE = ("defenses", "seeds", "test_attack", "limit", "parallel", "tune", "tune_seeds", "config")
 
 
 def _compare(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
-    from fastarat.compare import compare, parse_tune
+    from fastarat.compare import compare
+    from fastarat.tuning import parse_tune
 
     parser.add_argument("--defenses", required=True, help="comma-separated, of " + ", ".join(c.DEFENSES) + ", or "
                         "FILE.py:CLASS; NAME+swa averages weights")  # fmt: skip
@@ -282,6 +288,7 @@ def _report(parser: _Parser, argv: list[str]) -> int:
 def _import(parser: _Parser, argv: list[str]) -> int:
     from fastarat.config import coerce
     from fastarat.interchange import import_checkpoint
+    from fastarat.runs import Run
 
     parser.add_argument("file", help="checkpoint (.pt, .pth, .safetensors); no code in it is run")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder to make")
@@ -301,7 +308,7 @@ def _import(parser: _Parser, argv: list[str]) -> int:
         mean=coerce(args.mean, numbers, "--mean", "flags") if args.mean else None,
         std=coerce(args.std, numbers, "--std", "flags") if args.std else None, prefer=args.prefer,
     )  # fmt: skip
-    print((where / "card.txt").read_text(), end="")
+    print(Run(where).card_file.read_text(encoding="utf-8"), end="")
     data = "" if args.dataset else " --dataset NAME"
     print(f"done: {where}. Next: fastarat eval {where}{data} --attack clean,pgd-20")
     return 0
@@ -309,19 +316,20 @@ def _import(parser: _Parser, argv: list[str]) -> int:
 
 def _export(parser: _Parser, argv: list[str]) -> int:
     from fastarat.interchange import FORMATS, TOLERANCE, export
+    from fastarat.runs import WEIGHTS, Run
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--format", default="safetensors", help=f"{', '.join(FORMATS)} (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="default: WEIGHTS-BRANCH.* in export/ beside the weights")
     parser.add_argument("--branch", default="adv", help="BatchNorm branch (default: adv, as published numbers)")
-    parser.add_argument("--weights", default="last", choices=("last", "best", "swa", "ema"), help="default: last")
+    parser.add_argument("--weights", default="last", choices=WEIGHTS, help="default: last")
     parser.add_argument("--images", type=int, default=1000, help="robustbench: test images to check (default: 1000)")
     parser.add_argument("--data-dir", help="robustbench: default: the run's")
     args = parser.parse_args(argv)
     run = Path(args.run)
     name = f"{args.weights if run.is_dir() else run.stem}-{args.branch}"
     name += "-robustbench" if args.format == "robustbench" else ""
-    folder = (run if run.is_dir() else run.parent) / "export"
+    folder = Run.holding(run).path / "export"
     where = export(
         run, args.out or folder / f"{name}{FORMATS.get(args.format, '')}", format=args.format, branch=args.branch,
         which=args.weights, num_images=args.images, data_dir=args.data_dir,

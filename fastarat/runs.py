@@ -1,211 +1,292 @@
-"""The run folder: resolved config, metrics, checkpoints that survive a kill at any moment."""
+"""The run folder: its files by name, how they are written and read, and the networks that lie in it."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastarat.config import Config, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.data import Dataset, load_dataset
+from fastarat.defenses import Defense
 from fastarat.errors import UserError
+from fastarat.evaluation import wilson
+from fastarat.files import (
+    FORMAT,
+    load_checkpoint,
+    load_into,
+    load_weights,
+    make_writable,
+    save_weights,
+    write_atomic,
+    write_text,
+)
+from fastarat.nets.batchnorm import split_batchnorm
+from fastarat.nets.models import build_model
 
-FORMAT = 1
+WEIGHTS = ("last", "best", "swa", "ema")
+"""What a run may leave weights of: the last epoch, the best one on validation images, two averages."""
+MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "tensorboard", "out")
+"""Settings that leave a run the same run: they may change when it is resumed, or looked for by `compare`."""
 
 
-def write_atomic(path: Path, write) -> None:
-    """Call `write(temporary path)`, flush it to disk and rename: a reader sees the old file or the new, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}. Free space or choose another --out."
-        ) from error
+class Run:
+    """A run folder; making one of these reads and writes nothing.
 
-
-class RunFolder:
-    """A folder holding config.yaml, card.txt, metrics.jsonl, last.pt, best.pt and their .safetensors.
-
-    Raises: UserError when the folder exists already (nothing is overwritten) or cannot be written.
+    `which` is one of WEIGHTS throughout.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if resume:
-            if not (self.path / "config.yaml").is_file():
-                raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml")
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        self.config_file = self.path / "config.yaml"
+        self.card_file = self.path / "card.txt"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard_dir = self.path / "tensorboard"
+        self.state_dir = self.path / "eval"
+        """Where AutoAttack keeps the batches it has finished."""
+
+    @classmethod
+    def holding(cls, path: str | Path) -> Run:
+        """Return the run folder that `path` is, or that a checkpoint lies in."""
+        path = Path(path)
+        return cls(path if path.is_dir() else path.parent)
+
+    @classmethod
+    def create(cls, path: str | Path) -> Run:
+        """Make the folder. Raises: UserError when it exists (nothing is overwritten) or cannot be written."""
+        run = cls(path)
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise UserError(
-                f"run folder {self.path} exists already: continue it with --resume {self.path}, or choose another --out"
+                f"run folder {run.path} exists already: continue it with --resume {run.path}, or choose another --out"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}. Choose another --out.") from error
+        make_writable(run.path)
+        return run
 
-    def save(self, name: str, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    @classmethod
+    def resume(cls, path: str | Path) -> Run:
+        """Open a folder to go on in it. Raises: UserError when it holds no run or cannot be written."""
+        run = cls(path)
+        run._must_exist()
+        make_writable(run.path)
+        for which in WEIGHTS:  # what a kill left half written
+            for partial in run.path.glob(f".{which}.*.partial"):
+                partial.unlink(missing_ok=True)
+        return run
+
+    def _must_exist(self) -> None:
+        if not self.config_file.is_file():
+            raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml")
+
+    def weights(self, which: str = "last") -> Path:
+        return self.path / f"{which}.safetensors"
+
+    def checkpoint(self, which: str = "last") -> Path:
+        return self.path / f"{which}.pt"
+
+    def evaluation(self, which: str = "last") -> Path:
+        """What `fastarat eval` found."""
+        return self.path / ("eval.json" if which == "last" else f"eval-{which}.json")
+
+    def compared(self, which: str = "last") -> Path:
+        """What `compare` found: a file of its own, since `fastarat eval` may look at another budget."""
+        return self.path / f"compare-{which}.json"
+
+    def save(self, which: str, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write NAME.safetensors (weights) and NAME.pt (everything), each whole or not at all, weights first."""
-        self.save_weights(name, state["step"]["model"], {**meta, "epoch": state["epoch"]})
-        write_atomic(self.path / f"{name}.pt", lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
+        self.save_weights(which, state["step"]["model"], {**meta, "epoch": state["epoch"]})
+        write_atomic(self.checkpoint(which), lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
 
-    def save_weights(self, name: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        # A copy per tensor: two names may share storage, which the format refuses.
-        weights = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-        metadata = {"fastarat": json.dumps(meta)}
-        write_atomic(self.path / f"{name}.safetensors", lambda p: save_file(weights, p, metadata=metadata))
+    def save_weights(self, which: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        save_weights(self.weights(which), weights, meta)
 
-    def load(self, name: str = "last", map_location: Any = "cpu") -> dict[str, Any]:
-        return load_checkpoint(self.path / f"{name}.pt", map_location)
+    def load(self, which: str = "last", map_location: Any = "cpu") -> dict[str, Any]:
+        """Read what `save` wrote. Raises: UserError if it is missing or corrupt."""
+        return load_checkpoint(self.checkpoint(which), map_location)
+
+    def meta(self, which: str = "last") -> dict[str, Any]:
+        """Return what is known of these weights: model, num_classes, defense, epsilon, epoch and more."""
+        return load_weights(self.weights(which))[1]
+
+    def finished(self) -> bool:
+        """Whether all epochs, and the averaging after them, are done; opens the last checkpoint."""
+        config = self.read_config()
+        if config is None or not self.checkpoint().is_file():
+            return False
+        done = self.load()["epoch"] >= (config.epochs or 0)
+        return done and (not config.swa or self.weights("swa").is_file())
+
+    def read_config(self) -> Config | None:
+        """Return the config the run was started with; None where there is no config.yaml."""
+        if not self.config_file.is_file():
+            return None
+        return from_dict(read_yaml(self.config_file), source=str(self.config_file))
+
+    def write_config(self, config: Config) -> None:
+        write_yaml(config, self.config_file)
+
+    def config_to_resume(self, overrides: dict[str, Any]) -> Config:
+        """Return the saved config with `overrides`. Raises: UserError for a setting that may not differ."""
+        self._must_exist()
+        saved = self.read_config()
+        for key in overrides:
+            if key not in MAY_DIFFER:
+                raise UserError(
+                    f"--resume continues {self.path} as it was started: {key} cannot change (only "
+                    f"{', '.join(MAY_DIFFER[:-1])} may); start another run for that"
+                )
+        return from_dict({**to_dict(saved), **overrides, "out": str(self.path)}, source=str(self.config_file))
+
+    def difference(self, config: Config) -> tuple[str, Any] | None:
+        """Return the first setting (dotted name) that makes `config` another run than this one, and its value here."""
+        saved = self.read_config()
+        return None if saved is None else next(_differences(to_dict(config), to_dict(saved)), None)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
+        """Return one row per epoch, those there are."""
         rows = []
-        for line in path.read_text().splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else ():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the line being written when the process was killed
+            except json.JSONDecodeError:  # the line that a run in progress, or killed, was writing
                 continue
         return rows
+
+    def last_validation(self) -> dict[str, float]:
+        """Return the accuracies on validation images after the last epoch so far: clean_acc, robust_acc (under PGD)."""
+        last = (self.metrics() or [{}])[-1]
+        robust = next((value for key, value in last.items() if key.startswith("val/robust_acc_pgd")), None)
+        found = {"clean_acc": last.get("val/clean_acc"), "robust_acc": robust}
+        return {key: value for key, value in found.items() if value is not None}
 
     def truncate_metrics(self, epoch: int) -> None:
         """Drop what was logged after `epoch`: a resumed run logs it again."""
         rows = [row for row in self.metrics() if row["epoch"] <= epoch]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomic(self.path / "metrics.jsonl", lambda p: p.write_text(text))
+        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
+    def read_evaluation(self, which: str = "last") -> dict[str, Any] | None:
+        """Return what `fastarat eval` found: settings, num_images, accuracy by key; None where there is nothing.
 
-# What people take for a checkpoint: first bytes, and what a file that begins with them is.
-_KINDS = (
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
-    (b"%PDF", "a PDF document"),
-    (b"\x1f\x8b", "a gzip archive (unpack it)"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull gets the file itself)"),
-    (b"<", "a web page (the download did not give the file)"),
-)
-
-
-def check_kind(path: Path) -> None:
-    """Raise UserError for a file whose first bytes say that it is something else than a checkpoint."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    found = next((what for magic, what in _KINDS if head.lstrip().startswith(magic)), None)
-    if not head:
-        found = "an empty file"
-    elif found is None and path.suffix != ".safetensors":
-        # What torch.save writes is a zip archive, long ago a pickle or a tar archive.
-        torchs = head.startswith((b"PK", b"\x80")) or head[257:262] == b"ustar"
-        found = None if torchs else f"a file that begins with {head[:8]!r}"
-    if found:
-        raise UserError(f"{path} cannot be read: it is {found}, not a checkpoint, or corrupt")
-
-
-def load_tensors(path: Path, map_location: Any = "cpu") -> Any:
-    """Read what torch.save wrote, running no code of the file. Raises: UserError for all that it cannot read."""
-    try:
-        check_kind(path)
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"(?:GLOBAL|global|class|type) ([\w.]+\.\w+)", str(error)):
+        Raises: UserError for a file that is no evaluation.
+        """
+        file = self.evaluation(which)
+        if not file.is_file():
+            return None
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
+            for key in {*accuracy, *settings.get("attacks", {}).values()}:
+                wilson(float(accuracy[key]), count)
+            str(settings["norm"]), float(settings["epsilon"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(
-                f"{path} cannot be read: it holds a pickled {named[1]}, and unpickling classes would run code of the "
-                "file, which fastarat never does; in the authors' own code, save the state dict alone "
-                "(torch.save(model.state_dict(), FILE))"
+                f"{file} is not an evaluation that can be read ({type(error).__name__}: {error}): delete it, then "
+                f"fastarat eval {shlex.quote(str(self.path))}"
             ) from error
-        # PyTorch's own text advises to switch its protection off.
-        raise UserError(f"{path} cannot be read: it is corrupt or not a PyTorch checkpoint; get it again") from error
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in many ways
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{path} cannot be read: it is a TorchScript program, not a state dict; save model.state_dict() in the "
-                "authors' code"
-            ) from error
-        first = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"{path} cannot be read ({first}): it is corrupt or not a PyTorch checkpoint; get it again"
-        ) from error
+        return found
+
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Return `read_evaluation` of all weights that were evaluated, by their name."""
+        found = {which: self.read_evaluation(which) for which in WEIGHTS}
+        return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
 
 
-def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a .pt checkpoint of fastarat (tensors and plain values only). Raises: UserError if missing or corrupt."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}")
-    try:
-        state = load_tensors(Path(path), map_location)
-    except UserError as error:
-        raise UserError(f"{error}. Or use another: best.pt beside last.pt, or an earlier run") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "step" not in state:
-        raise UserError(
-            f"{path} is not a fastarat checkpoint of format {FORMAT}; others' are read by "
-            f"`fastarat import {path} --out RUN`"
-        )
-    return state
+def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = ""):
+    for key, value in asked.items():
+        other = found.get(key)
+        if isinstance(value, dict):
+            yield from _differences(value, other or {}, f"{prefix}{key}.")
+        elif value != other and prefix + key not in MAY_DIFFER:
+            yield prefix + key, other
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read weights and metadata from a fastarat .safetensors or .pt file.
+def dataset_of(config: Config, data_dir: str | Path | None = None) -> Dataset:
+    """Load the data set that a config names, split as it says. data_dir: instead of the config's."""
+    return load_dataset(
+        config.dataset,
+        data_dir=config.data_dir if data_dir is None else data_dir,
+        val_images=config.eval.val_images,
+        image_size=config.image_size,
+    )
 
-    Returns: state dict on the CPU, metadata (model, num_classes, in_channels, image_size, branches, defense, epsilon).
-    Raises: UserError for a missing, corrupt or foreign file.
+
+def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str = "last") -> None:
+    """Raise UserError unless a run's network has a BatchNorm set `branch` that can be used."""
+    known = meta["branches"] or ["adv"]
+    if branch not in known:
+        why = "" if meta["branches"] else " (this network has one BatchNorm set, called adv)"
+        raise UserError(f"no BatchNorm branch {branch!r} in {run}: it has {', '.join(known)}{why}")
+    if (which == "swa" or meta.get("swa")) and meta["branches"] and branch != "adv":
+        raise UserError("the averaged network's clean BatchNorm was never re-estimated: take branch adv, or last")
+
+
+def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict[str, Any], Config | None]:
+    """Rebuild a trained network from a run folder or a checkpoint file.
+
+    Args:
+        path: run folder, .safetensors or .pt. which: one of WEIGHTS, for a folder.
+    Returns: model on the CPU in eval mode, metadata, and the run's config (None for a file elsewhere).
+    Raises: UserError for anything missing, corrupt, or of another architecture.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        state = load_checkpoint(path)
-        return state["step"]["model"], {**state["meta"], "epoch": state["epoch"]}
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}")
-    check_kind(path)
+    if not path.exists():
+        raise UserError(f"no run folder or checkpoint {path}")
+    run, file = Run.holding(path), path
+    if path.is_dir():
+        file = run.weights(which)
+        if not file.exists():
+            there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
+            raise UserError(f"{path} has no {which} weights (there: {there})")
+    weights, meta = load_weights(file)
+    mean = [0.0] * meta["in_channels"] if meta["normalized"] else None
+    model = build_model(
+        meta["model"],
+        num_classes=meta["num_classes"],
+        in_channels=meta["in_channels"],
+        image_size=meta["image_size"],
+        mean=mean,
+        std=None if mean is None else [1.0] * len(mean),
+    )
+    if meta["branches"]:
+        split_batchnorm(model, meta["branches"])
+    load_into(model, weights, file)
+    return model.eval().to(memory_format=torch.channels_last), meta, run.read_config()
+
+
+def load_start(defense: Defense, model: nn.Module) -> None:
+    """Load the last weights of the `standard` run that `defense` starts from, if it needs one, into `model`.
+
+    `train` does so by itself; a `TrainStep` of one's own is built from a model that was loaded first.
+
+    Raises: UserError, saying how to get such a run, when none is named, or it is missing, of another defense or
+        another architecture.
+    """
+    if not defense.needs_start:
+        return
+    field = f"defense.{defense.starts_from}"
+    needs = f"{defense.name} starts from a standardly trained network"
+    how = (
+        "get one of the same --model and --dataset with `fastarat train --defense standard --out RUN`, then "
+        f"`fastarat train --defense {defense.name} --{field} RUN`{defense.start_otherwise}"
+    )
+    named = getattr(defense, defense.starts_from)
+    if named is None:
+        raise UserError(f"{needs}, and {field} names none: {how}")
+    path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
-        with safe_open(path, "pt") as file:
-            meta = (file.metadata() or {}).get("fastarat")
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error}): it is corrupt or not a safetensors file"
-        ) from error
-    if meta is None:
-        raise UserError(f"{path} holds no fastarat metadata: it was not written by `fastarat train`")
-    return weights, json.loads(meta)
-
-
-def load_into(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly. Raises: UserError naming the first difference when the architectures differ."""
-    own = model.state_dict()
-    for key in own:
-        if key not in weights:
-            raise UserError(f"{path} is of another architecture: it has no {key!r}; check --model and --defense")
-        if own[key].shape != weights[key].shape:
-            raise UserError(
-                f"{path} is of another architecture: {key!r} is {tuple(weights[key].shape)}, "
-                f"expected {tuple(own[key].shape)}; check --model and the number of classes"
-            )
-    extra = next((key for key in weights if key not in own), None)
-    if extra is not None:
-        raise UserError(f"{path} is of another architecture: this model has no {extra!r}; check --model and --defense")
-    model.load_state_dict(weights)
+        weights, meta = load_weights(path)
+        if meta["defense"] != "standard":
+            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
+        load_into(model, weights, path)
+    except UserError as error:
+        raise UserError(f"{field}={named}: {error}. {needs}: {how}") from error

@@ -23,33 +23,31 @@ from tqdm import tqdm
 from fastarat.averages import MovingAverage, WeightAverage, averaged_model
 from fastarat.card import card_rows, default_recipe
 from fastarat.checks import pick_device
-from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.config import Config, defense_key, to_dict
 from fastarat.data import (
     Dataset,
     Loader,
     Split,
     default_augment,
     derive_seed,
-    load_dataset,
     make_loader,
     stratified_indices,
 )
 from fastarat.defenses import DEFENSES, Defense
-from fastarat.defenses.base import resuming
 from fastarat.doctor import bf16_support
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, attack_title, evaluate
+from fastarat.files import load_into, write_text
 from fastarat.kernels import why_not_triton
 from fastarat.nets.attacker import mode_of
-from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of, split_batchnorm
+from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of
 from fastarat.nets.models import build_model, check_takes
 from fastarat.nets.winograd import qualifies
-from fastarat.runs import RunFolder, load_into, load_weights, write_atomic
+from fastarat.runs import Run, dataset_of, load_start
 from fastarat.schedules import counted, in_words, lr_at, momentum_at, recipe_of
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
-_MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "tensorboard", "out")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ def train(
     """
     one_process()
     if resume is not None:
-        config = _resumed_config(Path(resume), config, overrides or {})
+        if config is not None:
+            raise UserError("resume continues a run with its saved config: give the folder alone")
+        config = Run(resume).config_to_resume(overrides or {})
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
@@ -105,22 +105,6 @@ def one_process() -> None:
             f"WORLD_SIZE={size}: fastarat runs in one process on one device, and a launcher such as torchrun starts "
             f"the same run {size} times; start it without one (several seeds at once: fastarat compare --parallel)"
         )
-
-
-def _resumed_config(run: Path, config: Config | None, overrides: dict[str, Any]) -> Config:
-    if config is not None:
-        raise UserError("resume continues a run with its saved config: give the folder alone")
-    saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else None
-    if saved is None:
-        raise UserError(f"nothing to resume in {run}: it holds no config.yaml")
-    kept = from_dict(saved, source=str(run / "config.yaml"))
-    for key in overrides:
-        if key not in _MAY_DIFFER:
-            raise UserError(
-                f"--resume continues {run} as it was started: {key} cannot change (only {', '.join(_MAY_DIFFER[:-1])} "
-                "may); start another run for that"
-            )
-    return from_dict({**to_dict(kept), **overrides, "out": str(run)}, source=str(run / "config.yaml"))
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:
@@ -210,15 +194,7 @@ class _Training:
                     f"down; write --threads {cores} or leave it out"
                 )
             torch.set_num_threads(config.threads)
-        self.dataset = _limited(
-            load_dataset(
-                config.dataset,
-                data_dir=config.data_dir,
-                val_images=config.eval.val_images,
-                image_size=config.image_size,
-            ),
-            config.limit_train,
-        )
+        self.dataset = _limited(dataset_of(config), config.limit_train)
         _check_sizes(self.dataset, config)
         self.config = config = resolve(config, self.dataset)
         self.recipe = recipe_of(config.optim.recipe)
@@ -240,22 +216,23 @@ class _Training:
             std=std,
         ).to(self.device)
         check_takes(model, config.model, self.dataset.shape)
-        with resuming(resume and (Path(config.out) / "last.pt").is_file()):
-            self.step = TrainStep(
-                model,
-                config.defense,
-                torch.empty(2, *self.dataset.shape),
-                optimizer=sgd(config, self.device),
-                attack=config.attack,
-                fast=dataclasses.replace(
-                    config.fast,
-                    precision=self.precision,
-                    # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-                    capture="off" if self.recipe.one_cycle or config.optim.optimizer == "apex" else config.capture,
-                ),
-                awp=config.awp,
-                awp_warmup=config.awp_warmup,
-            )
+        if not (resume and Run(config.out).checkpoint().is_file()):  # a checkpoint holds all that would be loaded
+            load_start(config.defense, model)
+        self.step = TrainStep(
+            model,
+            config.defense,
+            torch.empty(2, *self.dataset.shape),
+            optimizer=sgd(config, self.device),
+            attack=config.attack,
+            fast=dataclasses.replace(
+                config.fast,
+                precision=self.precision,
+                # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
+                capture="off" if self.recipe.one_cycle or config.optim.optimizer == "apex" else config.capture,
+            ),
+            awp=config.awp,
+            awp_warmup=config.awp_warmup,
+        )
         if type(config.defense) not in DEFENSES.values():
             self.step.rehearse(len(self.dataset.classes), self.dataset.shape)
         self.augment = default_augment(self.dataset) if config.augment else None
@@ -298,7 +275,7 @@ class _Training:
             "epsilon": config.attack.epsilon,
             "norm": config.attack.norm,
         }
-        self.folder = RunFolder(config.out, resume=resume)
+        self.folder = Run.resume(config.out) if resume else Run.create(config.out)
         # A buffer may hold infinity on purpose, such as a mask.
         self.never_finite = _not_finite(self._tensors())
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
@@ -311,8 +288,8 @@ class _Training:
         config, folder = self.config, self.folder
         card = self.card()
         if not self.resume:
-            write_yaml(config, folder.path / "config.yaml")
-        write_atomic(folder.path / "card.txt", lambda p: p.write_text(card + "\n"))
+            folder.write_config(config)
+        write_text(folder.card_file, card + "\n")
         if self.progress:
             print(card, flush=True)
             if self.first_epoch > config.epochs:
@@ -358,7 +335,7 @@ class _Training:
             bar.close()
             if writer is not None:
                 writer.close()
-        finished = self.first_epoch > config.epochs and (folder.path / "swa.safetensors").exists()
+        finished = self.first_epoch > config.epochs and folder.weights("swa").exists()
         if self.average is not None and not finished:
             self._finish_swa()
         return Result(folder.path, folder.metrics(), self.step.model.eval(), config)
@@ -489,7 +466,7 @@ class _Training:
     def _diverged(self, what: str, epoch: int, step: int | None = None) -> Diverged:
         """Build the error that `what` is not finite at `step` of `epoch`, by default after its last one."""
         last = (
-            f"the last good checkpoint is {self.folder.path / 'last.pt'} (epoch {self.saved_epoch})"
+            f"the last good checkpoint is {self.folder.checkpoint()} (epoch {self.saved_epoch})"
             if self.saved_epoch
             else "no checkpoint was written yet"
         )
@@ -548,12 +525,12 @@ class _Training:
         }
 
     def _load(self) -> None:
-        if not (self.folder.path / "last.pt").exists():
+        if not self.folder.checkpoint().exists():
             # Killed before the first checkpoint: the run starts over, in the same folder.
             self.folder.truncate_metrics(0)
             return
         state = self.folder.load(map_location=self.device)
-        load_into(self.step.model, state["step"]["model"], self.folder.path / "last.pt")
+        load_into(self.step.model, state["step"]["model"], self.folder.checkpoint())
         self.step.load_state_dict(state["step"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
@@ -575,7 +552,7 @@ class _Training:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = self.first_epoch if self.resume else None
-        return SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=purge)
+        return SummaryWriter(str(self.folder.tensorboard_dir), purge_step=purge)
 
     # --- card -------------------------------------------------------------------------------------------------------
 
@@ -803,46 +780,3 @@ def _mean_std(split: Split) -> tuple[list[float], list[float]]:
         count += pixels_.numel() // pixels_.shape[1]
     mean = total / count
     return mean.tolist(), (square / count - mean.square()).sqrt().tolist()
-
-
-def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str = "last") -> None:
-    """Raise UserError unless a run's network has a BatchNorm set `branch` that can be used."""
-    known = meta["branches"] or ["adv"]
-    if branch not in known:
-        why = "" if meta["branches"] else " (this network has one BatchNorm set, called adv)"
-        raise UserError(f"no BatchNorm branch {branch!r} in {run}: it has {', '.join(known)}{why}")
-    if (which == "swa" or meta.get("swa")) and meta["branches"] and branch != "adv":
-        raise UserError("the averaged network's clean BatchNorm was never re-estimated: take branch adv, or last")
-
-
-def load_run(path: str | Path, which: str = "last") -> tuple[nn.Module, dict[str, Any], Config | None]:
-    """Rebuild a trained network from a run folder or a checkpoint file.
-
-    Args:
-        path: run folder, .safetensors or .pt. which: "last", "best" or "swa", for a folder.
-    Returns: model on the CPU in eval mode, metadata, and the run's config (None for a file elsewhere).
-    Raises: UserError for anything missing, corrupt, or of another architecture.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no run folder or checkpoint {path}")
-    file = path / f"{which}.safetensors" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
-        raise UserError(f"{path} has no {which} weights (there: {there})")
-    weights, meta = load_weights(file)
-    mean = [0.0] * meta["in_channels"] if meta["normalized"] else None
-    model = build_model(
-        meta["model"],
-        num_classes=meta["num_classes"],
-        in_channels=meta["in_channels"],
-        image_size=meta["image_size"],
-        mean=mean,
-        std=None if mean is None else [1.0] * len(mean),
-    )
-    if meta["branches"]:
-        split_batchnorm(model, meta["branches"])
-    load_into(model, weights, file)
-    saved = file.parent / "config.yaml"
-    config = from_dict(read_yaml(saved), source=str(saved)) if saved.is_file() else None
-    return model.eval().to(memory_format=torch.channels_last), meta, config

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastarat
 from fastarat import attacks
+from fastarat.runs import load_start
 
 EPSILON, STEP, STEPS, BATCH, CLASSES = 0.1, 0.03, 3, 6, 4
 
@@ -79,8 +80,10 @@ def spied(defense):
 
 
 def step_of(defense, net: nn.Module, seed: int = 11) -> fastarat.TrainStep:
+    model = Double(copy.deepcopy(net))
+    load_start(defense, model)
     return fastarat.TrainStep(
-        Double(copy.deepcopy(net)), defense, torch.empty(2, 3, 8, 8), epsilon=EPSILON, step_size=STEP, num_steps=STEPS,
+        model, defense, torch.empty(2, 3, 8, 8), epsilon=EPSILON, step_size=STEP, num_steps=STEPS,
         optimizer=sgd, seed=seed,
     )  # fmt: skip
 

@@ -20,8 +20,7 @@ from fastarat.config import Config, write_yaml
 from fastarat.errors import UserError
 from fastarat.interchange import export, import_checkpoint
 from fastarat.nets.models import build_model
-from fastarat.runs import RunFolder
-from fastarat.training import load_run
+from fastarat.runs import Run, load_network
 
 # The networks as the papers and released files describe them, with PyTorch's own layers; `sets` names the BatchNorm
 # sets of a split network (AR-AT), () is an ordinary one.
@@ -184,7 +183,7 @@ def saved(content, path) -> str:
 def test_split_checkpoints_give_the_same_logits_in_both_branches(tmp_path, make, name, sets):
     theirs = lived(make(sets=sets))
     run = import_checkpoint(saved(theirs.state_dict(), tmp_path / "last.pt"), tmp_path / "run")
-    ours, meta, config = load_run(run)
+    ours, meta, config = load_network(run)
     assert (meta["model"], meta["num_classes"], meta["branches"], config) == (name, 7, ["clean", "adv"], None)
     for own, other in (("clean", sets[0]), ("adv", sets[1])):
         assert same(logits(ours, own), logits(theirs, other)), own
@@ -216,7 +215,7 @@ def test_prefixes_wrappers_and_unused_copies(tmp_path, prefix, wrap):
     theirs = lived(Wide(unused=True))
     state = {prefix + k: v for k, v in theirs.state_dict().items()}
     run = import_checkpoint(saved(wrap(state), tmp_path / "model.pt"), tmp_path / "run")
-    ours, meta, _ = load_run(run)
+    ours, meta, _ = load_network(run)
     assert (meta["model"], meta["branches"]) == ("wrn-10-1", [])
     assert same(logits(ours), logits(theirs))
     card = (run / "card.txt").read_text()
@@ -243,7 +242,7 @@ def test_other_names_of_shortcuts_and_classifier(tmp_path, rename, net):
     state = {rename(k): v for k, v in theirs.state_dict().items()}
     assert state.keys() != theirs.state_dict().keys()
     run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run")
-    assert same(logits(load_run(run)[0]), logits(theirs))
+    assert same(logits(load_network(run)[0]), logits(theirs))
 
 
 @pytest.mark.parametrize("where", ["given", "normalize.", "", "0."])
@@ -259,7 +258,7 @@ def test_normalisation_is_kept_inside(tmp_path, where):
         state = {inner + k: v for k, v in state.items()}
         state |= {n: torch.tensor(v).view(1, 3, 1, 1) for n, v in zip(names, (mean, std), strict=True)}
     run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run", **given)
-    ours, meta, _ = load_run(run)
+    ours, meta, _ = load_network(run)
     normalised = (IMAGES - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     assert meta["normalized"]
     assert same(logits(ours), logits(theirs, images=normalised))
@@ -272,7 +271,7 @@ def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_pat
 
     save_file(state, tmp_path / "a.safetensors")
     run = import_checkpoint(tmp_path / "a.safetensors", tmp_path / "run")
-    ours = load_run(run)[0]
+    ours = load_network(run)[0]
     assert all(p.dtype == torch.float32 for p in ours.parameters())
     assert same(logits(ours), logits(theirs.float()))
     card = (run / "card.txt").read_text()
@@ -282,11 +281,13 @@ def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_pat
 
 def test_one_named_set_is_an_ordinary_network_and_lbgat_s_twin_must_be_named(tmp_path):
     theirs = lived(Wide(sets=("base",)))
-    ours, meta, _ = load_run(import_checkpoint(saved(theirs.state_dict(), tmp_path / "a.pt"), tmp_path / "one"))
+    ours, meta, _ = load_network(import_checkpoint(saved(theirs.state_dict(), tmp_path / "a.pt"), tmp_path / "one"))
     assert meta["branches"] == []
     assert same(logits(ours), logits(theirs, "base"))
     file = saved(ResNet18().state_dict(), tmp_path / "b.pt")
-    assert load_run(import_checkpoint(file, tmp_path / "two", model="resnet18-lbgat"))[1]["model"] == "resnet18-lbgat"
+    assert (
+        load_network(import_checkpoint(file, tmp_path / "two", model="resnet18-lbgat"))[1]["model"] == "resnet18-lbgat"
+    )
 
 
 def test_several_state_dicts_need_a_name(tmp_path):
@@ -298,8 +299,8 @@ def test_several_state_dicts_need_a_name(tmp_path):
         import_checkpoint(file, tmp_path / "run", prefer="bets")
     assert not (tmp_path / "run").exists()
     run = import_checkpoint(file, tmp_path / "run", prefer="best")
-    assert same(logits(load_run(run)[0]), logits(best))
-    assert not same(logits(load_run(run)[0]), logits(last))
+    assert same(logits(load_network(run)[0]), logits(best))
+    assert not same(logits(load_network(run)[0]), logits(last))
 
 
 class Harmful:
@@ -415,7 +416,7 @@ def run_of(folder, net, name, *, branches=(), normalized=False, size=32, dataset
     meta = {"model": name, "num_classes": 3, "in_channels": 3, "image_size": size, "normalized": normalized,
             "branches": list(branches), "defense": "ar-at", "dataset": dataset, "classes": ["a", "b", "c"],
             "epsilon": 8 / 255, "norm": "linf", "epoch": 5}  # fmt: skip
-    run = RunFolder(folder, resume=False)
+    run = Run.create(folder)
     run.save_weights("last", net.state_dict(), meta)
     write_yaml(Config(dataset=dataset, model=name, data_dir=str(folder.parent / "data")), folder / "config.yaml")
     return folder
@@ -446,7 +447,7 @@ def test_state_dicts_load_into_an_ordinary_network(tmp_path, name, literal, bran
         plain.load_state_dict(weights)
         assert same(logits(plain.eval()), logits(ours, branch))
         assert not same(logits(plain), logits(ours, "clean" if branch == "adv" else "adv"))
-    again, meta, _ = load_run(tmp_path / "out.safetensors")
+    again, meta, _ = load_network(tmp_path / "out.safetensors")
     assert (meta["branches"], meta["exported_branch"]) == ([], branch)
     assert same(logits(again), logits(ours, branch))
 
@@ -461,7 +462,7 @@ def test_unsplit_network_and_its_only_branch(tmp_path):
         export(run, tmp_path / "b.pt", format="torch", branch="clean")
     # In and out again, the same weights.
     back = import_checkpoint(tmp_path / "a.pt", tmp_path / "back")
-    assert same(logits(load_run(back)[0]), logits(ours))
+    assert same(logits(load_network(back)[0]), logits(ours))
 
 
 def test_normalisation_is_exported_under_names_a_network_without_it_refuses(tmp_path):
@@ -529,7 +530,7 @@ def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
 
 def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
     run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
-    meta = load_run(run)[1]
+    meta = load_network(run)[1]
 
     def numbers(**changes):
         settings = {"branch": "adv", "norm": "linf", "epsilon": 8 / 255, "limit": 10, **changes}

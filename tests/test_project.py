@@ -21,15 +21,17 @@ ROOT = Path(__file__).parent.parent
 # or those below.
 LAYERS = [
     {"errors", "kernels"},
-    {"checks"},
-    {"specs", "schedules", "runs", "doctor"},
+    {"checks", "files"},
+    {"specs", "schedules", "doctor"},
     {"nets", "data"},
     {"attacks", "losses"},
     {"defenses"},
-    {"config", "engine", "evaluation"},
-    {"averages", "card"},
+    {"config", "engine"},
+    {"evaluation"},
+    {"runs", "averages", "card"},
     {"training"},
-    {"report", "interchange", "table", "bench"},
+    {"report", "interchange", "tuning", "bench"},
+    {"table"},
     {"compare"},
     {"cli"},
 ]

@@ -20,11 +20,12 @@ from fastarat.data import load_dataset
 from fastarat.defenses import ARAT, AT
 from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, collect, evaluate
+from fastarat.files import load_weights
 from fastarat.nets.batchnorm import SplitBatchNorm2d, branch
 from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, predicted, report
-from fastarat.runs import RunFolder, load_weights
+from fastarat.runs import Run, load_network
 from fastarat.specs import Attack
-from fastarat.training import load_run, train
+from fastarat.training import train
 
 EPSILON = 0.2
 
@@ -42,7 +43,7 @@ def trained(tmp_path_factory):
             tensorboard=False, device="cpu", out=str(root / name), attack=Attack(num_steps=1, epsilon=EPSILON),
         )  # fmt: skip
         paths.append(train(config, progress=False).run)
-    model, *_ = load_run(paths[0])
+    model, *_ = load_network(paths[0])
     test = load_dataset("digits").test
     evaluate(model, test, "clean,pgd-2-2", epsilon=8 / 255, limit=20, progress=False).save(paths[0] / "eval.json")
     yield paths
@@ -111,7 +112,7 @@ def test_text_escapes_names_and_names_attack_images_and_budget(trained, tmp_path
 
 
 def test_rows_of_different_numbers_of_images_are_warned_of(run, tmp_path):
-    model, *_ = load_run(run)
+    model, *_ = load_network(run)
     test = load_dataset("digits").test
     for weights, limit in (("eval", 20), ("eval-best", 30)):
         evaluate(model, test, "clean", limit=limit, progress=False).save(run / f"{weights}.json")
@@ -142,7 +143,7 @@ def test_grid_shows_the_predictions_of_the_saved_model(trained, tmp_path, monkey
     images, labels = images[rows], labels[rows]
     expected = []
     for path in trained:
-        model, *_ = load_run(path)
+        model, *_ = load_network(path)
         attacked = adversarial_examples(model, images, labels, epsilon=EPSILON, num_steps=20)
         for x in (images, attacked):
             with torch.no_grad(), branch(model, "adv"):
@@ -273,7 +274,7 @@ def test_best_epoch_is_the_checkpoints_own(trained, run):
     assert f"1 (chosen by {found.best['value']:.2%} under PGD-10)" in module._metrics_table([found]).rows[-1]
     weights, meta = load_weights(run / "best.safetensors")
     del meta["best"]  # a run from before the rule was kept
-    RunFolder(run, resume=True).save_weights("best", weights, meta)
+    Run(run).save_weights("best", weights, meta)
     assert module._read(run, "run").best == {key: found.best[key] for key in ("epoch", "by", "value")}
     (run / "best.safetensors").unlink()
     assert module._read(run, "run").best is None
@@ -311,7 +312,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 def test_different_data_sets_are_refused(trained, run, tmp_path):
     weights, meta = load_weights(run / "last.safetensors")
-    folder = RunFolder(run, resume=True)
+    folder = Run(run)
     for change, words in (
         ({"dataset": "pics", "image_size": 16}, r"digits \(10 classes, 1x8x8\).*pics \(10 classes, 1x16x16\)"),
         ({"classes": list("abcdefghij")}, "other class names"),

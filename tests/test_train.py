@@ -15,9 +15,10 @@ import fastarat
 from fastarat.config import Config, EvalConfig, OptimConfig, SwaConfig, from_dict, read_yaml
 from fastarat.data import load_dataset
 from fastarat.engine.step import TrainStep, frozen
-from fastarat.runs import RunFolder, load_checkpoint
+from fastarat.files import load_checkpoint
+from fastarat.runs import Run, load_network
 from fastarat.specs import Attack
-from fastarat.training import Diverged, load_run, train, usable_precision
+from fastarat.training import Diverged, train, usable_precision
 
 
 def small(out: Path, **options) -> Config:
@@ -78,7 +79,7 @@ def test_run_folder(unbroken):
     value, tie = max(values)
     epoch = 1 + values.index(max(values))
     assert best["best"] == {"epoch": epoch, "by": "robust_acc_pgd2", "value": value, "tie": tie}
-    assert load_run(unbroken, "best")[1]["best"] == best["best"]
+    assert load_network(unbroken, "best")[1]["best"] == best["best"]
 
 
 def test_run_card_says_what_a_number_depends_on(unbroken):
@@ -114,7 +115,7 @@ def test_best_is_chosen_by_what_the_defense_is_for(defense, scores, epoch, tmp_p
     scored(monkeypatch, scores)
     run = train(small(tmp_path / "run", defense=defense), progress=False).run
     assert load_checkpoint(run / "best.pt")["epoch"] == epoch
-    assert load_run(run, "best")[1]["best"]["epoch"] == epoch
+    assert load_network(run, "best")[1]["best"]["epoch"] == epoch
 
 
 def test_the_best_standard_network_has_the_highest_clean_accuracy(tmp_path):
@@ -178,7 +179,6 @@ import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_train import small
-from fastarat import runs as record
 from fastarat.engine import step as engine
 from fastarat.training import train
 calls = 0
@@ -282,7 +282,7 @@ def test_a_run_that_diverges_says_so_and_leaves_only_finite_files(name, lr, tmp_
     assert "check the checkpoint" not in said
     for file in out.glob("*.safetensors"):
         assert all(torch.isfinite(value).all() for value in load_file(file).values()), file.name
-        fastarat.evaluate(load_run(file)[0], load_dataset("digits").test, "clean,pgd-1", epsilon=0.1, limit=50)
+        fastarat.evaluate(load_network(file)[0], load_dataset("digits").test, "clean,pgd-1", epsilon=0.1, limit=50)
 
 
 def broken(monkeypatch, at: int, damage) -> None:
@@ -402,25 +402,25 @@ def test_a_buffer_that_is_infinite_on_purpose_is_no_divergence(tmp_path, monkeyp
 
 
 def test_loading_runs(unbroken, tmp_path):
-    model, meta, config = load_run(unbroken)
+    model, meta, config = load_network(unbroken)
     assert (meta["defense"], meta["epoch"], meta["branches"]) == ("ar-at", 3, ["clean", "adv"])
     assert config.epochs == 3
     assert not model.training
-    from_pt, _, _ = load_run(unbroken / "last.pt")
+    from_pt, _, _ = load_network(unbroken / "last.pt")
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(model(x), from_pt(x))
     with pytest.raises(fastarat.UserError, match="no swa weights"):
-        load_run(unbroken, "swa")
+        load_network(unbroken, "swa")
     with pytest.raises(fastarat.UserError, match="no run folder or checkpoint"):
-        load_run(tmp_path / "nowhere")
+        load_network(tmp_path / "nowhere")
     for name in ("last.pt", "last.safetensors"):
         broken = tmp_path / name
         broken.write_bytes((unbroken / name).read_bytes()[:1000])
         with pytest.raises(fastarat.UserError, match="cannot be read"):
-            load_run(broken)
+            load_network(broken)
     torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
     with pytest.raises(fastarat.UserError, match="not a fastarat checkpoint"):
-        load_run(tmp_path / "foreign.pt")
+        load_network(tmp_path / "foreign.pt")
 
 
 class Evil:
@@ -432,12 +432,12 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "step": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(fastarat.UserError, match="cannot be read"):
-        load_run(tmp_path / "evil.pt")
+        load_network(tmp_path / "evil.pt")
     assert not (tmp_path / "hacked").exists()
 
 
 def test_another_architecture_is_refused(unbroken, tmp_path):
-    from fastarat.runs import load_into, load_weights
+    from fastarat.files import load_into, load_weights
 
     state, _ = load_weights(unbroken / "last.safetensors")
     with pytest.raises(fastarat.UserError, match="another architecture"):
@@ -457,20 +457,20 @@ def test_every_defense_trains_resumes_and_averages(name, tmp_path, monkeypatch):
         tmp_path / "run", defense=kind(**options), epochs=2, swa=True, swa_config=SwaConfig(start=0.4, every=2),
         limit_train=100,
     )  # fmt: skip
-    save, first = RunFolder.save, {}
+    save, first = Run.save, {}
 
     def keep(folder, which, state, meta):
         save(folder, which, state, meta)
         if which == "last" and state["epoch"] == 1:
             first[name] = (folder.path / "last.pt").read_bytes()
 
-    monkeypatch.setattr(RunFolder, "save", keep)
+    monkeypatch.setattr(Run, "save", keep)
     run = train(config, progress=False).run
     rows = metrics(run)
     assert len(rows) == 2
     assert all(torch.isfinite(torch.tensor(v)) for row in rows for v in row.values())
     assert from_dict(read_yaml(run / "config.yaml")).defense == config.defense
-    averaged, meta, _ = load_run(run, "swa")
+    averaged, meta, _ = load_network(run, "swa")
     assert meta["swa"]
     assert torch.isfinite(averaged(torch.rand(4, 1, 8, 8))).all()
     whole = weights(run)
@@ -558,7 +558,7 @@ def test_ema_by_hand_and_through_a_kill(tmp_path):
     a, b = (load_file(run / "ema.safetensors") for run in (whole, halves))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["conv1.weight"], weights(whole)["conv1.weight"])
-    averaged, meta, _ = load_run(whole, "ema")
+    averaged, meta, _ = load_network(whole, "ema")
     assert meta["ema"] == 0.9
     assert torch.isfinite(averaged(torch.rand(2, 1, 8, 8))).all()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
 from fastarat.nets.models import Network
@@ -47,6 +47,8 @@ class ARREST(Defense):
     Noisy replay: x^ is the adversarial image, or x plus uniform noise for an image whose clean representation has
     turned by more than phi from the standard one. Every image is attacked and the choice made on the device: leaving
     the replayed ones out would make the host wait and the shapes vary.
+
+    With a `TrainStep` of your own, load the standard network first: `fastarat.runs.load_start(defense, model)`.
 
     Source: Suzuki et al., ICCV 2023 (arXiv 2308.16454), without public code.
     """
@@ -106,7 +108,6 @@ class ARREST(Defense):
         return {**super().describe(norm), "standard network": str(self.teacher), "noisy replay": replay}
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
-        load_standard(self, self.teacher, model)
         lam = self.lam
         if lam is None:
             lam = model.invariance_weight if isinstance(model, Network) else 30.0

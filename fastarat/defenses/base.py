@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -16,8 +13,6 @@ from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
 from fastarat.checks import settle
-from fastarat.errors import UserError
-from fastarat.runs import load_into, load_weights
 from fastarat.specs import Attack
 
 
@@ -140,7 +135,12 @@ class Defense:
     why_eager: ClassVar[str] = ""
     """Why this defense's step cannot be captured as one graph; empty when it can."""
     starts_from: ClassVar[str] = ""
-    """Name of the field that holds a `standard` run to start from, for a defense that needs one."""
+    """Name of the field that holds a `standard` run to start from, for a defense that needs one.
+
+    `fastarat.train` loads that run into the model (`fastarat.runs.load_start`) before it asks for companions.
+    """
+    start_otherwise: ClassVar[str] = ""
+    """What to do instead of naming such a run, as the error that none is named ends; empty when there is nothing."""
     chosen_by: ClassVar[Literal["robust", "clean"]] = "robust"
     """Accuracy on validation images that chooses the best checkpoint; the other one decides between equals."""
     recipe: ClassVar[str] = "arat"
@@ -163,6 +163,11 @@ class Defense:
     def splits(self) -> bool:
         """Whether the network gets one BatchNorm set per branch."""
         return False
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether these hyper-parameters need the run that `starts_from` speaks of."""
+        return bool(self.starts_from)
 
     def start_kind(self, norm: str) -> str:
         """Return the random start for this norm."""
@@ -209,7 +214,10 @@ class Defense:
         return {}
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
-        """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1]."""
+        """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1].
+
+        model: the network as training begins, the weights of `starts_from` loaded.
+        """
         return nn.ModuleDict()
 
     def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
@@ -280,47 +288,6 @@ class Defense:
         """
 
 
-_RESUMING: ContextVar[bool] = ContextVar("resuming", default=False)
-
-
-@contextmanager
-def resuming(on: bool) -> Iterator[None]:
-    """Inside the block `load_standard` does nothing: the checkpoint about to be loaded holds everything it would."""
-    token = _RESUMING.set(on)
-    try:
-        yield
-    finally:
-        _RESUMING.reset(token)
-
-
-def load_standard(defense: Defense, run: str | None, model: nn.Module, otherwise: str = "") -> None:
-    """Load the last weights of a `standard` run (folder or checkpoint) into `model`, for a defense that starts there.
-
-    otherwise: another mend to name.
-
-    Raises: UserError, saying how to get one, when `run` is None, missing, of another defense or another architecture.
-    """
-    if _RESUMING.get():
-        return
-    field = f"defense.{defense.starts_from}"
-    how = (
-        "get one of the same --model and --dataset with `fastarat train --defense standard --out RUN`, then "
-        f"`fastarat train --defense {defense.name} --{field} RUN`{otherwise}"
-    )
-    if run is None:
-        raise UserError(f"{defense.name} starts from a standardly trained network, and {field} names none: {how}")
-    path = Path(run)
-    path = path / "last.safetensors" if path.is_dir() else path
-    try:
-        weights, meta = load_weights(path)
-        if meta["defense"] != "standard":
-            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
-        load_into(model, weights, path)
-    except UserError as error:
-        needs = f"{defense.name} starts from a standardly trained network"
-        raise UserError(f"{field}={run}: {error}. {needs}: {how}") from error
-
-
 __all__ = [
     "Attacked",
     "Defense",
@@ -328,8 +295,6 @@ __all__ = [
     "Settings",
     "Views",
     "as_typed",
-    "load_standard",
     "network_dtype",
     "random_start",
-    "resuming",
 ]

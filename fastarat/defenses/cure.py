@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views, load_standard, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
 from fastarat.nets.batchnorm import branch
@@ -100,7 +100,8 @@ class CURE(Defense):
 
     A zero gradient is no frozen weight: momentum and weight decay still move it, as released. Student and copy start
     from a `standard` run; without one, `warmup_epochs` of natural training come first (CURE-Eff): the attack's result
-    is then replaced by the clean images and no gradient is masked, so those epochs cost what the others do.
+    is then replaced by the clean images and no gradient is masked, so those epochs cost what the others do. With a
+    `TrainStep` of your own, load the standard run first: `fastarat.runs.load_start(defense, model)`.
 
     Source: Gowda, Zonooz and Arani, ICLR 2024 (arXiv 2401.14948), p, alpha, gamma of ResNet-18 on CIFAR (for SVHN
     alpha 0.2). Which mode made the paper's numbers is not established.
@@ -108,6 +109,7 @@ class CURE(Defense):
 
     name: ClassVar[str] = "cure"
     starts_from: ClassVar[str] = "pretrained"
+    start_otherwise: ClassVar[str] = "; or spend the run's first epochs on it: --defense.warmup-epochs 40 (CURE-Eff)"
     formula: ClassVar[str] = (
         "CE(f(x), y) + beta KL(p(x) || p(x')) + gamma [KL(p_rev(x) || p(x)) + KL(p_rev(x') || p(x'))], gradients masked"
     )
@@ -155,6 +157,10 @@ class CURE(Defense):
     def needs_clean(self) -> bool:
         return self.mode == "rgp"
 
+    @property
+    def needs_start(self) -> bool:
+        return self.pretrained is not None or self.warmup_epochs == 0
+
     def equals_default(self, run: Settings) -> dict[str, object]:
         names = ("defense.p", "defense.alpha", "defense.gamma")
         return dict(zip(names, _OF_PAPER[run.model], strict=True)) if run.model in _OF_PAPER else {}
@@ -187,9 +193,6 @@ class CURE(Defense):
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         maskable(model, self.mode)
-        if self.pretrained is not None or self.warmup_epochs == 0:
-            otherwise = "; or spend the run's first epochs on it: --defense.warmup-epochs 40 (CURE-Eff)"
-            load_standard(self, self.pretrained, model, otherwise)
         return nn.ModuleDict({"revision": Revision(copy.deepcopy(model))})
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:

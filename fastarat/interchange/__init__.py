@@ -25,11 +25,13 @@ from fastarat.config import Config
 from fastarat.data import load_dataset
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.evaluation import collect
+from fastarat.files import check_kind, load_into, load_tensors, write_atomic
 from fastarat.nets.batchnorm import branch as use_branch
 from fastarat.nets.batchnorm import set_backend, single_branch, split_batchnorm
 from fastarat.nets.models import build_model
-from fastarat.runs import RunFolder, check_kind, load_into, load_tensors, write_atomic
-from fastarat.training import check_branch, load_run, pixels
+from fastarat.runs import Run, check_branch
+from fastarat.runs import load_network as load_run
+from fastarat.training import pixels
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.
@@ -177,7 +179,7 @@ def import_checkpoint(
         "epoch": 0,
         "source": {"file": path.name, "sha256": digest, "notes": notes},
     }
-    folder = RunFolder(out, resume=False)
+    folder = Run.create(out)
     folder.save_weights("last", weights, meta)
     card = [
         ("imported", f"{path.name}, sha256 {digest}"),

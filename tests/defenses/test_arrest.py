@@ -23,11 +23,11 @@ from literal import (
 import fastarat
 from fastarat.defenses import ARREST
 from fastarat.losses import angular_distance
-from fastarat.runs import RunFolder
+from fastarat.runs import Run, load_start
 
 
 def saved(folder, model, defense="standard"):
-    RunFolder(folder, resume=False).save_weights("last", model.state_dict(), {"defense": defense})
+    Run.create(folder).save_weights("last", model.state_dict(), {"defense": defense})
     return str(folder)
 
 
@@ -131,8 +131,9 @@ def step_for(tmp_path, **options):
     net = fastarat.build_model("resnet-small", num_classes=CLASSES)
     teacher = saved(tmp_path / "std", net)
     student = fastarat.build_model("resnet-small", num_classes=CLASSES)
-    step = fastarat.TrainStep(student, ARREST(teacher=teacher, **options), torch.empty(2, 3, 8, 8), num_steps=2)
-    return step, net
+    defense = ARREST(teacher=teacher, **options)
+    load_start(defense, student)
+    return fastarat.TrainStep(student, defense, torch.empty(2, 3, 8, 8), num_steps=2), net
 
 
 def test_student_starts_from_the_standard_network_which_never_moves(tmp_path):
@@ -174,6 +175,7 @@ def test_lam_defaults_to_the_networks(tmp_path):
     assert step_for(tmp_path / "b", lam=1.5)[0].companions["teacher"].lam == 1.5
     wide = fastarat.nets.models.WideResNet(10, 1, CLASSES)
     defense = ARREST(teacher=saved(tmp_path / "wide", wide))
+    load_start(defense, wide)
     assert defense.companions(wide, torch.rand(2, 3, 8, 8))["teacher"].lam == 100
 
 
@@ -196,7 +198,7 @@ def test_a_missing_standard_network_stops_before_training(case, tmp_path):
         "not a checkpoint": lambda: (str(tmp_path / "notes.safetensors"), "cannot be read"),
     }[case]()
     with pytest.raises(fastarat.UserError, match=says) as error:
-        fastarat.TrainStep(net, ARREST(teacher=teacher), torch.empty(2, 3, 8, 8))
+        load_start(ARREST(teacher=teacher), net)
     assert "fastarat train --defense standard" in str(error.value)
 
 

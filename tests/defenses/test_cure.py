@@ -13,7 +13,7 @@ from torch import nn
 import fastarat
 from fastarat.defenses import CURE
 from fastarat.defenses.cure import Revision, maskable, quantile
-from fastarat.runs import RunFolder
+from fastarat.runs import Run
 from fastarat.schedules import lr_at, recipe_of
 
 
@@ -46,7 +46,7 @@ def natural_net():
 
 
 def saved(folder, model, defense="standard"):
-    RunFolder(folder, resume=False).save_weights("last", model.state_dict(), {"defense": defense})
+    Run.create(folder).save_weights("last", model.state_dict(), {"defense": defense})
     return str(folder)
 
 
