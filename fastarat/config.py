@@ -16,6 +16,7 @@ import yaml
 
 from fastarat.attacks import Backend, BatchNormMode, Objective, Start
 from fastarat.checks import Norm, Precision, checked_budget, coerce, hints_of, settle, shown
+from fastarat.data import SETS
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.nets.models import MODELS
@@ -107,7 +108,7 @@ class Config:
     """Everything a run depends on. The resolved form is saved in the run folder and reloads to an equal object."""
 
     defense: Defense = field(default_factory=ARAT, metadata={"help": ", ".join(DEFENSES) + ", or FILE.py:CLASS"})
-    dataset: str = _f("digits", "digits, cifar10, cifar100, an image folder, an archive of one, or a .beton")
+    dataset: str = _f("digits", f"{', '.join(SETS)}, an image folder, an archive of one, or a .beton")
     model: str | None = _f(
         None,
         f"{', '.join(sorted(MODELS))}, any wrn-DEPTH-WIDTH, or timm:NAME "
