@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -40,8 +41,8 @@ class Augment:
 def default_augment(dataset: Dataset) -> Augment:
     """Choose the usual augmentation for a data set's shape.
 
-    Sides of 16 and more are padded by 4 (CIFAR's custom), smaller ones by 1 (digits); colour images are
-    flipped, grey ones, which are mostly characters, are not.
+    Sides of 16 and more are padded by 4 (CIFAR's custom), smaller ones by 1 (digits); colour images are flipped,
+    grey ones, which are mostly characters, are not.
     """
     channels, height, width = dataset.shape
     return Augment(padding=4 if min(height, width) >= 16 else 1, flip=channels == 3)
@@ -59,14 +60,14 @@ def augment(images: Tensor, recipe: Augment | None, generator: torch.Generator |
     pixels = images.permute(0, 2, 3, 1)
     if recipe is not None and (recipe.padding or recipe.flip):
         device, padding = images.device, recipe.padding
-        draw = {"generator": generator, "device": device}
+        draw = partial(torch.randint, generator=generator, device=device)
         rows = torch.arange(height, device=device).expand(batch, height)
         columns = torch.arange(width, device=device).expand(batch, width)
         if recipe.flip:
-            flipped = torch.randint(2, (batch, 1), dtype=torch.bool, **draw)
+            flipped = draw(2, (batch, 1), dtype=torch.bool)
             columns = torch.where(flipped, width - 1 - columns, columns)
         if padding:
-            offsets = torch.randint(2 * padding + 1, (2, batch, 1), **draw)
+            offsets = draw(2 * padding + 1, (2, batch, 1))
             rows, columns = rows + offsets[0], columns + offsets[1]
             pixels = F.pad(pixels, (0, 0, padding, padding, padding, padding))
         high, wide = height + 2 * padding, width + 2 * padding
@@ -198,9 +199,9 @@ def make_loader(
 ) -> Loader:
     """Make the loader of a split.
 
-    kind: "resident" keeps the pixels on the device, "ffcv" streams a .beton file; "auto" is resident when the
-    pixels take at most a quarter of the free device memory (on a CPU: of the host's memory), else ffcv.
-    Loader.reason says which.
+    kind: "resident" keeps the pixels on the device, "ffcv" streams a .beton file; "auto" is resident when the pixels
+    take at most a quarter of the free device memory (on a CPU: of the host's memory), else ffcv. Loader.reason says
+    which.
 
     Raises: UserError.
     """
@@ -218,16 +219,8 @@ def make_loader(
         kind = "resident" if fits else "ffcv"
         if not fits and split.beton is None:
             raise UserError(f"{reason}, so the images must be streamed: {prepare_it}, or ask for the resident loader")
-    return {"resident": ResidentLoader, "ffcv": FFCVLoader}[kind](
-        split,
-        batch_size=batch_size,
-        device=device,
-        shuffle=shuffle,
-        seed=seed,
-        recipe=augment,
-        drop_last=drop_last,
-        reason=reason,
-    )
+    chosen = ResidentLoader if kind == "resident" else FFCVLoader
+    return chosen(split, batch_size, device, shuffle, seed, augment, drop_last, reason)
 
 
 def _fits(split: Split, device: torch.device) -> tuple[bool, str]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,7 +52,7 @@ def open_digits(name: str, data_dir: Path, download: bool) -> Stored:
     """scikit-learn's 1,797 handwritten digits of 8x8 grey pixels; they come with it, so nothing is downloaded."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # its pixels count 0..16
     parts = _with_test(images, digits.target.astype(np.int64), _DIGITS_TEST)
     return Stored(name, tuple(str(label) for label in digits.target_names), *parts, "scikit-learn's load_digits")

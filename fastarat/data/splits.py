@@ -84,8 +84,7 @@ class Stored(NamedTuple):
 class Dataset:
     """A named data set. `train` and `val` are cut from the training images; `test` chooses nothing.
 
-    shape: (C, H, W). notes: what a reader of its results must know, such as a test set that we held out
-    ourselves.
+    shape: (C, H, W). notes: what a reader of its results must know, such as a test set that we held out ourselves.
     """
 
     name: str
@@ -100,9 +99,8 @@ class Dataset:
 def derive_seed(seed: int, *parts: int | str) -> int:
     """Mix a seed and what it is for into a new seed of 63 bits.
 
-    The parts are hashed (BLAKE2b) with their types and lengths, so neighbouring seeds and epochs give
-    unrelated streams, ("a", "bc") and ("ab", "c") differ, and the value is the same on every machine and
-    Python.
+    The parts are hashed (BLAKE2b) with their types and lengths, so neighbouring seeds and epochs give unrelated
+    streams, ("a", "bc") and ("ab", "c") differ, and the value is the same on every machine and Python.
     """
     text = json.dumps([int(seed), *(part if isinstance(part, str) else int(part) for part in parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
