@@ -26,6 +26,12 @@ from fastarat.errors import UserError, nearest
 Norm = Literal["linf", "l2"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
+
+def wide(x: Tensor) -> Tensor:
+    """Return x as it is when it is float64, and as float32 otherwise: nothing is summed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 # Other spellings in use (RobustBench, torchattacks, NumPy, PyTorch, YAML), case and separators aside.
 _ALIASES = {
     "linf": ("inf", "infinity", "linfinity", "l∞", "∞"),
