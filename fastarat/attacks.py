@@ -32,6 +32,7 @@ from fastarat.checks import (
     shown,
     waits,
     whole,
+    wide,
 )
 from fastarat.errors import UserError
 from fastarat.kernels import interpreting, pgd_update, why_not_triton
@@ -53,24 +54,20 @@ class Attacked(NamedTuple):
     objective: Tensor | None = None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Per-image cross-entropy. logits: float [B, K]; target: int64 [B]. Returns float32 [B]."""
-    return F.cross_entropy(_wide(logits), target, reduction="none")
+    return F.cross_entropy(wide(logits), target, reduction="none")
 
 
 def kl(logits: Tensor, target: Tensor) -> Tensor:
     """Per-image KL(p_target || p). logits, target: float [B, K], target a constant. Returns float32 [B]."""
-    log_target = F.log_softmax(_wide(target), 1)
-    return (log_target.exp() * (log_target - F.log_softmax(_wide(logits), 1))).sum(1)
+    log_target = F.log_softmax(wide(target), 1)
+    return (log_target.exp() * (log_target - F.log_softmax(wide(logits), 1))).sum(1)
 
 
 def margin(logits: Tensor, target: Tensor) -> Tensor:
     """Per-image largest wrong logit minus the true one (Carlini and Wagner, 2017). Returns float32 [B]."""
-    logits = _wide(logits)
+    logits = wide(logits)
     true = logits.gather(1, target[:, None]).squeeze(1)
     is_true = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
     return logits.masked_fill(is_true, -torch.inf).amax(1) - true

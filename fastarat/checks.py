@@ -28,6 +28,12 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 EPSILON = 8 / 255
 """The field's budget under L-infinity, in pixel units: the default everywhere. Its step is `checked_budget`'s."""
 
+
+def wide(x: Tensor) -> Tensor:
+    """Return x as it is when it is float64, and as float32 otherwise: nothing is summed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 # Other spellings in use (RobustBench, torchattacks, NumPy, PyTorch, YAML), case and separators aside.
 _ALIASES = {
     "linf": ("inf", "infinity", "linfinity", "l∞", "∞"),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from fastarat.checks import coerce, hints_of, settle, shown
+from fastarat.data import SETS
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.nets.models import MODELS
@@ -80,7 +81,7 @@ class Config(Fast):
     """Everything a run depends on. The resolved form is saved in the run folder and reloads to an equal object."""
 
     defense: Defense = field(default_factory=ARAT, metadata={"help": ", ".join(DEFENSES) + ", or FILE.py:CLASS"})
-    dataset: str = setting("digits", "digits, cifar10, cifar100, an image folder, an archive of one, or a .beton")
+    dataset: str = setting("digits", f"{', '.join(SETS)}, an image folder, an archive of one, or a .beton")
     model: str | None = setting(
         None,
         f"{', '.join(sorted(MODELS))}, any wrn-DEPTH-WIDTH, or timm:NAME "

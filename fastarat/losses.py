@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastarat.checks import check_same
+from fastarat.checks import check_same, wide
 from fastarat.errors import UserError, unknown
 
 Align = Literal["x->y", "y->x", "x->y,y->x", "x<->y"]
 Distance = Literal["cos", "mse", "kl"]
 WeightKind = Literal["tanh", "sigmoid", "discrete"]
-_TINY = 1e-30
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return x as it is when it is float64, and as float32 otherwise: nothing is summed in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+_TINY = 1e-30  # least divisor: above float32's smallest normal number, so that 0 / _TINY is 0 and not NaN
 
 
 def cosine_distance(moving: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +87,7 @@ def ar_at_invariance(
         return (distance(h_adv(z_adv), z_clean.detach()) + distance(h_clean(z_clean), z_adv.detach())) / 2
     if align == "x<->y":
         return distance(h_adv(z_adv), h_clean(z_clean))
-    raise unknown("alignment", align, Align.__args__)
+    raise unknown("alignment", align, get_args(Align))
 
 
 def trades(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, beta: float) -> dict[str, Tensor]:
@@ -130,11 +125,26 @@ def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: float) -
     p_adv, log_p = F.softmax(logits_adv, 1), F.log_softmax(logits_clean, 1)
     p = log_p.exp()
     is_true = torch.arange(p.shape[1], device=labels.device) == labels[:, None]
+    # Which class is most likely has no gradient, and -1 lies below every probability.
     wrong = p_adv.detach().masked_fill(is_true, -1.0).argmax(1, keepdim=True)
     boost = -torch.log(1.0001 - p_adv.gather(1, wrong) + 1e-12).mean()
     weight = 1.0000001 - p.gather(1, labels[:, None]).squeeze(1)
-    kl = (p * (log_p - torch.log(p_adv + 1e-12))).sum(1)
+    kl = _released_kl(p, log_p, p_adv)
     return {"bce_adv": F.cross_entropy(logits_adv, labels) + boost, "kl": lam * (weight * kl).mean()}
+
+
+def _released_kl(p: Tensor, log_p: Tensor, p_adv: Tensor) -> Tensor:
+    """KL per image with log(p' + 1e-12), as in MART's and VIR's released codes: finite where p' underflows to 0."""
+    return (p * (log_p - torch.log(p_adv + 1e-12))).sum(1)
+
+
+def instance_kl(logits_clean: Tensor, logits_adv: Tensor) -> Tensor:
+    """KL(p(x) || p(x')) per image, of MART's term and of VIR; nothing is detached.
+
+    logits_clean, logits_adv: float [B, K]. Returns float32 [B] (float64 for float64 logits).
+    """
+    log_p = F.log_softmax(wide(logits_clean), 1)
+    return _released_kl(log_p.exp(), log_p, F.softmax(wide(logits_adv), 1))
 
 
 def lbgat(
@@ -222,17 +232,8 @@ def gairat_weights(
         # (1 + tanh x) / 2 = sigma(2 x), which keeps its digits where tanh is near -1 (kappa 10: 6e-6).
         weights = torch.sigmoid(2 * steepness if kind == "tanh" else steepness)
     else:
-        raise unknown("GAIRAT weight", kind, WeightKind.__args__)
+        raise unknown("GAIRAT weight", kind, get_args(WeightKind))
     return weights * (len(weights) / weights.sum().clamp_min(_TINY))
-
-
-def instance_kl(logits_clean: Tensor, logits_adv: Tensor) -> Tensor:
-    """KL(p(x) || p(x')) per image with log(p' + 1e-12), as in MART's and VIR's released codes; nothing is detached.
-
-    logits_clean, logits_adv: float [B, K]. Returns float32 [B] (float64 for float64 logits).
-    """
-    log_p = F.log_softmax(wide(logits_clean), 1)
-    return (log_p.exp() * (log_p - torch.log(F.softmax(wide(logits_adv), 1) + 1e-12))).sum(1)
 
 
 def vir_weights(

@@ -38,6 +38,7 @@ class Recipe:
     source: str = ""
 
     def factor(self, epoch: int, step: int, steps: int, epochs: int, warmup: int | None = None) -> float:
+        """The share of `lr` at `step` (from 0) of `steps` in `epoch` (from 1) of `epochs`. warmup: as in `lr_at`."""
         if self.one_cycle:
             return self.cycled(epoch, epochs, first=1 / 25, top=1.0, last=1 / 250_000)
         if warmup is None and epoch == 1 and self.warmup != 1.0:
@@ -45,7 +46,7 @@ class Recipe:
         position = (epoch - 1) + ((step + 1) / steps if self.per_step else 0.0)
         current = 1.0
         for first, factor in self.drops_in(epochs):
-            if position >= first - 1 - 1e-9:
+            if position >= first - 1 - 1e-9:  # a stretched milestone may lie a rounding above its step
                 current = factor
         if warmup and epoch <= warmup:
             current *= (epoch - 1 + (step + 1) / steps) / warmup
@@ -60,11 +61,13 @@ class Recipe:
         stretch = 1.0 if epochs in (self.epochs, *self.unscaled) else epochs / self.epochs
         scaled = [((first - 1) * stretch, factor) for first, factor in self.drops]
         if not self.per_step:
+            # Halves go up, those that rounding put just below a half too: Python's `round` would take them to even.
             scaled = [(math.floor(at + 0.5 + 1e-9), factor) for at, factor in scaled]
         return tuple((at + 1, factor) for at, factor in scaled if at < epochs)
 
     def cycled(self, epoch: int, epochs: int, *, first: float, top: float, last: float) -> float:
         """Value at `epoch` of what goes from `first` to `top` and on to `last`, as torch's OneCycleLR does it."""
+        # The peak is OneCycleLR's, which counts both ends: steps 0 to pct_start * total - 1 rise.
         position, peak, end = epoch - 1, max(self.one_cycle * epochs - 1, 0.0), epochs - 1
         if position < peak:
             low, high, share = first, top, position / peak
@@ -178,8 +181,9 @@ def lr_at(
 def in_words(recipe: Recipe, *, epochs: int, lr: float, warmup: int | None = None) -> str:
     """Say the learning rates of a run: `lr 0.02 in epoch 1, then 0.1, 0.01 from epoch 24, 0.001 from 28`."""
     if recipe.one_cycle:
-        rises = f"{lr / 25:.4g} up to " if recipe.one_cycle * epochs > 1 else ""
-        return f"lr {rises}{lr:.4g}" + (f" and down to {lr / 250_000:.2g}" if epochs > 1 else "")
+        rises = f"{lr * recipe.factor(1, 0, 1, epochs):.4g} up to " if recipe.one_cycle * epochs > 1 else ""
+        falls = f" and down to {lr * ends_at(recipe, epochs=epochs):.2g}" if epochs > 1 else ""
+        return f"lr {rises}{lr:.4g}{falls}"
     # Of several drops in one epoch only the last is ever seen; one within an epoch is a step's.
     rates = {1.0: lr} | {round(at, 2): lr * factor for at, factor in recipe.drops_in(epochs)}
     parts = [f"lr {rates[1.0]:.4g}"]

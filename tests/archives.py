@@ -1,4 +1,4 @@
-"""Small archives in the formats of the real data sets, for tests."""
+"""Small data sets for tests: archives in the formats of the real ones, and image folders."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fastarat import data
 
 CLASSES = ("airplane", "automobile", "bird")
 TRAIN, TEST = 150, 30
+FOLDER = {"train/cat": 20, "train/dog": 10, "test/cat": 3, "test/dog": 2}
 
 
 def images_of(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,12 +55,22 @@ def cifar_files(label_bytes: int = 1) -> dict[str, bytes]:
     return files
 
 
-def place_cifar(folder: Path, monkeypatch, name: str = "cifar10", files=None, **changes) -> Path:
+def place_cifar(folder: Path, monkeypatch, name: str = "cifar10", files=None) -> Path:
     """Put a small archive where a download would be, and expect its checksum."""
     folder.mkdir(exist_ok=True)
-    archive = data.ARCHIVES[name]
+    archive = data.SETS[name]
     path = folder / archive.file_name
     md5 = write_archive(path, cifar_files(archive.label_bytes) if files is None else files)
-    changes = {"md5": md5, "train_images": TRAIN, "test_images": TEST, **changes}
-    monkeypatch.setitem(data.ARCHIVES, name, replace(archive, **changes))
+    monkeypatch.setitem(data.SETS, name, replace(archive, md5=md5, train_images=TRAIN, test_images=TEST))
     return path
+
+
+def draw_folder(root: Path, layout: dict[str, int], size=(12, 12), mode: str = "RGB", suffix: str = ".png") -> Path:
+    """Write `count` random images into each folder of `layout`."""
+    rng = np.random.default_rng(0)
+    for folder, count in layout.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+            Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode).save(root / folder / f"{number}{suffix}")
+    return root

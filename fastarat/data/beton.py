@@ -1,37 +1,40 @@
-"""FFCV's .beton files: write, check and stream them.
+"""FFCV's .beton files, and folders of them: write, check and stream.
 
-FFCV reads, decodes and batches; the order of the images and the augmentation are ours (`fastarat.data`),
-because FFCV's own random transforms cannot be seeded. Labels are read straight from the file's table, so the
-image decoder is all that is compiled: about 1 s, once per process, after an import of about 4 s.
+FFCV reads, decodes and batches; the order of the images and the augmentation are ours (`loaders`), because
+FFCV's own random transforms cannot be seeded. Labels are read straight from the file's table, so the image
+decoder is all that is compiled: about 1 s, once per process, after an import of about 4 s.
 Everything here that does not move pixels works without FFCV installed.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastarat.data.splits import Split, Stored
 from fastarat.errors import UserError
 
 WriteMode = Literal["raw", "jpg"]
+WRITE_MODES: tuple[WriteMode, ...] = get_args(WriteMode)
 
 INSTALL = (
     "install it with `pip install 'fastarat[ffcv]'` (it is built from source: on Debian and Ubuntu first "
     "`apt-get install libopencv-dev libturbojpeg0-dev pkg-config`)"
 )
 
-# The file format, version 2: header, two field descriptors, one table row per image, pages of pixels,
-# allocation table.
-_HEADER = np.dtype(
+# The file format, version 2: header, two field descriptors, a table row per image, pages of pixels, allocation table.
+HEADER = np.dtype(
     [
         ("version", "<u2"),
         ("num_fields", "<u2"),
@@ -41,10 +44,10 @@ _HEADER = np.dtype(
     ],
     align=True,
 )
-_FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
+FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-_ROW = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
-_ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+ROW = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _TYPES = {"label": 1, "image": 2}
 _RAW = 1
 
@@ -84,8 +87,17 @@ def ffcv_parts() -> SimpleNamespace:
     # Batches are moved to the device by us. FFCV's own streams and events would meddle with graph capture,
     # and its reuse of a pinned buffer waits on the stream, not on the host that refills the buffer.
     epoch_iterator.IS_CUDA = False
+    Epoch, Reader = _mended(epoch_iterator.EpochIterator, Loader)
+    own = DatasetWriter, Epoch, IntField, MemoryAllocator, RGBImageField, Reader, SimpleRGBImageDecoder, ToTensor
+    return SimpleNamespace(
+        **{part.__name__: part for part in own}, handle_sample=handle_sample, max_workers=numba.config.NUMBA_NUM_THREADS
+    )
 
-    class Epoch(epoch_iterator.EpochIterator):
+
+def _mended(iterator: Any, loader: Any) -> tuple[type, type]:
+    """Derive from FFCV's background reader and loader classes ones that neither hang nor compile twice."""
+
+    class Epoch(iterator):
         """FFCV's background reader, except that an error in it ends the epoch instead of hanging it."""
 
         error: BaseException | None = None
@@ -97,7 +109,7 @@ def ffcv_parts() -> SimpleNamespace:
                 self.error = error
                 self.output_queue.put(None)
 
-    class Reader(Loader):
+    class Reader(loader):
         """FFCV's loader; readers of equal image shape share one compiled pipeline."""
 
         compiled: dict[tuple, tuple] = {}
@@ -110,27 +122,11 @@ def ffcv_parts() -> SimpleNamespace:
                 self.compiled[key] = (self.graph, self.code)
             self.graph, self.code = self.compiled[key]
 
-    return SimpleNamespace(
-        DatasetWriter=DatasetWriter,
-        Epoch=Epoch,
-        IntField=IntField,
-        MemoryAllocator=MemoryAllocator,
-        RGBImageField=RGBImageField,
-        Reader=Reader,
-        SimpleRGBImageDecoder=SimpleRGBImageDecoder,
-        ToTensor=ToTensor,
-        handle_sample=handle_sample,
-        max_workers=numba.config.NUMBA_NUM_THREADS,
-    )
+    return Epoch, Reader
 
 
 def write(
-    path: Path,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    write_mode: WriteMode = "raw",
-    jpeg_quality: int = 90,
+    path: Path, images: np.ndarray, labels: np.ndarray, *, write_mode: WriteMode = "raw", jpeg_quality: int = 90
 ) -> None:
     """Write one .beton file with FFCV's own encoder.
 
@@ -149,8 +145,7 @@ def write(
     writer = ffcv.DatasetWriter(str(path), {"image": field, "label": ffcv.IntField()}, page_size=page_size)
     writer.num_samples = len(images)
     writer.prepare()
-    # Not a view of the shared memory: that could not be closed while the traceback of an error holds the
-    # view.
+    # Not a view of the shared memory: that could not be closed while the traceback of an error holds the view.
     table = np.zeros(len(images), writer.metadata_type)
     try:
         allocator = ffcv.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
@@ -165,21 +160,76 @@ def write(
         writer.metadata_sm.unlink()
 
 
-class Table(NamedTuple):
-    """What a checked .beton file says about its images."""
+def write_prepared(out: Path, stored: Stored, *, write_mode: WriteMode, jpeg_quality: int) -> None:
+    """Write train.beton, test.beton and dataset.json into a new folder, whole or not at all. Raises: UserError."""
+    described: dict[str, Any] = {
+        "format": 1,
+        "name": stored.name,
+        "classes": list(stored.classes),
+        "shape": list(stored.train.shape),
+        "channels": stored.train.shape[0],
+        "counts": {"train": len(stored.train), "test": len(stored.test)},
+        "write_mode": write_mode,
+        "source": stored.source,
+        "notes": list(stored.notes),
+    }
+    if write_mode == "jpg":
+        described["jpeg_quality"] = jpeg_quality
+        described["notes"].append(f"pixels were re-encoded as JPEG, quality {jpeg_quality}")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir()
+        for name, split in (("train", stored.train), ("test", stored.test)):
+            assert split.images is not None
+            images, labels = split.images.numpy(), split.labels.numpy()
+            write(unfinished / f"{name}.beton", images, labels, write_mode=write_mode, jpeg_quality=jpeg_quality)
+        (unfinished / "dataset.json").write_text(json.dumps(described, indent=1) + "\n")
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
-    labels: np.ndarray  # int64 [N]
-    raw: bool  # every image is stored as plain pixels
+
+def open_prepared(folder: Path, image_size: int | None) -> Stored:
+    """Open what `write_prepared` wrote, once checked. image_size: None, or that of its images. Raises: UserError."""
+    described = folder / "dataset.json"
+    try:
+        text = json.loads(described.read_text())
+        channels, height, width = (int(side) for side in text["shape"])
+        classes = tuple(str(name) for name in text["classes"])
+        counts = {part: int(text["counts"][part]) for part in ("train", "test")}
+        name, source, notes = str(text["name"]), str(text["source"]), tuple(text.get("notes", ()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{described} does not exist: a .beton file is read together with the dataset.json that "
+            "`fastarat data prepare` writes beside it"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{described} cannot be read ({error!r}): make it again with `fastarat data prepare`"
+        ) from error
+    if image_size not in (None, height if height == width else None):
+        raise UserError(f"image_size={image_size}: the images in {folder} are {height}x{width}; prepare it again")
+    if channels not in (1, 3) or len(classes) < 2:
+        raise UserError(
+            f"{described} says {channels} channels and {len(classes)} classes: expected 1 or 3, and 2 or more"
+        )
+    train, test = (
+        read_split(folder / f"{part}.beton", count=count, shape=(channels, height, width), num_classes=len(classes))
+        for part, count in counts.items()
+    )
+    return Stored(name, classes, train, test, source, notes)
 
 
-def read_table(path: Path, *, count: int, height: int, width: int, num_classes: int) -> Table:
+def read_split(path: Path, *, count: int, shape: tuple[int, int, int], num_classes: int) -> Split:
     """Read the labels of a .beton file after checking that every image lies inside it.
 
-    FFCV checks none of this, and its compiled reader follows a wrong address into memory that is not the
-    file's.
+    FFCV checks none of this, and its compiled reader follows a wrong address into memory that is not the file's.
 
     Raises: UserError naming the file and what does not fit.
     """
+    _, height, width = shape
 
     def corrupt(why: str) -> UserError:
         return UserError(f"{path} is not a usable .beton file: {why}. Make it again with `fastarat data prepare`.")
@@ -187,22 +237,21 @@ def read_table(path: Path, *, count: int, height: int, width: int, num_classes: 
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = np.frombuffer(_exactly(file, _HEADER.itemsize), _HEADER)[0]
+            header = _rows(file, HEADER, 1)[0]
             if header["version"] != 2 or header["num_fields"] != len(_TYPES):
                 raise corrupt("its header is not FFCV's")
-            fields = np.frombuffer(_exactly(file, len(_TYPES) * _FIELD.itemsize), _FIELD)
+            fields = _rows(file, FIELD, len(_TYPES))
             found = {field["name"].tobytes().rstrip(b"\0"): int(field["type_id"]) for field in fields}
             if found != {name.encode(): type_id for name, type_id in _TYPES.items()}:
                 raise corrupt(f"its fields are {found}, not an image and a label")
             if header["num_samples"] != count:
                 raise corrupt(f"it holds {header['num_samples']} images and dataset.json says {count}")
-            table = np.frombuffer(_exactly(file, count * _ROW.itemsize), _ROW)
+            table = _rows(file, ROW, count)
             end = int(header["alloc_table_ptr"])
-            if end + count * _ALLOCATION.itemsize != size:
-                expected = end + count * _ALLOCATION.itemsize
+            if (expected := end + count * ALLOCATION.itemsize) != size:
                 raise corrupt(f"it is {size} bytes long and its header says {expected}; it may be cut short")
             file.seek(end)
-            allocations = np.frombuffer(_exactly(file, count * _ALLOCATION.itemsize), _ALLOCATION)
+            allocations = _rows(file, ALLOCATION, count)
     except FileNotFoundError:
         raise corrupt("it does not exist") from None
     except (EOFError, OSError) as error:
@@ -221,26 +270,23 @@ def read_table(path: Path, *, count: int, height: int, width: int, num_classes: 
         or (sizes[raw] != height * width * 3).any()
     ):
         raise corrupt("its table points outside the stored images")
-    return Table(labels.copy(), bool(raw.all()))
+    return Split(None, torch.from_numpy(labels.copy()), torch.arange(count), shape, path, bool(raw.all()))
 
 
-def _exactly(file, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
+def _rows(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
+    data = file.read(count * dtype.itemsize)
+    if len(data) != count * dtype.itemsize:
         raise EOFError("it is cut short")
-    return data
+    return np.frombuffer(data, dtype)
 
 
 class Stream:
-    """Batches of a .beton file in any given order of rows.
+    """Batches of a .beton file in any given order of rows. raw: whether it holds plain pixels, not JPEG."""
 
-    workers: threads that decode; 0 chooses 1 for plain pixels, which are only copied, and up to 8 for JPEG.
-    """
-
-    def __init__(self, path: Path, batch_size: int, *, raw: bool, workers: int = 0) -> None:
+    def __init__(self, path: Path, batch_size: int, *, raw: bool) -> None:
         ffcv = ffcv_parts()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = workers or (1 if raw else min(8, cores))
+        workers = 1 if raw else min(8, cores)  # plain pixels are only copied
         self._epoch = ffcv.Epoch
         self._reader = ffcv.Reader(
             str(path),
@@ -251,7 +297,7 @@ class Stream:
             pipelines={"image": [ffcv.SimpleRGBImageDecoder(), ffcv.ToTensor()], "label": None},
         )
 
-    def batches(self, rows: Tensor) -> Iterator[Tensor]:
+    def batches(self, rows: Tensor) -> Generator[Tensor, None, None]:
         """Yield uint8 [B, H, W, 3] on the CPU for int64 `rows` [N]; the next batch may overwrite it."""
         if not len(rows):
             return

@@ -1,0 +1,168 @@
+"""The data sets with a name, and what is done with any: load it, describe it, write it as .beton files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastarat.data import beton
+from fastarat.data.sources import TAR_SUFFIXES, CifarArchive, make_folder, open_digits, open_folder, unpacked
+from fastarat.data.splits import Dataset, Stored, held_out
+from fastarat.errors import UserError, unknown
+
+# A data set with a name is one entry here: what opens it, given the name, the folder for downloads and whether to
+# download. Help texts and error messages take the names from here.
+SETS: dict[str, Callable[[str, Path, bool], Stored]] = {
+    "digits": open_digits,
+    "cifar10": CifarArchive(
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+        test=("test_batch.bin",),
+        class_names="batches.meta.txt",
+        label_bytes=1,
+    ),
+    "cifar100": CifarArchive(
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+        train=("train.bin",),
+        test=("test.bin",),
+        class_names="fine_label_names.txt",
+        label_bytes=2,
+    ),
+}
+
+_LARGEST_SIDE = 4096
+
+
+def load_dataset(
+    name_or_path: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike = "data",
+    val_images: int | None = None,
+    val_seed: int = 0,
+    download: bool = True,
+    image_size: int | None = None,
+) -> Dataset:
+    """Load a data set by name or path, and cut a validation split from its training images.
+
+    name_or_path: a name in `SETS`; a folder PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or
+    PATH/CLASS/*.png; a tar archive of such a folder; a folder made by `prepare`, or a .beton file in it.
+    data_dir: downloads, unpacked archives and decoded folders are kept here.
+    val_images: size of the validation split, stratified by class and fixed by `val_seed`; None is 1,000 of
+    10,000 training images or more, else a tenth. 0 leaves it empty.
+    image_size: folders only: resize the shorter side to this many pixels and cut out the centre square.
+
+    Except from .beton files the training images are held in memory.
+
+    Raises: UserError.
+    """
+    stored = _open(name_or_path, Path(data_dir), download, image_size)
+    count = len(stored.train)
+    if val_images is None:
+        val_images = 1000 if count >= 10_000 else count // 10
+    if not 0 <= val_images < count:
+        raise UserError(
+            f"val_images={val_images} does not fit: {stored.name} has {count} training images to cut from: "
+            f"write 0 to {count - 1}"
+        )
+    train, val = (torch.from_numpy(rows) for rows in held_out(stored.train.labels.numpy(), val_images, val_seed))
+    return Dataset(
+        name=stored.name,
+        classes=stored.classes,
+        shape=stored.train.shape,
+        train=stored.train.take(train),
+        val=stored.train.take(val),
+        test=stored.test.take(stored.test.indices),  # a copy: the stored images may be a mapped file
+        notes=stored.notes,
+    )
+
+
+def info(
+    name_or_path: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike = "data",
+    download: bool = True,
+    image_size: int | None = None,
+) -> dict[str, object]:
+    """Describe a data set in a few plain values, for a person or for JSON.
+
+    Raises: UserError.
+    """
+    stored = _open(name_or_path, Path(data_dir), download, image_size)
+    per_class = np.bincount(stored.train.labels.numpy(), minlength=len(stored.classes))
+    return {
+        "name": stored.name,
+        "source": stored.source,
+        "classes": list(stored.classes),
+        "shape": list(stored.train.shape),
+        "train_images": len(stored.train),
+        "test_images": len(stored.test),
+        "train_images_per_class": [int(per_class.min()), int(per_class.max())],
+        "decoded_bytes": stored.train.num_bytes + stored.test.num_bytes,
+        "notes": list(stored.notes),
+    }
+
+
+def prepare(
+    name_or_path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike = "data",
+    write_mode: beton.WriteMode = "raw",
+    jpeg_quality: int = 90,
+    download: bool = True,
+    image_size: int | None = None,
+) -> Path:
+    """Write a data set as a folder of train.beton, test.beton and dataset.json, whole or not at all.
+
+    write_mode: "raw" keeps every pixel value; "jpg" is smaller and lossy (`jpeg_quality` 1 to 100).
+    The validation split is not stored: `load_dataset` cuts it by row, the same way as for every other source.
+
+    Returns: `out`. Raises: UserError, also when `out` exists already.
+    """
+    if write_mode not in beton.WRITE_MODES:
+        raise unknown("write mode", write_mode, beton.WRITE_MODES)
+    if not 1 <= jpeg_quality <= 100:
+        raise UserError(f"jpeg_quality={jpeg_quality} is outside 1..100")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: delete it or choose another folder")
+    make_folder(out.parent)
+    beton.ffcv_parts()  # a missing FFCV should be known before the images are decoded
+    stored = _open(name_or_path, Path(data_dir), download, image_size)
+    if stored.train.beton is not None:
+        raise UserError(f"{name_or_path} is in .beton format already")
+    beton.write_prepared(out, stored, write_mode=write_mode, jpeg_quality=jpeg_quality)
+    return out
+
+
+def _open(name_or_path: str | os.PathLike, data_dir: Path, download: bool, image_size: int | None) -> Stored:
+    name, path = str(name_or_path), Path(name_or_path)
+    if image_size is not None and not 1 <= image_size <= _LARGEST_SIDE:
+        raise UserError(
+            f"image_size={image_size} is not a side of images to train on: write 1 to {_LARGEST_SIDE} pixels"
+        )
+    if name in SETS:
+        if image_size is not None:
+            raise UserError(f"image_size={image_size} is for image folders; the images of {name} have one size")
+        return SETS[name](name, data_dir, download)
+    if not path.exists():
+        if path.parent == Path() and not path.suffix:
+            raise unknown("dataset", name, SETS)
+        raise UserError(
+            f"data set {name} does not exist: give a folder, a tar archive, a .beton file or one of {', '.join(SETS)}"
+        )
+    if path.suffix == ".beton" or (path / "dataset.json").exists():
+        return beton.open_prepared(path.parent if path.suffix == ".beton" else path, image_size)
+    if path.is_dir():
+        return open_folder(path, path.resolve().name, data_dir, image_size)
+    if path.name.endswith(TAR_SUFFIXES):
+        return open_folder(unpacked(path, data_dir), path.name.split(".")[0], data_dir, image_size)
+    raise UserError(
+        f"{name} is not a data set: give a folder, a tar archive ({', '.join(TAR_SUFFIXES)}) or a .beton file"
+    )

@@ -1,0 +1,316 @@
+"""Where images come from: downloads, tar archives and image folders, and the cache of what was decoded."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastarat.data.splits import Split, Stored, derive_seed, held_out
+from fastarat.errors import UserError
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+
+_TEST_SEED = 0  # of the test images held out of sets that come without any
+_DIGITS_TEST = 360
+_FOLDER_TEST_FRACTION = 0.2
+_CHUNK = 128  # images that a decoding thread takes at a time
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, its parents too, or say that it cannot be written to. Raises: UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to {path}: permission denied; choose another folder")
+    return path
+
+
+def _with_test(images: np.ndarray, labels: np.ndarray, count: int) -> tuple[Split, Split]:
+    """Training and test images of a set that comes without a test set."""
+    train, test = held_out(labels, count, _TEST_SEED)
+    return Split.of(images[train], labels[train]), Split.of(images[test], labels[test])
+
+
+def open_digits(name: str, data_dir: Path, download: bool) -> Stored:
+    """scikit-learn's 1,797 handwritten digits of 8x8 grey pixels; they come with it, so nothing is downloaded."""
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # its pixels count 0..16
+    parts = _with_test(images, digits.target.astype(np.int64), _DIGITS_TEST)
+    return Stored(name, tuple(str(label) for label in digits.target_names), *parts, "scikit-learn's load_digits")
+
+
+@dataclass(frozen=True)
+class CifarArchive:
+    """A CIFAR archive in its authors' binary format: records of label bytes, then 3,072 bytes of planar RGB.
+
+    label_bytes: labels before the pixels; the last of them, the fine one, is used. Calling it opens the archive.
+    """
+
+    url: str
+    md5: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    class_names: str
+    label_bytes: int
+    train_images: int = 50_000
+    test_images: int = 10_000
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    def __call__(self, name: str, data_dir: Path, download: bool) -> Stored:
+        path = self._fetched(data_dir, download)
+        wanted = {*self.train, *self.test, self.class_names}
+        files: dict[str, bytes] = {}
+        try:
+            with tarfile.open(path, "r:gz") as tar:
+                for member in tar:
+                    file_name = PurePosixPath(member.name).name
+                    if file_name in wanted and member.isfile() and (content := tar.extractfile(member)):
+                        files[file_name] = content.read()
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path} is damaged or cut short ({error}): delete it to download it again") from error
+        if missing := wanted - files.keys():
+            raise UserError(f"{path} does not hold {sorted(missing)[0]}: it is not the {name} binary archive")
+        classes = tuple(files[self.class_names].decode().split())
+        train, test = (
+            self._parsed(path, {file: files[file] for file in names}, count, len(classes))
+            for names, count in ((self.train, self.train_images), (self.test, self.test_images))
+        )
+        return Stored(name, classes, train, test, self.url)
+
+    def _fetched(self, data_dir: Path, download: bool) -> Path:
+        path = data_dir / self.file_name
+        by_hand = f"download {self.url} by other means and place it at {path}"
+        if not path.exists():
+            if not download:
+                raise UserError(f"{path} does not exist and downloading is off: {by_hand}")
+            import pooch
+            from tqdm.auto import tqdm
+
+            make_folder(data_dir)
+            try:
+                # A bar without a total has no truth value, which pooch asks for before it sets the total.
+                with tqdm(total=1, unit="B", unit_scale=True, disable=None) as bar:
+                    pooch.retrieve(self.url, f"md5:{self.md5}", fname=path.name, path=data_dir, progressbar=bar)
+            except (OSError, ValueError) as error:  # requests' and pooch's; a wrong checksum is a ValueError
+                raise UserError(f"cannot download {self.url} ({type(error).__name__}): {by_hand}") from error
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != self.md5:
+            raise UserError(f"{path} has md5 {found}, expected {self.md5}: delete it to download it again")
+        return path
+
+    def _parsed(self, path: Path, files: dict[str, bytes], count: int, num_classes: int) -> Split:
+        record = self.label_bytes + 3 * 32 * 32
+        content = b"".join(files.values())
+        if len(content) != count * record:
+            raise UserError(
+                f"{path}: {', '.join(files)} hold {len(content)} bytes, not {count} records of {record}; "
+                "delete the archive to download it again"
+            )
+        records = np.frombuffer(content, np.uint8).reshape(count, record)
+        labels = records[:, self.label_bytes - 1].astype(np.int64)
+        if labels.max() >= num_classes:
+            raise UserError(f"{path} has label {labels.max()} but names only {num_classes} classes: it is damaged")
+        images = records[:, self.label_bytes :].reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Split.of(np.ascontiguousarray(images), labels)
+
+
+def unpacked(path: Path, data_dir: Path) -> Path:
+    """Unpack a tar archive into data_dir once and return the image folder in it. Raises: UserError."""
+    stat = path.stat()
+    key = derive_seed(0, str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    folder = data_dir / "unpacked" / f"{path.name.split('.')[0]}-{key:016x}"
+    if not folder.exists():
+        make_folder(folder.parent)
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            with tarfile.open(path) as tar:
+                if hasattr(tarfile, "data_filter"):
+                    tar.extractall(unfinished, filter="data")
+                else:  # Python before 3.11.4, Debian 12's among them
+                    tar.extractall(unfinished, members=_harmless(tar, unfinished))
+            unfinished.rename(folder)
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise UserError(f"cannot unpack {path} ({error}): it is damaged, or {folder.parent} is full") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    inside = _subfolders(folder)
+    return inside[0] if len(inside) == 1 else folder  # an archive of one folder, which is the usual way to pack
+
+
+def _harmless(tar: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
+    """Members of `tar`, all of them files and folders inside `folder`. Raises: TarError for any other."""
+    for member in tar:
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
+        if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+            raise tarfile.TarError(f"{member.name} would lie outside")
+        member.mode = 0o755 if member.isdir() else 0o644
+        yield member
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """List the images of each class folder, at any depth in it; classes and files in order of their names."""
+    found: dict[str, list[Path]] = {}
+    for class_folder in _subfolders(folder):
+        files = [
+            Path(parent, name)
+            for parent, _, names in os.walk(class_folder)
+            for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+        if not files:
+            raise UserError(
+                f"class folder {class_folder} holds no images ({' '.join(IMAGE_SUFFIXES)}): fill or delete it"
+            )
+        found[class_folder.name] = sorted(files)
+    if len(found) < 2:
+        raise UserError(f"{folder} holds {len(found)} class folders; expected two or more: {folder}/CLASS/image.png")
+    return found
+
+
+def open_folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> Stored:
+    """Open PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or PATH/CLASS/*.png. Raises: UserError."""
+    notes: tuple[str, ...] = ()
+    named = [folder for folder in ("test", "val") if (root / folder).is_dir()]
+    train, test = _class_files(root / "train" if (root / "train").is_dir() else root), {}
+    if (root / "train").is_dir() and named:
+        test = _class_files(root / named[0])
+        if len(named) == 2:
+            notes = (f"{root / 'val'} is not used: validation images are cut from the training images",)
+    if test and (differing := sorted(set(test) ^ set(train))):
+        odd = differing[0]
+        where = ("train", named[0]) if odd in train else (named[0], "train")
+        raise UserError(f"class {odd!r} has a folder in {root / where[0]} but none in {root / where[1]}")
+    if not test and min(len(listed) for listed in train.values()) < 2:
+        raise UserError(f"{root} has a class of one image: none is left to train on once a test set is held out")
+
+    # Equal sets of names in order: a class has the same label in both.
+    labelled = [(f, label) for part in (train, test) for label, listed in enumerate(part.values()) for f in listed]
+    images = _decoded(root, [file for file, _ in labelled], data_dir, image_size)
+    labels = np.array([label for _, label in labelled], np.int64)
+    if test:
+        count = sum(len(listed) for listed in train.values())
+        parts = Split.of(images[:count], labels[:count]), Split.of(images[count:], labels[count:])
+    else:
+        count = round(len(labels) * _FOLDER_TEST_FRACTION)
+        parts = _with_test(images, labels, count)
+        notes = (f"it has no test images of its own: {count} of {len(labels)} images are held out for testing",)
+        warnings.warn(f"{root}: {notes[0]}", stacklevel=4)
+        name = f"{name} (own test split)"
+    return Stored(name, tuple(train), *parts, str(root), notes)
+
+
+def _decoded(root: Path, files: Sequence[Path], data_dir: Path, image_size: int | None) -> np.ndarray:
+    """Decode images into uint8 [N, H, W, C], kept in data_dir until a file's name, size or time changes."""
+    listing = hashlib.blake2b(digest_size=8)
+    for file in files:
+        stat = file.stat()
+        listing.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    place = f"{root.resolve().name}-{derive_seed(1, str(root.resolve()), image_size or 0):016x}"
+    cache = data_dir / "decoded"
+    kept = cache / f"{place}-{listing.hexdigest()}.npy"
+    if kept.exists():
+        try:
+            return np.load(kept, mmap_mode="r")
+        except (ValueError, OSError, EOFError):
+            pass  # cut short by something outside: it is decoded again below
+    make_folder(cache)
+    channels = 1 if all(map(_is_grey, files)) else 3  # asks no further than the first colour image
+    height, width = _decode(files[0], image_size, channels).shape[:2]
+    needed = len(files) * height * width * channels
+    if shutil.disk_usage(cache).free < needed:  # a full disk under a mapped file would kill the process
+        raise UserError(
+            f"{cache} needs {needed / 1e9:.1f} GB for the decoded images and has less: set another data_dir"
+        )
+    unfinished = cache / f".{kept.name}.{os.getpid()}.tmp"
+    try:
+        images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(files), height, width, channels))
+        _decode_into(images, files, image_size)
+        images.flush()
+        for stale in cache.glob(f"{glob.escape(place)}-*.npy"):
+            stale.unlink(missing_ok=True)
+        unfinished.rename(kept)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return np.load(kept, mmap_mode="r")
+
+
+def _decode_into(images: np.ndarray, files: Sequence[Path], image_size: int | None) -> None:
+    """Fill `images`, uint8 [N, H, W, C], from as many files."""
+    _, height, width, channels = images.shape
+
+    def some(start: int) -> None:
+        for row in range(start, min(start + _CHUNK, len(files))):
+            pixels = _decode(files[row], image_size, channels)
+            if pixels.shape[:2] != (height, width):
+                raise UserError(
+                    f"images differ in size: {files[row]} is {pixels.shape[1]}x{pixels.shape[0]} and "
+                    f"{files[0]} is {width}x{height}; set image_size to resize and crop them all"
+                )
+            images[row] = pixels
+
+    # Decoding small images is mostly Python: measured at 32x32, two threads are slower than one.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1) if height * width >= 128 * 128 else 1)
+    try:
+        list(pool.map(some, range(0, len(files), _CHUNK)))  # the list waits, and raises what a thread raised
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image, its pixels still to be read. Raises: UserError, also for what goes wrong while it is open."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are of mode {image.mode}, more than 8 bits")
+            yield image
+    except Exception as error:  # Pillow raises many kinds, depending on the format
+        raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def _is_grey(path: Path) -> bool:
+    with _opened(path) as image:
+        return image.mode in ("1", "L")
+
+
+def _decode(path: Path, image_size: int | None, channels: int) -> np.ndarray:
+    """Read one image as uint8 [H, W, C] of 1 or 3 channels."""
+    with _opened(path) as opened:
+        image = opened.convert("L" if channels == 1 else "RGB")
+    if image_size is not None:
+        width, height = image.size
+        scale = image_size / min(width, height)
+        if scale != 1:
+            size = max(image_size, round(width * scale)), max(image_size, round(height * scale))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+        image = image.crop((left, top, left + image_size, top + image_size))
+    return np.asarray(image).reshape(image.height, image.width, channels)
