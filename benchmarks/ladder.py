@@ -34,7 +34,7 @@ from fastarat.attacks import Attacked
 from fastarat.bench import EPOCH_IMAGES, BenchConfig, Clock, cell, quartiles
 from fastarat.config import AttackConfig
 from fastarat.defenses import ARAT, AT, TRADES, Defense
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError, unknown
 

@@ -31,7 +31,7 @@ from benchmarks.ladder import Parser, Setup, first_line, make_step, random_batch
 from fastarat import bench
 from fastarat.attacks import PGD
 from fastarat.bench import Clock, cell, quartiles
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.engine.graphs import no_collection
 from fastarat.errors import UserError, unknown
 from fastarat.nets.models import build_model

@@ -29,11 +29,10 @@ from fastarat.checks import (
     input_channels,
     logits_of,
     named,
-    readable,
     shown,
-    waits,
     whole,
 )
+from fastarat.device import readable, waits
 from fastarat.errors import UserError
 from fastarat.kernels import interpreting, pgd_update, why_not_triton
 

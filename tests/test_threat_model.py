@@ -19,8 +19,9 @@ import fastarat
 from fastarat import UserError, attacks, losses
 from fastarat.attacks import PGD, pgd, random_start, strongest
 from fastarat.bench import BenchConfig
-from fastarat.checks import check_images, coerce, named, readable, settle, within
+from fastarat.checks import check_images, coerce, named, settle, within
 from fastarat.config import AttackConfig, Config, EvalConfig, OptimConfig, SwaConfig, from_dict, to_dict
+from fastarat.device import readable
 from fastarat.evaluation import adversarial_examples, evaluate
 
 K = 4

@@ -24,7 +24,6 @@ from fastarat.checks import (
     Norm,
     Precision,
     check_classes,
-    check_device,
     check_images,
     check_labels,
     check_no_probabilities,
@@ -35,14 +34,13 @@ from fastarat.checks import (
     input_channels,
     logits_of,
     named,
-    readable,
     shown,
-    waits,
     whole,
     within,
 )
 from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
+from fastarat.device import check_device, readable, waits
 from fastarat.engine.graphs import Captured, capture
 from fastarat.errors import UserError
 from fastarat.kernels import why_not_fold

@@ -44,11 +44,11 @@ from fastarat.checks import (
     coerce,
     input_channels,
     logits_of,
-    pick_device,
     shown,
     whole,
 )
 from fastarat.data import Loader, Split, make_loader
+from fastarat.device import pick_device
 from fastarat.errors import UserError, unknown
 from fastarat.nets.batchnorm import branch as use_branch
 
