@@ -10,7 +10,7 @@ import torch
 from fastarat import doctor
 from fastarat.doctor import Check, diagnose, render
 
-NAMES = [*"PyTorch,GPU,Triton kernels,CUDA graphs,BN folding,bf16 (--amp),CPU,FFCV".split(","), "NVIDIA Apex",
+NAMES = ["PyTorch", "GPU", "Triton kernels", "CUDA graphs", "BN folding", "bf16 (--amp)", "CPU", "FFCV", "NVIDIA Apex",
          "AutoAttack", "timm", "TensorBoard"]  # fmt: skip
 
 

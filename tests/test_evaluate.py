@@ -14,18 +14,12 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 from fastarat.attacks import pgd
+from fastarat.checks import checked_budget
 from fastarat.data import Split, make_loader
 from fastarat.errors import UserError
-from fastarat.evaluation import (
-    Evaluation,
-    _build_autoattack,
-    adversarial_examples,
-    checked_budget,
-    collect,
-    evaluate,
-    parse_attacks,
-    wilson,
-)
+from fastarat.evaluation import Evaluation, adversarial_examples, collect, evaluate, parse_attacks, wilson
+from fastarat.evaluation.autoattack import build_ensemble
+from fastarat.evaluation.task import Task
 from fastarat.nets.batchnorm import SplitBatchNorm2d
 
 SHAPE = (3, 6, 6)
@@ -170,8 +164,8 @@ def test_equals_the_official_single_call(norm, quick, caplog):
 def test_the_members_keep_their_official_settings():
     """The tests above shorten both sides; a real evaluation runs what version="standard" sets."""
     model, _, _ = linear(10)
-    budget = checked_budget(0.01, None, "linf")
-    built = _build_autoattack(pyautoattack, model, torch.device("cpu"), budget, seed=3, num_classes=10)
+    task = Task(model, *[torch.empty(0)] * 2, checked_budget(0.01), 256, 3, "adv", False, torch.device("cpu"), False)
+    built = build_ensemble(pyautoattack, task, num_classes=10)
     official = pyautoattack.AutoAttack(model, eps=0.01, seed=3, version="standard", device="cpu")
     for member in ("apgd", "apgd_targeted", "fab", "square"):
         ours, theirs = vars(getattr(built, member)), vars(getattr(official, member))
@@ -594,13 +588,13 @@ def test_adversarial_examples_stay_in_the_ball_and_repeat():
     assert result.accuracy["robust_acc_pgd5"] == share(model(points).argmax(1) == labels)
 
 
-def test_a_result_that_cannot_be_written_is_no_traceback(tmp_path, monkeypatch):
-    module = sys.modules["fastarat.evaluation"]
-
+def test_a_result_that_cannot_be_written_is_no_traceback_and_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    result = Evaluation({"clean_acc": 0.5}, 100, settings={})
+    old = result.save(tmp_path / "e.json").read_text()
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/e.json: No space left"):
-        module._write_whole(tmp_path / "e.json", "{}")
-    assert not list(tmp_path.iterdir())
+        Evaluation({"clean_acc": 0.75}, 100, settings={}).save(tmp_path / "e.json")
+    assert (tmp_path / "e.json").read_text() == old
