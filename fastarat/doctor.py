@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import os
 import platform
-import time
+import timeit
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -133,17 +134,15 @@ def _bf16_slowdown() -> float:
     for dtype in (torch.float32, torch.bfloat16):
         shapes = (8, 32, 16, 16), (32, 32, 3, 3)
         x, weight = (torch.rand(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shapes)
-        walls = []
-        for _ in range(4):  # the first one chooses and prepares the kernel
-            began = time.perf_counter()
-            F.conv2d(x, weight, padding=1)
-            walls.append(time.perf_counter() - began)
-        best[dtype] = min(walls[1:])
+        walls = timeit.repeat(partial(F.conv2d, x, weight, padding=1), number=1, repeat=4)
+        best[dtype] = min(walls[1:])  # the first one chooses and prepares the kernel
     return best[torch.bfloat16] / best[torch.float32]
 
 
 def _cpu(device: torch.device) -> Found:
-    threads, cores = torch.get_num_threads(), _cores()
+    threads = torch.get_num_threads()
+    # Those that this process may run on.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     capability = torch.backends.cpu.get_cpu_capability()
     detail = f"{threads} threads on {cores} cores, {capability}; weights and images are channels-last"
     if threads > cores:
@@ -151,11 +150,6 @@ def _cpu(device: torch.device) -> Found:
     if device.type == "cpu" and threads < cores // 2:
         return "used", detail, f"most cores are idle: unset OMP_NUM_THREADS, or set it to {cores}"
     return "used", detail, ""
-
-
-def _cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _apex(device: torch.device) -> Found:

@@ -22,15 +22,10 @@ def _forget_fakes(monkeypatch, tmp_path):
             del sys.modules[name]
 
 
-def forget(monkeypatch, *names):
-    """Make Python import these packages anew."""
-    for module in [m for m in sys.modules if m.split(".")[0] in names]:
-        monkeypatch.delitem(sys.modules, module)
-
-
 def fake(monkeypatch, tmp_path, name, files, version=None):
     """Put a package of that name, made of `files`, in front of every installed one."""
-    forget(monkeypatch, name)
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
     for path, text in files.items():
         file = tmp_path / name / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,13 +39,6 @@ def fake(monkeypatch, tmp_path, name, files, version=None):
 
 def hide(monkeypatch, *names):
     """Make these packages look as if they had never been installed."""
-    forget(monkeypatch, *names)
-
-    class Hidden:
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in names:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
     version = importlib.metadata.version
 
     def hidden_version(name):
@@ -58,9 +46,9 @@ def hide(monkeypatch, *names):
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
-    monkeypatch.setattr(doctor.metadata, "version", hidden_version)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda n: None)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(importlib.metadata, "version", hidden_version)
 
 
 def check(name, device="cpu"):

@@ -37,9 +37,6 @@ def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(n, 3, 8, 8, generator=g), torch.randint(K, (n,), generator=g)
 
 
-# --- each entry with a threat model and a batch; the numbers it gives -------------------------------------------------
-
-
 def train_step(images, labels, **options):
     step = fastarat.TrainStep(network(), fastarat.AT(), batch()[0], **{"epsilon": 0.1, "num_steps": 2} | options)
     step(images, labels)
@@ -102,9 +99,6 @@ def refused(entry, words: str, change=lambda images, labels: (images, labels), *
 
 def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alias", ["Linf", "L_inf", "l-inf", "LINF", "inf", "Linfinity", float("inf"), np.inf, "L∞"])
@@ -204,8 +198,6 @@ def test_no_two_choices_are_one_name():
         for choice in choices:
             assert named("x", choice.upper(), choices) == choice
 
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
 
 BAD_LENGTHS = {
     "eight": ("eight", r"='eight': expected a number \(fractions such as 8/255"),
@@ -344,8 +336,6 @@ def test_no_step_is_the_start():
     images, labels = batch()
     assert torch.equal(pgd_function(images, labels, num_steps=0), images)
 
-
-# --- images and labels ------------------------------------------------------------------------------------------------
 
 FREE = {
     "uint8": (lambda x, y: ((x * 255).byte(), y), r"uint8.*write images.float\(\) / 255"),
@@ -532,26 +522,9 @@ def test_an_attack_wants_logits_of_its_forward():
         pgd(network(), images, labels, torch.zeros(8, 3), images, objective="kl", **options)
 
 
-def test_what_evaluation_refuses_its_examples_refuse():
-    images, labels = batch()
-
-    class Detached(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x).detach()
-
-    class Nan(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) * math.nan
-
-    for model, words in (
-        (nn.Sequential(network(), nn.Softmax(1)), "returned probabilities"),
-        (Detached(network()), "do not depend on the images"),
-        (Nan(network()), "NaN or infinite logits"),
-    ):
-        with pytest.raises(UserError, match=words):
-            adversarial_examples(model, images, labels)
+def test_a_step_wants_logits():
     with pytest.raises(UserError, match=r"returned probabilities.*remove the final softmax"):
-        fastarat.TrainStep(nn.Sequential(network(), nn.Softmax(1)), fastarat.AT(), images)
+        fastarat.TrainStep(nn.Sequential(network(), nn.Softmax(1)), fastarat.AT(), batch()[0])
 
 
 def test_there_is_something_to_train():
@@ -608,9 +581,6 @@ def test_the_loss_of_a_defense_of_ones_own(loss, words, options):
     step = fastarat.TrainStep(network(), Mine(), images, num_steps=1, **options)
     with pytest.raises(UserError, match=rf"Mine.loss.*{words}"):
         step(images, labels)
-
-
-# --- once, and outside of what is captured ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_a_gpu", [False, True])
@@ -704,9 +674,6 @@ def test_an_attack_leaves_frozen_layers_in_their_own_mode():
     assert not model.bn1.training
 
 
-# --- the parts of a config --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -753,9 +720,6 @@ def test_what_is_meant_is_taken(tmp_path):
     assert Config(batch_size="64", amp="yes").batch_size == 64
     assert Config(attack=AttackConfig(epsilon="8/255")) == Config()
     assert BenchConfig(precision="float32").precision == "fp32"
-
-
-# --- hyper-parameters of defenses -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", list(fastarat.DEFENSES.values()))
@@ -861,9 +825,6 @@ def test_intervals():
         with pytest.raises(UserError, match="x="):
             within("x", value, interval)
     assert coerce("8/255", float | None, "x") == 8 / 255
-
-
-# --- networks and losses ----------------------------------------------------------------------------------------------
 
 
 def test_branches():

@@ -107,25 +107,9 @@ class AutoAttackRun:
 
     def remember(self, folder: Path) -> None:
         """Keep the state in `folder`; continue the one there of the same weights, data and settings."""
-        self.fingerprint = self._depends_on()
-        digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{self.name}-{digest}.json"
-        for other in sorted(folder.glob(f"{self.name}-*.json")):
-            if other != self.path:
-                self.task.found.extend(_passed_over(other, self.fingerprint))
-        if not self.path.exists():
-            return
-        state = _read_state(self.path)
-        if state["fingerprint"] != self.fingerprint or len(state["robust"]) != len(self.robust):
-            raise UserError(f"{self.path} does not belong to this evaluation: delete it, or choose another state_dir")
-        self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
-        self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
-
-    def _depends_on(self) -> dict[str, Any]:
-        """Return everything the numbers of this run depend on."""
         task = self.task
-        return {
+        # Everything the numbers of this run depend on.
+        self.fingerprint = {
             "weights": _digest(task.model.state_dict()),
             "data": _digest({"images": task.images, "labels": task.labels}),
             "members": list(self.members),
@@ -137,6 +121,19 @@ class AutoAttackRun:
             "tf32": task.tf32,
             "package": version_of(self.package),
         }
+        digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{self.name}-{digest}.json"
+        for other in sorted(folder.glob(f"{self.name}-*.json")):
+            if other != self.path:
+                task.found.extend(_passed_over(other, self.fingerprint))
+        if not self.path.exists():
+            return
+        state = _read_state(self.path)
+        if state["fingerprint"] != self.fingerprint or len(state["robust"]) != len(self.robust):
+            raise UserError(f"{self.path} does not belong to this evaluation: delete it, or choose another state_dir")
+        self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
+        self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
 
     def _save(self) -> None:
         if self.path is None:

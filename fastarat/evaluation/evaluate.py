@@ -215,7 +215,8 @@ def adversarial_examples(
     check_network(model)
     check_data(model, images, labels)
     budget = checked_budget(epsilon, step_size, norm, shape=images.shape)
-    task = Task(model, images.detach(), labels, budget, len(images), seed, branch, False, device_of(model), False)
+    how = {"tf32": False, "device": device_of(model), "progress": False}
+    task = Task(model, images.detach(), labels, budget, len(images), seed, branch, **how)
     with task.lent():
         check_model(task, needs_gradient=True)
         x, y = next(task.batches())
