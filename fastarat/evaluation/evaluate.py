@@ -215,12 +215,13 @@ def adversarial_examples(
     check_network(model)
     check_data(model, images, labels)
     budget = checked_budget(epsilon, step_size, norm, shape=images.shape)
-    how = {"tf32": False, "device": device_of(model), "progress": False}
-    task = Task(model, images.detach(), labels, budget, len(images), seed, branch, **how)
+    images, device = images.detach(), device_of(model)
+    task = Task(model, images, labels, budget, len(images), seed, branch, tf32=False, device=device, progress=False)
     with task.lent():
         check_model(task, needs_gradient=True)
         x, y = next(task.batches())
-        points = _pgd(task, x, y, _start(task, x, _generator(task)), num_steps)
+        generator = torch.Generator(device).manual_seed(seed)
+        points = _pgd(task, x, y, _start(task, x, generator), num_steps)
         furthest(points, x, budget)
     return points.to(images.device)
 
@@ -230,10 +231,6 @@ def _correct(task: Task, points: Tensor, labels: Tensor) -> Tensor:
         logits = task.forward(points)
     check_finite(logits)
     return logits.argmax(1) == labels
-
-
-def _generator(task: Task) -> torch.Generator:
-    return torch.Generator(task.device).manual_seed(task.seed)
 
 
 def _start(task: Task, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -247,7 +244,7 @@ def _pgd(task: Task, images: Tensor, labels: Tensor, start: Tensor, num_steps: i
 
 def _pgd_robust(task: Task, entry: Entry) -> tuple[Tensor, float]:
     """Return bool [N], correct under every restart, and the largest perturbation."""
-    generator = _generator(task)
+    generator = torch.Generator(task.device).manual_seed(task.seed)
     parts, largest = [], 0.0
     with task.bar(entry.name, len(task.labels)) as bar:
         for x, y in task.batches():
