@@ -21,7 +21,7 @@ from fastarat.attacks import Attacked, random_start
 from fastarat.bench import forward_flops, report_phases
 from fastarat.data import Augment, Batch, Split, beton, make_loader
 from fastarat.defenses import ARAT
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.nets.models import build_model

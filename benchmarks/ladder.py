@@ -33,7 +33,7 @@ from fastarat import bench
 from fastarat.attacks import Attacked
 from fastarat.bench import EPOCH_IMAGES, BenchConfig, Clock, cell, quartiles
 from fastarat.defenses import ARAT, AT, TRADES, Defense
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError, unknown
 from fastarat.specs import Attack

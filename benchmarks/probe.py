@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from fastarat.kernels import split_bn, stem_applies, stem_input_grad, why_not_triton
+from fastarat.optim import SGD
 from torch import Tensor, nn
 
 from benchmarks import cases
@@ -31,11 +32,10 @@ from benchmarks.ladder import Parser, Setup, first_line, make_step, random_batch
 from fastarat import bench
 from fastarat.attacks import PGD
 from fastarat.bench import Clock, cell, quartiles
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.engine.graphs import no_collection
 from fastarat.errors import UserError, unknown
 from fastarat.nets.models import build_model
-from fastarat.optim import SGD
 
 STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))
 """Channels and side of ResNet-18's four stages on 32x32 images."""

@@ -28,12 +28,11 @@ from fastarat.checks import (
     input_channels,
     logits_of,
     named,
-    readable,
     shown,
-    waits,
     whole,
     wide,
 )
+from fastarat.device import readable, waits
 from fastarat.errors import UserError
 from fastarat.kernels import interpreting, pgd_update, why_not_triton
 from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of

@@ -6,7 +6,6 @@ shares with `fastarat bench` lives here: clocks, quartiles, counts of work, the 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -32,13 +31,13 @@ from fastarat.checks import settle, within
 from fastarat.config import from_dict, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import ARREST, CAAT, CURE, LBGAT, VIR, Defense
+from fastarat.device import backend_flags, pick_device, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
 from fastarat.runs import load_start
 from fastarat.specs import Attack, Fast
-from fastarat.training import pick_device, usable_precision
 
 FORMAT = 1
 EPOCH_IMAGES = 50_000
@@ -263,21 +262,6 @@ def matmul_ceiling(device: torch.device, *, small: bool = False) -> Ceiling:
     out = torch.empty_like(a)
     name = f"matmul {n}x{n}x{n} {str(dtype).removeprefix('torch.')}"
     return Ceiling(name, lambda: torch.mm(a, b, out=out), 2.0 * n**3)
-
-
-@contextlib.contextmanager
-def backend_flags(device: torch.device, precision: str) -> Iterator[None]:
-    """Set PyTorch's switches as the trainer does for `precision`, inside the block: TF32 and cuDNN's autotuning."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.benchmark_limit
-    if device.type == "cuda":
-        cudnn.allow_tf32 = matmul.allow_tf32 = precision != "fp32"
-        cudnn.benchmark, cudnn.benchmark_limit = True, 0
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.benchmark_limit = before
 
 
 def machine(device: torch.device) -> dict[str, Any]:

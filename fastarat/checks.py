@@ -15,12 +15,13 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
+from fastarat.device import readable
 from fastarat.errors import UserError, nearest
 
 Norm = Literal["linf", "l2"]
@@ -48,9 +49,6 @@ _ALIASES = {
     "off": ("false",),
     "torch": ("fastarat",),  # an optimiser that was ours; saved configs name it
 }
-
-
-# --- names and numbers ----------------------------------------------------------------------------------------------
 
 
 def _folded(name: Any) -> str:
@@ -104,45 +102,30 @@ def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -
         return None
     options = [o for o in options if o is not type(None)]
     if len(options) > 1:
-        if any(o in (bool, int, float, str) and type(value) is o for o in options):
+        if type(value) in _READERS and type(value) in options:
             return value
         for option in options[:-1]:
-            try:
+            with suppress(UserError):
                 return coerce(value, option, key, source, about)
-            except UserError:
-                continue
     hint = options[-1]
     origin = typing.get_origin(hint)
     if origin is Literal:
         return named(f"{where}{key}", value, typing.get_args(hint))
     try:
-        if hint is bool:
-            return _bool(value)
-        if hint is int:
-            return _int(value)
-        if hint is float:
-            return _float(value)
-        if hint is str and isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool):
-            return str(value)
+        if hint in _READERS:
+            return _READERS[hint][0](value)
         if origin is tuple:
             return _tuple(value, typing.get_args(hint), key, source)
-        if not isinstance(hint, type) or hint is Any or (hint not in (bool, int, float, str) and _is(value, hint)):
+        if not isinstance(hint, type) or hint is Any or _is(value, hint):
             return value
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError):  # the last: a tensor of several values
         pass
-    wanted = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number (fractions such as 8/255 are read)",
-        str: "text",
-    }
-    wanted = wanted.get(hint, "values with commas between them" if origin is tuple else f"a {hint}")
-    if hint is str and about:
-        wanted += f": {about}"
-    elif isinstance(hint, type) and hint not in (bool, int, float, str):
-        wanted = _a(hint.__name__)
+    if hint in _READERS:
+        wanted = _READERS[hint][1] + (f": {about}" if hint is str and about else "")
+    else:
+        wanted = "values with commas between them" if origin is tuple else _a(hint.__name__)
     raise UserError(f"{where}{key}={shown(value)}: expected {wanted}")
 
 
@@ -188,22 +171,32 @@ def _float(value: Any) -> float:
     return result
 
 
+def _str(value: Any) -> str:
+    if not isinstance(value, (str, int, float, os.PathLike)) or isinstance(value, bool):
+        raise ValueError
+    return str(value)
+
+
+_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_bool, "true or false"),
+    int: (_int, "a whole number"),
+    float: (_float, "a number (fractions such as 8/255 are read)"),
+    str: (_str, "text"),
+}
+
+
 def _tuple(value: Any, hints: tuple, key: str, source: str) -> tuple:
     items = value.split(",") if isinstance(value, str) else list(value)
-    if not (len(hints) == 2 and hints[1] is Ellipsis):
-        if len(hints) != len(items):
-            raise ValueError
-    else:
-        hints = hints[:1] * len(items)
     items = [v.strip() if isinstance(v, str) else v for v in items]
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        hints = hints[:1] * len(items)
     return tuple(coerce(v, hint, key, source) for v, hint in zip(items, hints, strict=True))
 
 
 @functools.cache
 def _interval(text: str) -> tuple[Callable[[float], bool], float, float]:
-    low, high = (
-        float(base) ** float(power or 1) for base, _, power in (end.partition("^") for end in text[1:-1].split(", "))
-    )
+    ends = (end.partition("^") for end in text[1:-1].split(", "))
+    low, high = (float(base) ** float(power or 1) for base, _, power in ends)
 
     def holds(value: float) -> bool:
         above = value >= low if text[0] == "[" else value > low
@@ -223,9 +216,8 @@ def within(key: str, value: Any, interval: str, about: str = "") -> Any:
             continue
         if isinstance(v, int) and high == math.inf:
             raise UserError(f"{key}={v}: expected {low:g} or more")
-        raise UserError(
-            f"{key}={v if isinstance(v, int) else f'{v:g}'} is outside {interval}" + (about and f": {about}")
-        )
+        given = v if isinstance(v, int) else f"{v:g}"
+        raise UserError(f"{key}={given} is outside {interval}" + (about and f": {about}"))
     return value
 
 
@@ -237,31 +229,6 @@ def whole(key: str, value: Any, least: int = 1, below: str = "inf") -> int:
 def checked_seed(seed: Any) -> int:
     """Return `seed` as an int that every generator takes, of the interval a config allows. Raises: UserError."""
     return whole("seed", seed, 0, "2^63")
-
-
-def pick_device(name: Any) -> torch.device:
-    """Turn "auto", "cpu", "cuda", "cuda:N", N or a device into a device; a CUDA one has its number.
-
-    Raises: UserError for another name, and for a device this machine has not.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
-        name = f"cuda:{name}"
-    given = str(name) if isinstance(name, torch.device) else name
-    try:
-        if not isinstance(name, (str, torch.device)):
-            raise TypeError
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"device {shown(given)}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {given!r} is not supported: use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {given!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())  # what torch.cuda.set_device and others insist on
-    return device
 
 
 @functools.cache
@@ -289,9 +256,6 @@ def settle(config: Any, where: str = "", skip: Sequence[str] = ()) -> None:
         if value is not None and "range" in f.metadata:
             within(key, value, f.metadata["range"], about)
         object.__setattr__(config, f.name, value)
-
-
-# --- the threat model -----------------------------------------------------------------------------------------------
 
 
 class Budget(NamedTuple):
@@ -327,9 +291,8 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     else:
         units = f"{'pixel units' if norm == 'linf' else 'a length in pixel units'} where 1.0 is the full range"
     # Nobody means -0.1/255 or inf/255; between 1 and 255 a budget is nearly always one in 1/255.
-    mend = (
-        f"; write {number:g}/255" if 1 < number <= 255 else ", such as 8/255" if norm == "linf" else ", such as 128/255"
-    )
+    usual = "8/255" if norm == "linf" else "128/255"
+    mend = f"; write {number:g}/255" if 1 < number <= 255 else f", such as {usual}"
     upper = "inf)" if highest == math.inf else f"{highest:.4g}]"
     raise UserError(f"{key}={number:g} is outside (0, {upper}: {units}{mend}")
 
@@ -353,21 +316,6 @@ def checked_budget(
         return Budget(epsilon, epsilon / 4, norm)
     step = "step-size" if where.startswith("--") else "step_size"
     return Budget(epsilon, checked_length(f"{where}{step}", step_size, norm, shape=shape, read=read), norm)
-
-
-# --- images, labels, logits -----------------------------------------------------------------------------------------
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether values may be read: not while a CUDA graph is captured or code compiled, nor where there are none."""
-    if torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return not tensor.is_meta and detect_fake_mode([tensor]) is None
-
-
-def waits(tensor: Tensor) -> bool:
-    """Whether reading values makes the host wait for a device: then once per shape must do; a CPU's are always read."""
-    return tensor.is_cuda
 
 
 def input_channels(model: nn.Module) -> int | None:
@@ -455,13 +403,6 @@ def check_classes(labels: Tensor, num_classes: int, name: str = "labels") -> Non
         )
 
 
-def check_device(device: torch.device, **tensors: Tensor) -> None:
-    """Raise UserError for a tensor that lies elsewhere than the model."""
-    for name, tensor in tensors.items():
-        if tensor.device != device:
-            raise UserError(f"{name} are on {tensor.device}, the model on {device}: write {name}.to({str(device)!r})")
-
-
 def check_logits(logits: Any, images: Tensor, who: str = "the model") -> None:
     """Raise UserError unless `logits` are a tensor [B, K] of at least two classes."""
     size = len(images)
@@ -505,11 +446,10 @@ def check_no_probabilities(logits: Tensor) -> None:
 
 def check_same(labels: Tensor, **tensors: Tensor) -> None:
     """Raise UserError unless the tensors, logits [B, K] by name, have one shape and the labels are int64 [B]."""
-    (first, one), *rest = tensors.items()
+    first, one = next(iter(tensors.items()))
     for name, other in tensors.items():
         if not isinstance(other, Tensor) or other.dim() != 2 or not other.is_floating_point():
             raise UserError(f"{name}={shown(other)}: expected logits, float [B, K]")
-    for name, other in rest:
         if other.shape != one.shape:
             raise UserError(f"{name} is {list(other.shape)}, {first} {list(one.shape)}: expected one shape, [B, K]")
     check_labels(labels, one)

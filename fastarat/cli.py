@@ -264,8 +264,8 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
 
 
 def _report(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.device import pick_device
     from fastarat.report import report
-    from fastarat.training import pick_device
 
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", help="folder to write (default: report/ in the first run)")
@@ -390,8 +390,8 @@ def _bench(parser: _Parser, argv: list[str]) -> int:
 
 
 def _doctor(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.device import pick_device
     from fastarat.doctor import diagnose, render
-    from fastarat.training import pick_device
 
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     args = parser.parse_args(argv)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastarat import tuning
-from fastarat.checks import pick_device
 from fastarat.config import DEFENSES, Config, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
+from fastarat.device import pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate, parse_attacks
 from fastarat.files import write_text

@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import platform
-import time
+import timeit
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -15,14 +17,15 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastarat.device import bf16_support
+
 Status = Literal["used", "not used", "missing"]
+Found = tuple[Status, str, str]
+Look = Callable[[torch.device], Found]
 
 APEX_MEND = (
     "clone https://github.com/NVIDIA/apex and there run "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
-)
-FFCV_MEND = (
-    "apt-get install libopencv-dev libturbojpeg0-dev pkg-config (Debian, Ubuntu), then pip install 'fastarat[ffcv]'"
 )
 
 
@@ -44,22 +47,8 @@ def diagnose(device: torch.device | str | None = None) -> list[Check]:
     device: the one training would use; default: the first CUDA GPU, else the CPU.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    parts = {
-        "PyTorch": _pytorch,
-        "GPU": _gpu,
-        "Triton kernels": _triton,
-        "CUDA graphs": _cuda_graphs,
-        "BN folding": _folding,
-        "bf16 (--amp)": _bf16,
-        "CPU": _cpu,
-        "FFCV": _ffcv,
-        "NVIDIA Apex": _apex,
-        "AutoAttack": _autoattack,
-        "timm": _timm,
-        "TensorBoard": _tensorboard,
-    }
     checks = []
-    for name, look in parts.items():
+    for name, look in PARTS.items():
         try:
             checks.append(Check(name, *look(device)))
         except Exception as error:  # a doctor that dies of the patient's illness helps nobody
@@ -80,47 +69,11 @@ def render(checks: list[Check]) -> str:
     return "\n".join(lines)
 
 
-def bf16_support(device: torch.device | str) -> tuple[bool, str]:
-    """Return whether `device` computes bf16 in hardware, and the reason in words.
-
-    Where it does not, `--amp` must stay in float32: emulated bf16 convolutions are many times slower than float32.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return False, "no usable CUDA GPU"
-        major, minor = torch.cuda.get_device_capability(device)
-        with torch.cuda.device(device):
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        if supported:
-            return True, f"compute capability {major}.{minor} multiplies bf16 in hardware"
-        return False, f"compute capability {major}.{minor} has no bf16 arithmetic (8.0 and newer have)"
-    if device.type == "cpu":
-        sets = _cpu_bf16_sets()
-        if sets:
-            return True, f"the CPU has {' and '.join(sets)}"
-        return False, "the CPU has neither AVX512_BF16 nor AMX, so bf16 would be emulated"
-    return False, f"bf16 training on {device.type} is untested"
-
-
-def _cpu_bf16_sets() -> list[str]:
-    """Return the x86 instruction sets with which oneDNN multiplies bf16."""
-    known = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}
-    report = getattr(torch.cpu, "get_capabilities", None)  # not in every supported PyTorch
-    if report is not None:
-        found = {name for name, present in report().items() if present is True}
-    else:
-        info = Path("/proc/cpuinfo")
-        text = info.read_text() if info.exists() else ""
-        found = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
-    return [label for flag, label in known.items() if flag in found]
-
-
-def _pytorch(device: torch.device) -> tuple[Status, str, str]:
+def _pytorch(device: torch.device) -> Found:
     return "used", f"{torch.__version__}, Python {platform.python_version()}, training on {device}", ""
 
 
-def _gpu(device: torch.device) -> tuple[Status, str, str]:
+def _gpu(device: torch.device) -> Found:
     if torch.cuda.is_available():
         shown = torch.cuda.get_device_properties(device if device.type == "cuda" else 0)
         detail = (
@@ -131,45 +84,32 @@ def _gpu(device: torch.device) -> tuple[Status, str, str]:
             return "used", detail, ""
         return "not used", f"{detail}; this run is on {device}", "leave --device out, or give --device cuda"
     if torch.version.cuda is None:
-        return (
-            "not used",
-            "this PyTorch was built without CUDA",
-            "on a machine with an NVIDIA GPU, install PyTorch's CUDA build (pytorch.org/get-started)",
-        )
-    return (
-        "not used",
-        f"PyTorch was built for CUDA {torch.version.cuda} but finds no usable GPU",
-        "check that nvidia-smi lists one, that its driver supports this CUDA, and CUDA_VISIBLE_DEVICES",
-    )
+        mend = "on a machine with an NVIDIA GPU, install PyTorch's CUDA build (pytorch.org/get-started)"
+        return "not used", "this PyTorch was built without CUDA", mend
+    mend = "check that nvidia-smi lists one, that its driver supports this CUDA, and CUDA_VISIBLE_DEVICES"
+    return "not used", f"PyTorch was built for CUDA {torch.version.cuda} but finds no usable GPU", mend
 
 
-def _triton(device: torch.device) -> tuple[Status, str, str]:
+def _triton(device: torch.device) -> Found:
     from fastarat.kernels import why_not_triton
 
     reason = why_not_triton(device)
     version = _version("triton")
     if reason is None:
-        return (
-            "used",
-            f"{version}: fused split BatchNorm and PGD update, the stem's input gradient, SGD that writes bf16 weights",
-            "",
-        )
+        does = "fused split BatchNorm and PGD update, the stem's input gradient, SGD that writes bf16 weights"
+        return "used", f"{version}: {does}", ""
     if device.type != "cuda":
         return "not used", reason, "run on an NVIDIA GPU; on a CPU the plain PyTorch twins are the fast way"
     return ("not used" if version else "missing"), reason, "pip install 'triton>=3.6' (Linux)"
 
 
-def _cuda_graphs(device: torch.device) -> tuple[Status, str, str]:
+def _cuda_graphs(device: torch.device) -> Found:
     if device.type == "cuda" and torch.cuda.is_available():
-        return (
-            "used",
-            "captured once and replayed: the attack, and the whole step where the defense allows",
-            "",
-        )
+        return "used", "captured once and replayed: the attack, and the whole step where the defense allows", ""
     return "not used", f"{device.type} has no CUDA graphs: steps run eagerly", "run on an NVIDIA GPU"
 
 
-def _folding(device: torch.device) -> tuple[Status, str, str]:
+def _folding(device: torch.device) -> Found:
     from fastarat.kernels import why_not_fold
 
     reason = why_not_fold(device, torch.bfloat16 if bf16_support(device)[0] else torch.float32)
@@ -179,7 +119,7 @@ def _folding(device: torch.device) -> tuple[Status, str, str]:
     return "not used", f"{reason}; eval-mode attacks run the fused BatchNorm instead", mend
 
 
-def _bf16(device: torch.device) -> tuple[Status, str, str]:
+def _bf16(device: torch.device) -> Found:
     supported, reason = bf16_support(device)
     if device.type == "cpu":
         reason += f"; here a bf16 convolution takes {_bf16_slowdown():.1f} times as long as a float32 one"
@@ -192,23 +132,19 @@ def _bf16_slowdown() -> float:
     """Return the time of one small bf16 convolution in units of the float32 one (best of three each)."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.rand(8, 32, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
-        weight = torch.rand(32, 32, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
-        walls = []
-        for _ in range(4):  # the first one chooses and prepares the kernel
-            began = time.perf_counter()
-            F.conv2d(x, weight, padding=1)
-            walls.append(time.perf_counter() - began)
-        best[dtype] = min(walls[1:])
+        shapes = (8, 32, 16, 16), (32, 32, 3, 3)
+        x, weight = (torch.rand(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shapes)
+        walls = timeit.repeat(partial(F.conv2d, x, weight, padding=1), number=1, repeat=4)
+        best[dtype] = min(walls[1:])  # the first one chooses and prepares the kernel
     return best[torch.bfloat16] / best[torch.float32]
 
 
-def _cpu(device: torch.device) -> tuple[Status, str, str]:
-    threads, cores = torch.get_num_threads(), _cores()
-    detail = (
-        f"{threads} threads on {cores} cores, {torch.backends.cpu.get_cpu_capability()}; "
-        "weights and images are channels-last"
-    )
+def _cpu(device: torch.device) -> Found:
+    threads = torch.get_num_threads()
+    # Those that this process may run on.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    capability = torch.backends.cpu.get_cpu_capability()
+    detail = f"{threads} threads on {cores} cores, {capability}; weights and images are channels-last"
     if threads > cores:
         return "used", detail, f"more threads than cores slow each other down: set OMP_NUM_THREADS={cores}"
     if device.type == "cpu" and threads < cores // 2:
@@ -216,39 +152,17 @@ def _cpu(device: torch.device) -> tuple[Status, str, str]:
     return "used", detail, ""
 
 
-def _cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ffcv(device: torch.device) -> tuple[Status, str, str]:
-    module, problem = _try_import("ffcv")
-    if module is not None:
-        return (
-            "used",
-            f"{_version('ffcv', module)}: streams .beton files and sets too large for the device",
-            "",
-        )
-    return _absent("ffcv", f"{problem}; the resident loader keeps the data set on the device", FFCV_MEND)
-
-
-def _apex(device: torch.device) -> tuple[Status, str, str]:
+def _apex(device: torch.device) -> Found:
     instead = "PyTorch's fused SGD is used"
     found = importlib.util.find_spec("apex")
     if found is None:
-        return (
-            "missing",
-            f"not installed; {instead}",
-            (APEX_MEND if device.type == "cuda" else "nothing to do on a CPU: FusedSGD needs CUDA"),
-        )
+        mend = APEX_MEND if device.type == "cuda" else "nothing to do on a CPU: FusedSGD needs CUDA"
+        return "missing", f"not installed; {instead}", mend
     # The name on the public package index belongs to another project, which has no optimizers.
     folders = [Path(folder) for folder in found.submodule_search_locations or ()]
     if not any((folder / "optimizers").exists() or (folder / "optimizers.py").exists() for folder in folders):
-        return (
-            "not used",
-            f"the installed 'apex' is another project (it has no apex.optimizers.FusedSGD); {instead}",
-            f"pip uninstall apex, then {APEX_MEND}",
-        )
+        other = f"the installed 'apex' is another project (it has no apex.optimizers.FusedSGD); {instead}"
+        return "not used", other, f"pip uninstall apex, then {APEX_MEND}"
     module, problem = _try_import("apex.optimizers")
     if module is None or not hasattr(module, "FusedSGD"):
         return "not used", f"{problem or 'apex.optimizers has no FusedSGD'}; {instead}", APEX_MEND
@@ -260,7 +174,7 @@ def _apex(device: torch.device) -> tuple[Status, str, str]:
     return "used", f"{_version('apex')}: FusedSGD", ""
 
 
-def _autoattack(device: torch.device) -> tuple[Status, str, str]:
+def _autoattack(device: torch.device) -> Found:
     problems = []
     for name in ("pyautoattack", "autoattack"):
         module, problem = _try_import(name)
@@ -274,23 +188,17 @@ def _autoattack(device: torch.device) -> tuple[Status, str, str]:
     return "missing", "not installed; clean and PGD accuracy still work", mend
 
 
-def _timm(device: torch.device) -> tuple[Status, str, str]:
-    module, problem = _try_import("timm")
-    if module is not None:
-        return "used", f"{_version('timm', module)}: --model timm:NAME", ""
-    mend = "pip install 'fastarat[timm]'; torch and torchvision must be builds of the same release"
-    return _absent("timm", f"{problem}; the built-in networks need nothing", mend)
+def _package(module: str, use: str, instead: str, mend: str) -> Look:
+    """Return the check of a package that is used wherever it imports."""
 
+    def look(device: torch.device) -> Found:
+        found, problem = _try_import(module)
+        version = _version(module.split(".")[-1], found)
+        if found is not None:
+            return "used", f"{version}: {use}", ""
+        return ("not used" if version else "missing"), f"{problem}; {instead}", mend
 
-def _tensorboard(device: torch.device) -> tuple[Status, str, str]:
-    module, problem = _try_import("torch.utils.tensorboard")
-    if module is not None:
-        return "used", f"{_version('tensorboard')}: RUN/tensorboard", ""
-    return _absent("tensorboard", f"{problem}; metrics.jsonl holds the same numbers", "pip install tensorboard")
-
-
-def _absent(package: str, detail: str, mend: str) -> tuple[Status, str, str]:
-    return ("not used" if _version(package) else "missing"), detail, mend
+    return look
 
 
 def _try_import(name: str) -> tuple[ModuleType | None, str]:
@@ -316,3 +224,36 @@ def _version(package: str, module: ModuleType | None = None) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+PARTS: dict[str, Look] = {
+    "PyTorch": _pytorch,
+    "GPU": _gpu,
+    "Triton kernels": _triton,
+    "CUDA graphs": _cuda_graphs,
+    "BN folding": _folding,
+    "bf16 (--amp)": _bf16,
+    "CPU": _cpu,
+    "FFCV": _package(
+        "ffcv",
+        "streams .beton files and sets too large for the device",
+        "the resident loader keeps the data set on the device",
+        "apt-get install libopencv-dev libturbojpeg0-dev pkg-config (Debian, Ubuntu), then "
+        "pip install 'fastarat[ffcv]'",
+    ),
+    "NVIDIA Apex": _apex,
+    "AutoAttack": _autoattack,
+    "timm": _package(
+        "timm",
+        "--model timm:NAME",
+        "the built-in networks need nothing",
+        "pip install 'fastarat[timm]'; torch and torchvision must be builds of the same release",
+    ),
+    "TensorBoard": _package(
+        "torch.utils.tensorboard",
+        "RUN/tensorboard",
+        "metrics.jsonl holds the same numbers",
+        "pip install tensorboard",
+    ),
+}
+"""What is looked at, by the name printed before it."""

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from fastarat.averages import MovingAverage, WeightAverage, averaged_model
 from fastarat.card import card_rows, default_recipe
-from fastarat.checks import pick_device
 from fastarat.config import Config, defense_key, to_dict
 from fastarat.data import (
     Dataset,
@@ -34,7 +33,7 @@ from fastarat.data import (
     stratified_indices,
 )
 from fastarat.defenses import DEFENSES, Defense
-from fastarat.doctor import bf16_support
+from fastarat.device import pick_device, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, attack_title, evaluate
@@ -137,24 +136,6 @@ def resolve(config: Config, dataset: Dataset) -> Config:
         optim=optim,
         eval=dataclasses.replace(config.eval, val_images=len(dataset.val)),
     )
-
-
-def usable_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """Return the precision to run in and why. bf16 or fp16 without hardware support stays in float32."""
-    if precision == "fp32":
-        return "fp32", "float32 (asked for; --amp for bf16)"
-    if precision == "tf32":
-        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-            return "tf32", "TF32 convolutions, float32 elsewhere"
-        return "fp32", "float32: TF32 needs a CUDA GPU of compute capability 8 or more"
-    if precision == "fp16":
-        if device.type == "cuda":
-            return "fp16", "fp16 convolutions with loss scaling; statistics and losses float32"
-        return "fp32", "float32: fp16 training needs a CUDA GPU"
-    able, why = bf16_support(device)
-    if able:
-        return "bf16", "bf16 convolutions; statistics and losses float32"
-    return "fp32", f"float32, because bf16 would be slower here: {why}"
 
 
 def sgd(config: Config, device: torch.device):

@@ -193,7 +193,7 @@ def test_the_command_writes_every_sample(tmp_path, capsys):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_amp_means_what_it_means_to_train(able, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys.modules["fastarat.training"], "bf16_support", lambda device: (able, "a CPU of this test"))
+    monkeypatch.setattr("fastarat.device.bf16_support", lambda device: (able, "a CPU of this test"))
     out = tmp_path / "b.json"
     tiny = ["--model", "resnet-small", "--batch-size", "2", "--image-size", "8", "--repeats", "1", "--steps", "1",
             "--threads", "1", "--device", "cpu", "--attack.num-steps", "1", "--out", str(out)]  # fmt: skip

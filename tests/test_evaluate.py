@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pyautoattack
@@ -12,20 +13,16 @@ import pytest
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
+from tqdm import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from fastarat.attacks import pgd
+from fastarat.checks import checked_budget
 from fastarat.data import Split, make_loader
 from fastarat.errors import UserError
-from fastarat.evaluation import (
-    Evaluation,
-    _build_autoattack,
-    adversarial_examples,
-    checked_budget,
-    collect,
-    evaluate,
-    parse_attacks,
-    wilson,
-)
+from fastarat.evaluation import Evaluation, adversarial_examples, collect, evaluate, parse_attacks, wilson
+from fastarat.evaluation.autoattack import build_ensemble
+from fastarat.evaluation.task import Task, share
 from fastarat.nets.batchnorm import SplitBatchNorm2d
 
 SHAPE = (3, 6, 6)
@@ -51,10 +48,6 @@ def quick(monkeypatch):
         self.square.n_queries = 100
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", set_version)
-
-
-def share(flags):
-    return int(flags.sum()) / len(flags)
 
 
 def linear(num_classes, seed=0, scale=1.0):
@@ -108,9 +101,6 @@ def small_data(model, count=14):
     return images, labels
 
 
-# Closed forms
-
-
 def test_pgd_reaches_the_closed_form_of_a_two_class_linear_model():
     model, images, labels = linear(2)
     exact = linear_robust(model, images, labels, 0.01, order=1)
@@ -142,9 +132,6 @@ def test_autoattack_is_exact_on_linear_models_and_never_above_pgd(num_classes, q
     assert sorted(result.autoattack.values(), reverse=True) == list(result.autoattack.values())
 
 
-# The official call
-
-
 def official(model, images, labels, epsilon, norm, caplog):
     """Return the robust accuracy of one official call and the accuracies it logs after each member, in percent."""
     names = {"linf": "Linf", "l2": "L2"}
@@ -170,8 +157,8 @@ def test_equals_the_official_single_call(norm, quick, caplog):
 def test_the_members_keep_their_official_settings():
     """The tests above shorten both sides; a real evaluation runs what version="standard" sets."""
     model, _, _ = linear(10)
-    budget = checked_budget(0.01, None, "linf")
-    built = _build_autoattack(pyautoattack, model, torch.device("cpu"), budget, seed=3, num_classes=10)
+    task = Task(model, *[torch.empty(0)] * 2, checked_budget(0.01), 256, 3, "adv", False, torch.device("cpu"), False)
+    built = build_ensemble(pyautoattack, task, num_classes=10)
     official = pyautoattack.AutoAttack(model, eps=0.01, seed=3, version="standard", device="cpu")
     for member in ("apgd", "apgd_targeted", "fab", "square"):
         ours, theirs = vars(getattr(built, member)), vars(getattr(official, member))
@@ -206,7 +193,18 @@ def test_few_classes_are_handled_and_said(quick):
             evaluate(model, (images, labels), "apgd-t", epsilon=0.01)
 
 
-# Resuming
+def interrupt(monkeypatch, at):
+    """Make the `at`-th batch of apgd-t fail; return the sizes of those begun."""
+    original, calls = APGDAttack_targeted.perturb, []
+
+    def interrupted(self, x, y):
+        calls.append(len(x))
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(self, x, y)
+
+    monkeypatch.setattr(APGDAttack_targeted, "perturb", interrupted)
+    return calls
 
 
 def test_an_interrupted_autoattack_continues_where_it_stopped(tmp_path, monkeypatch, quick):
@@ -216,15 +214,7 @@ def test_an_interrupted_autoattack_continues_where_it_stopped(tmp_path, monkeypa
     whole = evaluate(model, data, **{**call, "state_dir": None})
     assert whole.autoattack["apgd-ce"] > 6 / 14, "apgd-t needs several batches for this test"
 
-    original, calls = APGDAttack_targeted.perturb, []
-
-    def interrupted(self, x, y):
-        calls.append(len(x))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, x, y)
-
-    monkeypatch.setattr(APGDAttack_targeted, "perturb", interrupted)
+    calls = interrupt(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, data, **call)
 
@@ -245,16 +235,10 @@ def test_an_interrupted_autoattack_continues_where_it_stopped(tmp_path, monkeypa
 def test_a_state_of_other_weights_or_settings_is_not_continued(tmp_path, monkeypatch, quick):
     model = Small()
     data = small_data(model)
-    original = APGDAttack_targeted.perturb
-
-    def interrupted(self, x, y):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(APGDAttack_targeted, "perturb", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, data, "autoattack", epsilon=0.01, state_dir=tmp_path)
-    monkeypatch.setattr(APGDAttack_targeted, "perturb", original)
-
+    with monkeypatch.context() as m:
+        interrupt(m, 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, data, "autoattack", epsilon=0.01, state_dir=tmp_path)
     other = Small(seed=1)
     fresh = evaluate(other, data, "autoattack", epsilon=0.02)
     result = evaluate(other, data, "autoattack", epsilon=0.02, state_dir=tmp_path)
@@ -274,9 +258,6 @@ def test_a_damaged_state_is_refused(tmp_path, damage, quick):
     path.write_text(json.dumps(state) if damage == "other data" else path.read_text()[:50])
     with pytest.raises(UserError, match="delete it"):
         evaluate(model, data, "square", epsilon=0.02, state_dir=tmp_path)
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -308,45 +289,14 @@ def test_attack_lists_are_parsed_once_each():
     ]
 
 
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"epsilon": 8}, r"epsilon=8 is outside \(0, 1\].*write 8/255"),
-        ({"epsilon": 0.0}, "epsilon=0 is outside"),
-        ({"epsilon": float("nan")}, "epsilon=nan: expected a number"),
-        ({"step_size": 2}, "step_size=2 is outside.*write 2/255"),
-        ({"step_size": -0.1}, "step_size=-0.1 is outside"),
-        ({"norm": "linfty"}, "did you mean 'linf'"),
-        ({"limit": 0}, "limit=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, text):
+def test_wrong_settings_and_data_are_refused():
+    """Budgets, images and labels: test_threat_model."""
     model, images, labels = linear(3)
-    with pytest.raises(UserError, match=text):
-        evaluate(model, (images, labels), **settings)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda x, y: ((x * 255).byte(), y), "uint8.*/ 255"),
-        (lambda x, y: (x * 255, y), "divide by 255"),
-        (lambda x, y: (x * 4 - 2, y), "put it inside the model"),
-        (lambda x, y: (x / 0 * 0, y), "NaN"),
-        (lambda x, y: (x[0], y[:3]), "float32"),
-        (lambda x, y: (x, y + 1), "labels span 1 to 3, but the model has 3 classes"),
-        (lambda x, y: (x, y - 1), "labels span -1"),
-        (lambda x, y: (x, y.float()), "labels are torch.float32"),
-        (lambda x, y: (x, y[:-1]), "32 images but 31 labels"),
-        (lambda x, y: (x[:0], y[:0]), "float32"),
-        (lambda x, y: "cifar10", "cannot evaluate on a str"),
-    ],
-)
-def test_wrong_data_is_refused(change, text):
-    model, images, labels = linear(3)
-    with pytest.raises(UserError, match=text):
-        evaluate(model, change(images, labels))
+    for settings in ({"limit": 0}, {"batch_size": 0}):
+        with pytest.raises(UserError, match=r"(limit|batch_size)=0"):
+            evaluate(model, (images, labels), **settings)
+    with pytest.raises(UserError, match="cannot evaluate on a str"):
+        evaluate(model, "cifar10")
 
 
 class Changed(nn.Module):
@@ -374,23 +324,15 @@ class Changed(nn.Module):
 )
 def test_a_model_that_does_not_return_logits_is_refused(change, text):
     model, images, labels = linear(3)
-    with pytest.raises(UserError, match=text):
-        evaluate(Changed(model, change), (images, labels))
+    for call in (lambda m: evaluate(m, (images, labels)), lambda m: adversarial_examples(m, images, labels)):
+        with pytest.raises(UserError, match=text):
+            call(Changed(model, change))
 
 
 def test_square_needs_no_gradient(quick):
     model, images, labels = linear(3)
     result = evaluate(Changed(model, torch.Tensor.detach), (images, labels), "clean,square", epsilon=0.01)
     assert result.accuracy["robust_acc_square"] < 1
-
-
-def test_half_precision_weights_are_refused():
-    model, images, labels = linear(3)
-    with pytest.raises(UserError, match=r"1.weight is torch.bfloat16.*model.float\(\)"):
-        evaluate(model.bfloat16(), (images, labels))
-
-
-# What is noted
 
 
 def test_a_randomised_model_is_noted():
@@ -400,22 +342,16 @@ def test_a_randomised_model_is_noted():
     assert any("randomised" in w for w in result.warnings)
 
 
-def test_masked_gradients_are_noted(quick):
+def test_masked_gradients_are_noted_and_autoattack_logs_nothing_of_its_own(quick, caplog):
     # Logits of several thousand: cross-entropy has gradient zero in float32, the scale-free DLR loss has not.
     model, images, labels = linear(10, scale=1e4)
-    result = evaluate(model, (images, labels), "clean,pgd-20,autoattack", epsilon=0.01)
+    with caplog.at_level(logging.WARNING):
+        result = evaluate(model, (images, labels), "clean,pgd-20,autoattack,apgd-ce", epsilon=0.01)
+    assert caplog.text == ""
     assert result.accuracy["robust_acc_pgd20"] > result.accuracy["robust_acc_aa"] + 0.02
     assert any("zero input gradient on" in w for w in result.warnings)
     assert any("points below pgd-20: report AutoAttack" in w for w in result.warnings)
     assert any("zero input gradient" in line for line in result.table().splitlines())
-
-
-def test_autoattack_logs_nothing_of_its_own(quick, caplog):
-    model, images, labels = linear(10, scale=1e4)
-    with caplog.at_level(logging.WARNING):
-        result = evaluate(model, (images[:6], labels[:6]), "apgd-ce", epsilon=0.02)
-    assert caplog.text == ""
-    assert result.accuracy["robust_acc_apgd_ce"] <= 1
 
 
 def test_an_attack_that_leaves_the_ball_is_caught(monkeypatch):
@@ -424,13 +360,6 @@ def test_an_attack_that_leaves_the_ball_is_caught(monkeypatch):
     monkeypatch.setattr(sys.modules[evaluate.__module__], "pgd", far)
     with pytest.raises(AssertionError, match=r"exceeds epsilon 0\.02"):
         evaluate(model, (images, labels), "pgd-20", epsilon=0.02)
-
-
-# What is restored
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
@@ -452,15 +381,12 @@ def test_the_model_and_the_random_state_come_back_as_they_were(interrupt, quick)
         assert output.dtype == torch.float32
         seen.append(1)
         if interrupt and len(seen) == 20:
-            raise Stop
+            raise KeyboardInterrupt
 
     hook = model.bn.register_forward_hook(look)
-    try:
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            evaluate(model, data, "clean,pgd-5,autoattack", epsilon=0.02, branch="clean")
-        assert not interrupt
-    except Stop:
-        assert interrupt
+    ends = pytest.raises(KeyboardInterrupt) if interrupt else nullcontext()
+    with ends, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        evaluate(model, data, "clean,pgd-5,autoattack", epsilon=0.02, branch="clean")
     hook.remove()
     assert len(seen) >= 20
     assert {name: m.training for name, m in model.named_modules()} == modes
@@ -500,9 +426,6 @@ def test_the_branch_decides_the_numbers():
     assert adv == 13 / 14 > clean
     with pytest.raises(UserError, match="unknown BatchNorm branch"):
         evaluate(model, data, "clean", branch="advs")
-
-
-# Data, formats, results
 
 
 def test_a_split_and_a_loader_give_what_tensors_give():
@@ -570,10 +493,21 @@ def test_table_lists_every_member():
 
 
 def test_wilson_interval():
-    # z^2 = 3.8415: (0.5 + 0.0192) / 1.0384 -+ 1.96 sqrt(0.0025 + 0.000096) / 1.0384
+    # z^2 = 3.8415; (0.5 + 0.0192) / 1.0384 -+ 1.96 sqrt(0.0025 + 0.000096) / 1.0384
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=5e-5)
     assert wilson(1.0, 10)[1] == pytest.approx(1.0)
     assert wilson(0.0, 10)[0] == 0.0
+
+
+@pytest.mark.parametrize(("kind", "progress", "hidden"), [(tqdm, True, None), (tqdm_notebook, True, False),
+                                                           (tqdm_notebook, False, True)])  # fmt: skip
+def test_a_bar_is_shown_on_a_terminal_and_in_a_notebook(kind, progress, hidden, monkeypatch):
+    seen = {}
+    bar = type("Bar", (kind,), {"__init__": lambda self, **options: seen.update(options), "__del__": lambda self: None})
+    monkeypatch.setattr("fastarat.evaluation.task.tqdm", bar)
+    model, images, labels = linear(2)
+    Task(model, images, labels, checked_budget(0.1), 10, 0, "adv", False, torch.device("cpu"), progress).bar("x", 32)
+    assert seen == {"desc": "x", "total": 4, "unit": "batch", "leave": False, "disable": hidden}
 
 
 def test_adversarial_examples_stay_in_the_ball_and_repeat():
@@ -594,13 +528,13 @@ def test_adversarial_examples_stay_in_the_ball_and_repeat():
     assert result.accuracy["robust_acc_pgd5"] == share(model(points).argmax(1) == labels)
 
 
-def test_a_result_that_cannot_be_written_is_no_traceback(tmp_path, monkeypatch):
-    module = sys.modules["fastarat.evaluation"]
-
+def test_a_result_that_cannot_be_written_is_no_traceback_and_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    result = Evaluation({"clean_acc": 0.5}, 100, settings={})
+    old = result.save(tmp_path / "e.json").read_text()
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/e.json: No space left"):
-        module._write_whole(tmp_path / "e.json", "{}")
-    assert not list(tmp_path.iterdir())
+        Evaluation({"clean_acc": 0.75}, 100, settings={}).save(tmp_path / "e.json")
+    assert (tmp_path / "e.json").read_text() == old

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # or those below.
 LAYERS = [
     {"errors", "kernels"},
+    {"device"},
     {"checks", "files"},
     {"specs", "schedules", "doctor"},
     {"nets", "data"},

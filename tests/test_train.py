@@ -18,7 +18,7 @@ from fastarat.engine.step import TrainStep, frozen
 from fastarat.files import load_checkpoint
 from fastarat.runs import Run, load_network
 from fastarat.specs import Attack
-from fastarat.training import Diverged, train, usable_precision
+from fastarat.training import Diverged, train
 
 
 def small(out: Path, **options) -> Config:
@@ -561,17 +561,6 @@ def test_ema_by_hand_and_through_a_kill(tmp_path):
     averaged, meta, _ = load_network(whole, "ema")
     assert meta["ema"] == 0.9
     assert torch.isfinite(averaged(torch.rand(2, 1, 8, 8))).all()
-
-
-def test_precision_stays_in_float32_where_bf16_is_slow(monkeypatch):
-    module = sys.modules["fastarat.training"]  # the attribute of that name is the function
-
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(module, "bf16_support", lambda device: (False, "no AVX512_BF16"))
-    assert usable_precision("bf16", cpu) == ("fp32", "float32, because bf16 would be slower here: no AVX512_BF16")
-    monkeypatch.setattr(module, "bf16_support", lambda device: (True, ""))
-    assert usable_precision("bf16", cpu)[0] == "bf16"
-    assert usable_precision("fp16", cpu)[0] == "fp32"
 
 
 def test_a_bf16_step_keeps_statistics_losses_and_images_in_float32():

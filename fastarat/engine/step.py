@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fastarat import attacks
 from fastarat.checks import (
     check_classes,
-    check_device,
     check_images,
     check_labels,
     check_no_probabilities,
@@ -28,14 +27,13 @@ from fastarat.checks import (
     coerce,
     input_channels,
     logits_of,
-    readable,
     shown,
-    waits,
     whole,
     within,
 )
 from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
+from fastarat.device import check_device, readable, waits
 from fastarat.engine.graphs import PerShape, capture_mode, preserved
 from fastarat.engine.meter import Meter
 from fastarat.engine.perturb import WeightPerturbation

@@ -22,12 +22,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor, nn
 
 from fastarat.data import Dataset, Split, load_dataset
+from fastarat.device import pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, attack_title, collect, wilson
 from fastarat.files import load_weights, write_atomic
 from fastarat.nets.batchnorm import branch
 from fastarat.runs import load_network as load_run
-from fastarat.training import pick_device, pixels
+from fastarat.training import pixels
 
 NUM_STEPS = 20
 

@@ -1,0 +1,152 @@
+"""Devices and precision: which is meant, what it computes in, and PyTorch's switches for as long as a block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+from fastarat.errors import UserError
+
+
+def pick_device(name: Any) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:N", N or a device into a device; a CUDA one has its number.
+
+    Raises: UserError for another name, and for a device this machine has not.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+        name = f"cuda:{name}"
+    given = str(name) if isinstance(name, torch.device) else name
+    try:
+        if not isinstance(name, (str, torch.device)):
+            raise TypeError
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device {' '.join(repr(given).split()):.80}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {given!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {given!r}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # what torch.cuda.set_device and others insist on
+    return device
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be read: not while a CUDA graph is captured or code compiled, nor where there are none."""
+    if torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not tensor.is_meta and detect_fake_mode([tensor]) is None
+
+
+def waits(tensor: Tensor) -> bool:
+    """Whether reading values makes the host wait for a device: then once per shape must do; a CPU's are always read."""
+    return tensor.is_cuda
+
+
+def check_device(device: torch.device, **tensors: Tensor) -> None:
+    """Raise UserError for a tensor that lies elsewhere than the model."""
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise UserError(f"{name} are on {tensor.device}, the model on {device}: write {name}.to({str(device)!r})")
+
+
+def bf16_support(device: torch.device | str) -> tuple[bool, str]:
+    """Return whether `device` computes bf16 in hardware, and the reason in words.
+
+    Where it does not, `--amp` must stay in float32: emulated bf16 convolutions are many times slower than float32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return False, "no usable CUDA GPU"
+        major, minor = torch.cuda.get_device_capability(device)
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if supported:
+            return True, f"compute capability {major}.{minor} multiplies bf16 in hardware"
+        return False, f"compute capability {major}.{minor} has no bf16 arithmetic (8.0 and newer have)"
+    if device.type == "cpu":
+        sets = _cpu_bf16_sets()
+        if sets:
+            return True, f"the CPU has {' and '.join(sets)}"
+        return False, "the CPU has neither AVX512_BF16 nor AMX, so bf16 would be emulated"
+    return False, f"bf16 training on {device.type} is untested"
+
+
+def _cpu_bf16_sets() -> list[str]:
+    """Return the x86 instruction sets with which oneDNN multiplies bf16."""
+    known = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}
+    report = getattr(torch.cpu, "get_capabilities", None)  # not in every supported PyTorch
+    if report is not None:
+        found = {name for name, present in report().items() if present is True}
+    else:
+        info = Path("/proc/cpuinfo")
+        text = info.read_text() if info.exists() else ""
+        found = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+    return [label for flag, label in known.items() if flag in found]
+
+
+def usable_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """Return the precision to run in and why. bf16 or fp16 without hardware support stays in float32."""
+    if precision == "fp32":
+        return "fp32", "float32 (asked for; --amp for bf16)"
+    if precision == "tf32":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+            return "tf32", "TF32 convolutions, float32 elsewhere"
+        return "fp32", "float32: TF32 needs a CUDA GPU of compute capability 8 or more"
+    if precision == "fp16":
+        if device.type == "cuda":
+            return "fp16", "fp16 convolutions with loss scaling; statistics and losses float32"
+        return "fp32", "float32: fp16 training needs a CUDA GPU"
+    able, why = bf16_support(device)
+    if able:
+        return "bf16", "bf16 convolutions; statistics and losses float32"
+    return "fp32", f"float32, because bf16 would be slower here: {why}"
+
+
+@contextmanager
+def switched(owner: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of `owner` these values inside the block, and put the old ones back."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
+def backend_flags(device: torch.device, precision: str) -> Iterator[None]:
+    """Set what a CUDA device trains with inside the block: TF32 unless `precision` is fp32, and cuDNN's autotuning."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul, tf32 = torch.backends.cudnn, torch.backends.cuda.matmul, precision != "fp32"
+    products = {"allow_tf32": tf32, "fp32_precision": "tf32" if tf32 else "ieee"}
+    # The older TF32 switches too, since others read them, and PyTorch raises where only the newer ones were set. A
+    # limit of 0 times every plan, not the first ten: this happens once per shape, before a step is captured.
+    with switched(matmul, **products), switched(cudnn, allow_tf32=tf32, benchmark=True, benchmark_limit=0):
+        yield
+
+
+@contextmanager
+def float32_flags(tf32: bool) -> Iterator[None]:
+    """Make float32 arithmetic exact inside the block, or TF32 on CUDA where `tf32` says so, whatever the caller set."""
+    b, cuda = torch.backends, "tf32" if tf32 else "ieee"
+    with (
+        switched(b.cuda.matmul, fp32_precision=cuda),
+        switched(b.cudnn.conv, fp32_precision=cuda),
+        switched(b.mkldnn.matmul, fp32_precision="ieee"),
+        switched(b.mkldnn.conv, fp32_precision="ieee"),
+    ):
+        yield

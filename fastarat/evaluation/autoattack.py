@@ -1,0 +1,250 @@
+"""AutoAttack: the attacks of its authors, in a loop of ours that reports, saves after every batch and resumes.
+
+Source: Croce and Hein, ICML 2020 (standard version); the packages are `pyautoattack` and `autoattack`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastarat.device import switched
+from fastarat.errors import UserError
+from fastarat.evaluation.checks import furthest
+from fastarat.evaluation.task import Entry, Task, share
+from fastarat.files import write_atomic
+
+
+def find_package() -> ModuleType:
+    """Import AutoAttack under either of its names. Raises: UserError where there is none."""
+    for name in ("pyautoattack", "autoattack"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+    raise UserError("AutoAttack is not installed: run pip install pyautoattack")
+
+
+def version_of(package: ModuleType) -> str:
+    """Return name and version of the package, as results record them."""
+    try:
+        return f"{package.__name__} {metadata.version(package.__name__)}"
+    except metadata.PackageNotFoundError:
+        return f"{package.__name__} {getattr(package, '__version__', 'of unknown version')}"
+
+
+@dataclass
+class AutoAttackRun:
+    """The official evaluation loop, cut into batches that can be saved and continued.
+
+    Each member attacks only the images that are still robust when it begins, in batches of `batch_size`, and
+    seeds itself again for each batch, exactly as in `AutoAttack.run_standard_evaluation`.
+
+    robust: bool [N], at first the images classified correctly without perturbation.
+    done: by member, the accuracy it left, its largest perturbation, its seconds; `partial`: of the current member.
+    """
+
+    task: Task
+    name: str
+    members: tuple[str, ...]
+    num_classes: int
+    robust: Tensor
+    package: ModuleType = field(default_factory=find_package)
+    # Images the current member has still to attack; None before it begins.
+    pending: list[int] | None = None
+    done: dict[str, dict[str, float]] = field(default_factory=dict)
+    partial: dict[str, float] = field(default_factory=dict)
+    path: Path | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    def play(self) -> None:
+        """Run what is left to run."""
+        ensemble = build_ensemble(self.package, self.task, self.num_classes)
+        # Survivors come in every batch size: cuDNN would time all its algorithms again for each of them.
+        with switched(torch.backends.cudnn, benchmark=False), _heard(self.task.found), torch.no_grad():
+            for member in self.members:
+                if member not in self.done:
+                    self._play_one(ensemble, member)
+
+    def _play_one(self, ensemble: Any, member: str) -> None:
+        task = self.task
+        if self.pending is None:
+            self.pending = self.robust.nonzero().squeeze(1).tolist()
+            self.partial = {"wall_s": 0.0, "max_perturbation": 0.0}
+        title = member if len(self.members) == 1 else f"{self.name} {member}"
+        with task.bar(title, len(self.pending)) as bar:
+            bar.set_postfix_str(f"robust {share(self.robust):.2%}")
+            while self.pending:
+                began = time.perf_counter()
+                rows = torch.tensor(self.pending[: task.batch_size])
+                x, y = task.images[rows].to(task.device), task.labels[rows].to(task.device)
+                points = _perturb(ensemble, member, x.clone(), y.clone())
+                distance = furthest(points, x, task.budget)
+                self.robust[rows] = (task.forward(points).argmax(1) == y).cpu()
+                self.pending = self.pending[task.batch_size :]
+                self.partial["wall_s"] += time.perf_counter() - began
+                self.partial["max_perturbation"] = max(self.partial["max_perturbation"], distance)
+                self._save()
+                bar.update()
+                bar.set_postfix_str(f"robust {share(self.robust):.2%}")
+        self.done[member] = {"accuracy": share(self.robust), **self.partial}
+        self.pending = None
+        self._save()
+
+    def remember(self, folder: Path) -> None:
+        """Keep the state in `folder`; continue the one there of the same weights, data and settings."""
+        task = self.task
+        # Everything the numbers of this run depend on.
+        self.fingerprint = {
+            "weights": _digest(task.model.state_dict()),
+            "data": _digest({"images": task.images, "labels": task.labels}),
+            "members": list(self.members),
+            "epsilon": task.budget.epsilon,
+            "norm": task.budget.norm,
+            "seed": task.seed,
+            "batch_size": task.batch_size,
+            "branch": task.branch,
+            "tf32": task.tf32,
+            "package": version_of(self.package),
+        }
+        digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{self.name}-{digest}.json"
+        for other in sorted(folder.glob(f"{self.name}-*.json")):
+            if other != self.path:
+                task.found.extend(_passed_over(other, self.fingerprint))
+        if not self.path.exists():
+            return
+        state = _read_state(self.path)
+        if state["fingerprint"] != self.fingerprint or len(state["robust"]) != len(self.robust):
+            raise UserError(f"{self.path} does not belong to this evaluation: delete it, or choose another state_dir")
+        self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
+        self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        state = {
+            "fingerprint": self.fingerprint,
+            "robust": "".join("01"[flag] for flag in self.robust.tolist()),
+            "pending": self.pending,
+            "done": self.done,
+            "partial": self.partial,
+        }
+        write_atomic(self.path, lambda part: part.write_text(json.dumps(state)))
+
+
+def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
+    """Return the members that exist for this number of classes; the targeted DLR loss needs four logits."""
+    if "apgd-t" not in entry.members or num_classes >= 4:
+        return entry.members
+    if entry.name == "apgd-t":
+        raise UserError(f"apgd-t needs at least 4 classes, the model has {num_classes}: use apgd-ce, fab-t and square")
+    if num_classes == 3:
+        found.append(
+            "AutoAttack on 3 classes: the targeted DLR loss needs 4, so apgd-t was replaced by apgd-dlr "
+            "(untargeted); this is not the standard version"
+        )
+        return tuple("apgd-dlr" if m == "apgd-t" else m for m in entry.members)
+    found.append(
+        f"AutoAttack on {num_classes} classes: the DLR loss needs 3, so apgd-t was left out; this is not the "
+        "standard version"
+    )
+    return tuple(m for m in entry.members if m != "apgd-t")
+
+
+def build_ensemble(package: ModuleType, task: Task, num_classes: int) -> Any:
+    """Return the official standard ensemble with everything its defaults would guess stated."""
+    silent = {"verbose": False} if package.__name__ == "autoattack" else {}
+    ensemble = package.AutoAttack(
+        task.forward,
+        norm={"linf": "Linf", "l2": "L2"}[task.budget.norm],
+        eps=task.budget.epsilon,
+        seed=task.seed,
+        version="standard",
+        device=str(task.device),
+        **silent,
+    )
+    ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(9, num_classes - 1)
+    return ensemble
+
+
+def _perturb(ensemble: Any, member: str, x: Tensor, y: Tensor) -> Tensor:
+    """Attack with one member of the ensemble, set as the official loop does; each call seeds itself."""
+    if member in ("apgd-ce", "apgd-dlr"):
+        attack = ensemble.apgd
+        attack.loss = member.removeprefix("apgd-")
+    elif member == "apgd-t":
+        attack = ensemble.apgd_targeted
+    elif member == "fab-t":
+        attack = ensemble.fab
+        attack.targeted, attack.n_restarts = True, 1
+    else:
+        attack = ensemble.square
+    return attack.perturb(x, y).detach()
+
+
+@contextmanager
+def _heard(found: list[str]) -> Iterator[None]:
+    """Collect what AutoAttack's own checks log, each sentence once, instead of printing it per batch."""
+    zero_gradients = "AutoAttack met points with a zero gradient: its gradient attacks stand still there"
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            found.append(zero_gradients if "zero gradient" in text else f"AutoAttack: {text}")
+
+    logger, handler = logging.getLogger("auto-attack"), Collect(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with switched(logger, propagate=False):
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _digest(tensors: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+        if not {"fingerprint", "robust", "pending", "done", "partial"} <= state.keys():
+            raise ValueError("keys are missing")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"cannot read the AutoAttack state {path} ({error}): delete it to start again") from error
+    return state
+
+
+def _passed_over(path: Path, fingerprint: dict[str, Any]) -> list[str]:
+    """Say that an unfinished state of other weights, data or settings is not continued."""
+    try:
+        state = _read_state(path)
+    except UserError:
+        return []
+    theirs = state["fingerprint"]
+    if set(theirs.get("members", ())) <= set(state["done"]):
+        return []
+    other = ", ".join(key for key in fingerprint if theirs.get(key) != fingerprint[key])
+    return [f"{path.name} holds an unfinished AutoAttack run with other {other}: it was not continued"]

@@ -1,0 +1,131 @@
+"""What makes a number doubtful: refused before an evaluation where it must be, noted after it where it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastarat.checks import (
+    Budget,
+    check_classes,
+    check_images,
+    check_labels,
+    check_no_probabilities,
+    check_pixels,
+    input_channels,
+    logits_of,
+    shown,
+)
+from fastarat.errors import UserError
+from fastarat.evaluation.task import Entry, Task
+
+PERTURBATION_TOLERANCE = 1e-6
+# Trained robust networks lose 2 to 5 points from PGD-20 to AutoAttack; from 2 on PGD alone misleads.
+PGD_GAP = 0.02
+SQUARE_GAP = 0.002  # the limit of the official `check_square_sr`
+
+
+class NonFinite(UserError):
+    """The model's logits are NaN or infinite."""
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise UserError for what is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model={shown(model)}: expected an nn.Module, images [B, C, H, W] -> logits [B, K]")
+
+
+def check_data(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Raise UserError for images and labels that the model cannot be measured on, and for pixels outside [0, 1]."""
+    check_images(images, channels=input_channels(model))
+    check_labels(labels, images)
+    check_pixels(images)
+
+
+def check_model(task: Task, *, needs_gradient: bool) -> int:
+    """Refuse a model that cannot be evaluated, note what makes it doubtful, return the number of classes."""
+    x, y = next(task.batches())
+    with torch.no_grad():
+        logits = logits_of(task.forward, x)
+        check_finite(logits)
+        check_no_probabilities(logits)
+        again = task.forward(x)
+        moved = ((again - logits).norm(dim=1) / (logits.norm(dim=1) + 1e-10)).max().item()
+    if moved > 1e-4:  # the limit of the official `check_randomized`
+        task.found.append(
+            f"two forwards on the same images differ by {moved:.2g} (relative): the model is randomised, "
+            "and these attacks do not average over its randomness"
+        )
+    num_classes = logits.shape[1]
+    check_classes(task.labels, num_classes)
+    if not needs_gradient:
+        return num_classes
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = task.forward(x)
+        if not logits.requires_grad:
+            raise UserError(
+                "the logits do not depend on the images through autograd: gradient attacks cannot work; "
+                "remove detach(), no_grad() or quantisation from the model's forward"
+            )
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x, allow_unused=True)
+    zero = len(x) if grad is None else int((grad.flatten(1).abs().amax(1) == 0).sum())
+    if zero:
+        task.found.append(
+            f"zero input gradient on {zero / len(x):.1%} of the first {len(x)} images: gradient attacks "
+            "stand still there, so their robust accuracy is an overestimate"
+        )
+    return num_classes
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise UserError unless the logits are float32, NonFinite unless they are finite."""
+    if logits.dtype != torch.float32:
+        raise UserError(f"the model returned {logits.dtype}: expected float32 logits; turn off autocast in its forward")
+    if not bool(logits.isfinite().all()):
+        raise NonFinite("the model returned NaN or infinite logits: expected finite ones; check the checkpoint")
+
+
+def furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
+    """Return the largest distance between rows, asserting that budget and pixel range are kept."""
+    delta, slack = (points - images).flatten(1), PERTURBATION_TOLERANCE
+    if budget.norm == "linf":
+        distance = delta.abs().amax().item()
+    else:
+        # Both our projection and the official one take a float32 norm over C*H*W terms.
+        distance, slack = delta.double().norm(dim=1).max().item(), slack + 1e-5 * budget.epsilon
+    low, high = (v.item() for v in points.aminmax())
+    if math.isnan(low):
+        raise NonFinite("the model's input gradient is NaN: expected a finite one; check the checkpoint")
+    assert distance <= budget.epsilon + slack, f"perturbation {distance} exceeds epsilon {budget.epsilon}"
+    assert -1e-6 <= low <= high <= 1 + 1e-6, f"adversarial images span [{low}, {high}]"
+    return distance
+
+
+def doubts(entries: Sequence[Entry], accuracy: dict[str, float], members: dict[str, float], clean: float) -> list[str]:
+    """Return the notes that compare attacks with each other; accuracies by key, and left after each member."""
+    notes = []
+    weakest = {e.name: accuracy[e.key] for e in entries if e.num_steps}
+    for name, value in weakest.items():
+        if value > clean:
+            notes.append(f"accuracy under {name} ({value:.2%}) is above clean accuracy ({clean:.2%}): masked gradients")
+    if weakest and "robust_acc_aa" in accuracy:
+        name, value = min(weakest.items(), key=lambda item: item[1])
+        gap = value - accuracy["robust_acc_aa"]
+        if gap > PGD_GAP:
+            notes.append(
+                f"AutoAttack is {100 * gap:.1f} points below {name}: report AutoAttack; beyond about 5 "
+                "points the defense probably masks gradients"
+            )
+    if "square" in members:
+        gap = min(v for k, v in members.items() if k != "square") - members["square"]
+        if gap > SQUARE_GAP:
+            notes.append(
+                f"Square, which sees no gradient, took {100 * gap:.1f} points more: "
+                "masked gradients, and AutoAttack itself may be an overestimate"
+            )
+    return notes

@@ -1,0 +1,197 @@
+"""What one evaluation is about: the attacks of its list, the images, and the network, lent in eval mode."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+
+from fastarat.checks import Budget, check_images, check_labels, coerce, whole
+from fastarat.data import Loader, Split, make_loader
+from fastarat.device import float32_flags
+from fastarat.errors import UserError, unknown
+from fastarat.nets.batchnorm import branch as use_branch
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""Members of AutoAttack's standard version, in their order."""
+_KEYS = {"clean": "clean_acc", "autoattack": "robust_acc_aa"} | {
+    member: "robust_acc_" + member.replace("-", "_") for member in STANDARD
+}
+
+
+class Entry(NamedTuple):
+    """One entry of an attack list: its name, the key of its accuracy, and for PGD its steps and restarts."""
+
+    name: str
+    key: str
+    num_steps: int = 0
+    num_restarts: int = 1
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The AutoAttack members this entry runs, in order; empty for clean and PGD."""
+        return STANDARD if self.name == "autoattack" else (self.name,) if self.name in STANDARD else ()
+
+
+def parse_attacks(attack: str) -> list[Entry]:
+    """Parse a comma-separated attack list into entries, each once.
+
+    Raises: UserError for an unknown name, naming the nearest one, or a step or restart count below 1.
+    """
+    entries: dict[str, Entry] = {}
+    for name in (part.strip().lower() for part in coerce(attack, tuple[str, ...], "attack")):
+        if name in _KEYS:
+            entry = Entry(name, _KEYS[name])
+        elif counts := re.fullmatch(r"pgd-(\d+)(?:-(\d+))?", name):
+            steps, restarts = int(counts[1]), int(counts[2] or 1)
+            if steps < 1 or restarts < 1:
+                raise UserError(f"attack {name!r}: steps and restarts start at 1; write pgd-20 or pgd-20-5")
+            name, key = f"pgd-{steps}", f"robust_acc_pgd{steps}"
+            if restarts > 1:
+                name, key = f"{name}-{restarts}", f"{key}_r{restarts}"
+            entry = Entry(name, key, steps, restarts)
+        else:
+            raise unknown("attack", name, ["clean", "pgd-20", "pgd-20-5", "autoattack", *STANDARD])
+        entries[entry.name] = entry
+    return list(entries.values())
+
+
+def attack_title(key: str) -> str:
+    """Name what an accuracy was measured under: robust_acc_pgd20_r5 -> PGD-20 x5 restarts, clean_acc -> clean."""
+    name = key.removeprefix("robust_acc_")
+    if found := re.fullmatch(r"pgd(\d+)(?:_r(\d+))?", name):
+        return f"PGD-{found[1]}" + (f" x{found[2]} restarts" if found[2] else "")
+    titles = {"clean_acc": "clean", "aa": "AutoAttack", "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab_t": "FAB-T"}
+    return titles.get(name, name.capitalize())
+
+
+def collect(
+    data: Any, *, limit: int | None = None, batch_size: int = 256, channels: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the images and labels to evaluate, on the CPU, in the order of the split and never augmented.
+
+    Args:
+        data: a `fastarat.data.Split`, a loader (whose split is read afresh), or (images, labels) tensors.
+        limit: number of images, taken at even distances through the set; None takes all.
+        channels: C that the network takes, if known.
+    Returns: images float32 [N, C, H, W] in [0, 1], labels int64 [N].
+    Raises: UserError for something else, tensors of another type or shape, or limit < 1.
+    """
+    limit = None if limit is None else whole("limit", limit)
+
+    def evenly(count: int) -> Tensor:
+        return torch.arange(count) if limit is None or limit >= count else torch.arange(limit) * count // limit
+
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        check_images(data[0], channels=channels)
+        check_labels(data[1], data[0])
+        images, labels = (t.detach().cpu() for t in data)
+        wanted = evenly(len(labels))
+        return images[wanted].contiguous(), labels[wanted]
+    split = data.split if isinstance(data, Loader) else data
+    if not isinstance(split, Split):
+        raise UserError(
+            f"cannot evaluate on a {type(data).__name__}: give a Split (load_dataset(...).test), a loader, or "
+            "(images, labels) tensors"
+        )
+    if len(split) == 0:
+        raise UserError("the split holds no images: expected at least 1; give another split or val_images > 0")
+    wanted = evenly(len(split))
+    images = None if split.images is None else split.images[wanted]
+    split = replace(split, images=images, labels=split.labels[wanted], indices=split.indices[wanted])
+    batches = make_loader(split, batch_size=batch_size, device="cpu").epoch(0)
+    return torch.cat([b.images.contiguous() for b in batches]), split.labels
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, what it is measured on, and how; the doubts that come up are gathered in `found`.
+
+    images: float32 [N, C, H, W] in [0, 1], labels: int64 [N], both anywhere; each batch is brought to `device`.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    budget: Budget
+    batch_size: int
+    seed: int
+    branch: str
+    tf32: bool
+    device: torch.device
+    progress: bool
+    found: list[str] = field(default_factory=list)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits float32 [B, K] of images float32 [B, C, H, W]."""
+        # AutoAttack flattens with view(), so the images it holds are never channels-last.
+        return self.model(images.contiguous(memory_format=torch.channels_last) if self._channels_last else images)
+
+    @cached_property
+    def _channels_last(self) -> bool:
+        weights = (p for p in self.model.parameters() if p.dim() == 4 and not p.is_contiguous())
+        return any(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images and labels on the device, `batch_size` at a time."""
+        for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield x.to(self.device), y.to(self.device)
+
+    def bar(self, title: str, count: int) -> tqdm:
+        """Return a progress bar over the batches of `count` images."""
+        # None: shown on a terminal, silent in a log file. A notebook is no terminal, and shows it all the same.
+        hidden = True if not self.progress else False if issubclass(tqdm, tqdm_notebook) else None
+        total = math.ceil(count / self.batch_size)
+        return tqdm(total=total, desc=title, unit="batch", leave=False, disable=hidden)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Hold the model in eval mode, frozen, float32, on `device` and `branch`, and leave it as it was."""
+        model = self.model
+        for name, p in [*model.named_parameters(), *model.named_buffers()]:
+            if p.is_floating_point() and p.dtype != torch.float32:
+                raise UserError(f"{name} is {p.dtype}: evaluation is in float32; call model.float() before evaluating")
+        home = device_of(model)
+        modes = [(m, m.training) for m in model.modules()]
+        frozen = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+                torch.autocast(self.device.type, enabled=False),
+                float32_flags(self.tf32),
+                use_branch(model, self.branch),
+            ):
+                if self.device != home:
+                    model.to(self.device)
+                model.eval()
+                for p, _ in frozen:
+                    p.requires_grad_(False)
+                yield
+        finally:
+            for m, training in modes:
+                m.training = training
+            for p, requires_grad in frozen:
+                p.requires_grad_(requires_grad)
+            if self.device != home:
+                model.to(home)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's first parameter or buffer lies; the CPU where it has none."""
+    first = next((t for t in [*model.parameters(), *model.buffers()]), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def share(flags: Tensor) -> float:
+    """Return the share of true flags, bool [N], exactly as a count over a count."""
+    return int(flags.sum()) / len(flags)
