@@ -1,6 +1,7 @@
 """Weights in and out, against networks written here a second time with the released files' names."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -11,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from archives import place_cifar
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastarat
-from fastarat import interchange
 from fastarat.cli import main
 from fastarat.config import Config, write_yaml
 from fastarat.errors import UserError
-from fastarat.interchange import export, import_checkpoint
+from fastarat.interchange import export, exporting, import_checkpoint
 from fastarat.nets.models import build_model
 from fastarat.runs import Run, load_network
 
@@ -267,8 +268,6 @@ def test_normalisation_is_kept_inside(tmp_path, where):
 def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_path):
     theirs = lived(Wide()).half()
     state = {k: v for k, v in theirs.state_dict().items() if not k.endswith("tracked")}
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "a.safetensors")
     run = import_checkpoint(tmp_path / "a.safetensors", tmp_path / "run")
     ours = load_network(run)[0]
@@ -439,10 +438,7 @@ def test_state_dicts_load_into_an_ordinary_network(tmp_path, name, literal, bran
     run = run_of(tmp_path / "run", ours, name, branches=("clean", "adv"), size=16)
     for format in ("safetensors", "torch"):
         file = export(run, tmp_path / f"out.{format}", format=format, branch=branch)
-        if format == "torch":
-            weights = torch.load(file, weights_only=True)
-        else:
-            weights = interchange.load_file(file)
+        weights = torch.load(file, weights_only=True) if format == "torch" else load_file(file)
         plain = literal()
         plain.load_state_dict(weights)
         assert same(logits(plain.eval()), logits(ours, branch))
@@ -521,7 +517,7 @@ def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
     text = file.with_suffix(".md").read_text()
     for words in ("**Paper title**: FILL IN", "WideResNet(depth=10, widen_factor=1, num_classes=3)", "Linf",
                   "8/255", "84.12% on 30 images (the whole test set)", "49.01%", "**Additional training data**: no",
-                  "`entry.pt`", interchange._sha256(file), "logits on 20 test images"):  # fmt: skip
+                  "`entry.pt`", hashlib.sha256(file.read_bytes()).hexdigest(), "logits on 20 test images"):  # fmt: skip
         assert words in text, words
     assert ("`mu`" in text) == normalized
     with pytest.raises(UserError, match="exists already"):
@@ -530,13 +526,13 @@ def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
 
 def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
     run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
-    meta = load_network(run)[1]
+    meta = {**load_network(run)[1], "exported_branch": "adv"}
 
     def numbers(**changes):
         settings = {"branch": "adv", "norm": "linf", "epsilon": 8 / 255, "limit": 10, **changes}
         record = {"settings": settings, "num_images": 10, "accuracy": {"clean_acc": 0.5}}
         (run / "eval.json").write_text(json.dumps(record))
-        return interchange._measured(run, "last", "adv", meta)
+        return exporting.measured(Run(run), "last", meta)
 
     clean, robust = numbers()
     assert clean == "50.00% on 10 images (NOT the whole test set)"
@@ -544,9 +540,9 @@ def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
     assert "another branch or budget" in numbers(branch="clean")[0]
     assert "another branch or budget" in numbers(epsilon=4 / 255)[0]
     os.utime(run / "eval.json", (1, 1))
-    assert "older than the weights" in interchange._measured(run, "last", "adv", meta)[0]
+    assert "older than the weights" in exporting.measured(Run(run), "last", meta)[0]
     (run / "eval.json").unlink()
-    assert interchange._measured(run, "last", "adv", meta)[0].startswith("FILL IN")
+    assert exporting.measured(Run(run), "last", meta)[0].startswith("FILL IN")
 
 
 def test_robustbench_refuses_what_has_no_class_there(tmp_path):
@@ -569,20 +565,20 @@ def test_robustbench_refuses_what_has_no_class_there(tmp_path):
 @pytest.mark.parametrize("format", ["safetensors", "torch"])
 def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
     run = run_of(tmp_path / "run", wide(), "wrn-10-1", branches=("clean", "adv"))
-    rebuilt = interchange._rebuilt
+    rebuilt = exporting.rebuilt
 
     def altered(weights, meta):
         model = rebuilt(weights, meta)
         model.fc.bias.data[0] += 1e-3
         return model
 
-    monkeypatch.setattr(interchange, "_rebuilt", altered)
+    monkeypatch.setattr(exporting, "rebuilt", altered)
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)
-    monkeypatch.setattr(interchange, "_rebuilt", rebuilt)
+    monkeypatch.setattr(exporting, "rebuilt", rebuilt)
     # The wrong set's weights are caught too: the reference is the run's own network, not the copy written.
     monkeypatch.setattr(
-        interchange, "single_branch", lambda model, name: fastarat.nets.batchnorm.single_branch(model, "clean")
+        exporting, "single_branch", lambda model, name: fastarat.nets.batchnorm.single_branch(model, "clean")
     )
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)
