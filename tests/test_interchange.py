@@ -407,9 +407,6 @@ def test_corrupt_and_missing_files(tmp_path):
     assert not any((tmp_path / "run").iterdir())
 
 
-# Export
-
-
 def run_of(folder, net, name, *, branches=(), normalized=False, size=32, dataset="cifar10"):
     """A run folder as training leaves it, of a network that stands for a trained one."""
     meta = {"model": name, "num_classes": 3, "in_channels": 3, "image_size": size, "normalized": normalized,
@@ -585,7 +582,8 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-# Command line
+def cli(words):
+    return main(words.split())
 
 
 def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
@@ -593,46 +591,30 @@ def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs = lived(Wide(classes=3, sets=("clean", "adv")))
     saved({"state_dict": theirs.state_dict(), "epoch": 100}, tmp_path / "official.pt")
-    assert (
-        main(
-            [
-                "import",
-                "official.pt",
-                "--out",
-                "run",
-                "--dataset",
-                "cifar10",
-                "--mean",
-                "0.5,0.4,0.3",
-                "--std",
-                "1/5,1/4,0.3",
-            ]
-        )
-        == 0
-    )
+    assert cli("import official.pt --out run --dataset cifar10 --mean 0.5,0.4,0.3 --std 1/5,1/4,0.3") == 0
     text = capsys.readouterr().out
     assert "wrn-10-1, 3 classes" in text
     assert "left: epoch" in text
-    assert main(["eval", "run", "--limit", "10", "--attack", "clean,pgd-2"]) == 0
+    assert cli("eval run --limit 10 --attack clean,pgd-2") == 0
     assert "imported, wrn-10-1" in capsys.readouterr().out
-    assert main(["export", "run", "--format", "robustbench", "--images", "10"]) == 0
+    assert cli("export run --format robustbench --images 10") == 0
     text = (tmp_path / "run/export/last-adv-robustbench.md").read_text()
     assert "an imported file does not say" in text
     assert "on 10 images (NOT the whole test set)" in text
-    assert main(["export", "run", "--branch", "clean"]) == 0
+    assert cli("export run --branch clean") == 0
     assert (tmp_path / "run/export/last-clean.safetensors").is_file()
     capsys.readouterr()
     for argv, words in (
-        (["import", "official.pt", "--out", "run"], "run exists already"),
-        (["import", "none.pt", "--out", "other"], "no checkpoint none.pt"),
-        (["import", "official.pt", "--out", "other", "--mean", "x", "--std", "1"], "--mean"),
-        (["export", "run", "--branch", "clean"], "exists already"),
-        (["export", "run", "--branch", "cleen"], "it has clean, adv"),
-        (["export", "run", "--format", "onxx"], "did you mean 'onnx'"),
-        (["export", "run", "--weights", "best"], "no best weights"),
-        (["export", "nothing"], "no run folder"),
+        ("import official.pt --out run", "run exists already"),
+        ("import none.pt --out other", "no checkpoint none.pt"),
+        ("import official.pt --out other --mean x --std 1", "--mean"),
+        ("export run --branch clean", "exists already"),
+        ("export run --branch cleen", "it has clean, adv"),
+        ("export run --format onxx", "did you mean 'onnx'"),
+        ("export run --weights best", "no best weights"),
+        ("export nothing", "no run folder"),
     ):
-        assert main(argv) == 2, argv
+        assert cli(argv) == 2, argv
         error = capsys.readouterr().err
         assert words in error, error
         assert error.count("\n") == 1, error

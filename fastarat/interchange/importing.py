@@ -79,8 +79,8 @@ def import_checkpoint(
 ) -> Path:
     """Turn a released checkpoint into a run folder that `fastarat eval` and `fastarat export` accept.
 
-    Reads AR-AT's files (both namings of the two BatchNorm sets) and those of TRADES, MART, LBGAT, GAIRAT, robust
-    overfitting, AWP and others of the same networks. Every entry of the file is used or listed in OUT/card.txt.
+    Reads AR-AT's files (both namings of the two BatchNorm sets), TRADES', MART's, LBGAT's, GAIRAT's, robust
+    overfitting's, AWP's and others of these networks. Every entry of the file is used or listed in OUT/card.txt.
 
     Args:
         path: .pt, .pth, ... (tensors and plain values only: no code of the file runs) or .safetensors.
@@ -107,8 +107,7 @@ def import_checkpoint(
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
     network = build_model(name, **size, **normalisation)
-    if split:
-        split_batchnorm(network)
+    network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {
         "model": name, **size, "image_size": 32, "normalized": bool(normalisation),
@@ -121,8 +120,8 @@ def import_checkpoint(
     write_text(run.card_file, _card(meta, network, normalisation))
     if dataset is not None:
         # How it was trained is not in the file: only what evaluation needs is written.
-        known = {"dataset": dataset, "model": name, "normalize": meta["normalized"]}
-        known["attack"] = {"epsilon": epsilon, "norm": norm}
+        attack = {"epsilon": epsilon, "norm": norm}
+        known = {"dataset": dataset, "model": name, "normalize": meta["normalized"], "attack": attack}
         write_text(run.config_file, yaml.safe_dump(known, sort_keys=False))
     return out
 
@@ -236,10 +235,7 @@ def _recognise(tensors: dict[str, Tensor], model: str | None, path: Path, notes:
     for part in parts:
         fits = ((re.fullmatch(pattern, part.module), ours) for pattern, ours in _RENAMES[family])
         renamed.append(part._replace(module=next((m.expand(ours) for m, ours in fits if m), part.module)))
-    shapes = _shapes(renamed)
-    name = _wide(shapes, path) if family == "wide" else _resnet(shapes, path)
-    if family == "preact":
-        name = _preact(name, shapes, path, notes)
+    name = _architecture(family, _shapes(renamed), path, notes)
     if model in _TWINS.get(name, ()):
         return model, renamed
     if model not in (None, name):
@@ -258,65 +254,47 @@ def _family(parts: list[_Part], path: Path) -> str:
     if "layer1.0.conv1.weight" in shapes:
         block = "layer2.0" if "layer2.0.conv1.weight" in shapes else "layer1.0"
         # In a pre-activation block the first BatchNorm is as wide as the block's input, else as its output.
-        normalised = shapes.get(f"{block}.bn1.weight", (0,))[0]
-        ends = shapes[f"{block}.conv1.weight"]
+        normalised, ends = shapes.get(f"{block}.bn1.weight", (0,))[0], shapes[f"{block}.conv1.weight"]
         return "preact" if normalised == ends[1] != ends[0] else "resnet"
     raise UserError(f"{path} is of an unknown architecture (it holds {_listed(p.key for p in parts)}): {_READABLE}")
 
 
-def _stages(shapes: dict[str, tuple], pattern: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return blocks and width of each stage, from names such as layer2.0.conv1.weight."""
-    found: dict[int, dict[int, int]] = {}
+def _architecture(family: str, shapes: dict[str, tuple[int, ...]], path: Path, notes: list[str]) -> str:
+    """Name the network by the blocks and the width of each stage, from names such as layer2.0.conv1.weight."""
+    stages: dict[int, list[int]] = {}
     for key, shape in shapes.items():
-        if match := re.fullmatch(pattern + r"\.conv1\.weight", key):
-            found.setdefault(int(match[1]), {})[int(match[2])] = shape[0]
-    return tuple(len(found[i]) for i in sorted(found)), tuple(next(iter(found[i].values())) for i in sorted(found))
-
-
-def _wide(shapes: dict[str, tuple], path: Path) -> str:
-    blocks, widths = _stages(shapes, r"block(\d+)\.layer\.(\d+)")
-    widen = widths[0] // 16 if widths else 0
-    if len(set(blocks)) != 1 or not widen or widths != (16 * widen, 32 * widen, 64 * widen):
-        raise UserError(
-            f"{path}: a wide ResNet of stages {blocks} and widths {widths} cannot be represented; {_READABLE}"
-        )
-    return f"wrn-{6 * blocks[0] + 4}-{widen}"
-
-
-def _resnet(shapes: dict[str, tuple], path: Path) -> str:
-    blocks, widths = _stages(shapes, r"layer(\d+)\.(\d+)")
-    if any(re.fullmatch(r"layer\d+\.\d+\.conv3\.weight", k) for k in shapes):
-        raise UserError(
-            f"{path}: a bottleneck ResNet {blocks} (ResNet-50 and above) cannot be represented; {_READABLE}"
-        )
-    stem = shapes.get("conv1.weight", (0, 0, 3, 3))
-    if stem[2:] != (3, 3):
-        raise UserError(
-            f"{path}: its stem is a {stem[2]}x{stem[3]} convolution (ImageNet form), which cannot be represented; "
-            "ours is the 3x3 one of small images"
-        )
+        if match := re.fullmatch(r"(?:layer(\d+)|block(\d+)\.layer)\.\d+\.conv1\.weight", key):
+            stages.setdefault(int(match[1] or match[2]), []).append(shape[0])
+    blocks, widths = (tuple(of(stages[i]) for i in sorted(stages)) for of in (len, lambda stage: stage[0]))
+    count, widen = (blocks[0], max(1, widths[0] // 16)) if stages else (0, 0)
     known = {
-        ((2, 2, 2, 2), (64, 128, 256, 512)): "resnet18",
-        ((1, 1, 1), (16, 32, 64)): "resnet-small",
+        ("wide", (count,) * 3, (16 * widen, 32 * widen, 64 * widen)): f"wrn-{6 * count + 4}-{widen}",
+        ("resnet", (1, 1, 1), (16, 32, 64)): "resnet-small",
+        ("resnet", (2, 2, 2, 2), (64, 128, 256, 512)): "resnet18",
+        ("preact", (2, 2, 2, 2), (64, 128, 256, 512)): "preactresnet18",
     }
-    if (blocks, widths) not in known:
-        raise UserError(f"{path}: a ResNet of stages {blocks} and widths {widths} cannot be represented; {_READABLE}")
-    return known[blocks, widths]
-
-
-def _preact(like: str, shapes: dict[str, tuple], path: Path, notes: list[str]) -> str:
-    if like != "resnet18":
-        raise UserError(f"{path}: a pre-activation ResNet of this size cannot be represented; {_READABLE}")
-    if "bn.weight" not in shapes:
-        raise UserError(
-            f"{path}: a PreActResNet-18 without BatchNorm before the classifier cannot be represented: ours has one, "
-            "followed by a ReLU, and no setting of it is the identity"
+    name = known.get((family, blocks, widths))
+    stem = shapes.get("conv1.weight", (0, 0, 3, 3))[2:]
+    if any(re.fullmatch(r"layer\d+\.\d+\.conv3\.weight", key) for key in shapes):
+        what = f"a bottleneck ResNet {blocks} (ResNet-50 and above)"
+    elif len(stem) == 2 and stem != (3, 3):
+        what = f"a {stem[0]}x{stem[1]} stem (ImageNet form; ours is the 3x3 one of small images)"
+    elif name is None:
+        kind = {"wide": "wide ResNet", "resnet": "ResNet", "preact": "pre-activation ResNet"}[family]
+        what = f"a {kind} of stages {blocks} and widths {widths}"
+    elif family == "preact" and "bn.weight" not in shapes:
+        what = (
+            "a PreActResNet-18 without BatchNorm before the classifier (ours has one, followed by a ReLU, and no "
+            "setting of it is the identity)"
         )
-    notes.append(
-        "the strided shortcuts are taken from ReLU(bn1(x)), as in the robust-overfitting and AWP codes; files of the "
-        "variant that starts from x have the same names: compare the clean accuracy with the published one"
-    )
-    return "preactresnet18"
+    else:
+        if family == "preact":
+            notes.append(
+                "the strided shortcuts are taken from ReLU(bn1(x)), as in the robust-overfitting and AWP codes; files "
+                "of the variant that starts from x have the same names: compare the clean accuracy with the published"
+            )
+        return name
+    raise UserError(f"{path}: {what} cannot be represented; {_READABLE}")
 
 
 def _branches(parts: list[_Part], path: Path, notes: list[str]) -> tuple[list[_Part], bool]:
