@@ -9,9 +9,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastarat.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fastarat.config import Config
+    from fastarat.data import Dataset
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,7 +148,6 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 
 def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.checks import checked_budget, checked_seed
-    from fastarat.data import load_dataset
     from fastarat.evaluation import check_writable, evaluate, parse_attacks
     from fastarat.runs import WEIGHTS, Run, check_branch, load_network
     from fastarat.training import accuracy_name, pick_device
@@ -176,19 +179,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     check_branch(args.run, meta, args.branch, args.weights if Path(args.run).is_dir() else "")
     epsilon = meta["epsilon"] if args.epsilon is None else args.epsilon
     budget = checked_budget(epsilon, args.step_size, meta["norm"] if args.norm is None else args.norm, where="--")
-    if config is None and not args.dataset:
-        raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
-    dataset = load_dataset(
-        args.dataset or config.dataset,
-        data_dir=args.data_dir or (config.data_dir if config else "data"),
-        val_images=config.eval.val_images if config and not args.dataset else None,
-        image_size=config.image_size if config else None,
-    )
-    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
-        raise UserError(
-            f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
-            f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
-        )
+    dataset = _data_to_evaluate(args, meta, config)
     if args.limit is not None and args.limit > len(dataset.test):
         print(f"note: --limit {args.limit} is above the {len(dataset.test):,} test images: all of them are evaluated")
     run = Run.holding(args.run)
@@ -208,6 +199,25 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     print(result.table())
     print(f"saved: {where}")
     return 0
+
+
+def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Config | None) -> Dataset:
+    from fastarat.data import load_dataset
+
+    if config is None and not args.dataset:
+        raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
+    dataset = load_dataset(
+        args.dataset or config.dataset,
+        data_dir=args.data_dir or (config.data_dir if config else "data"),
+        val_images=config.eval.val_images if config and not args.dataset else None,
+        image_size=config.image_size if config else None,
+    )
+    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
+        raise UserError(
+            f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
+            f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
+        )
+    return dataset
 
 
 _COMPARE = ("defenses", "seeds", "test_attack", "limit", "parallel", "tune", "tune_seeds", "config")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.config import Config, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.data import Dataset, load_dataset
 from fastarat.defenses import Defense
 from fastarat.errors import UserError
 from fastarat.evaluation import wilson
@@ -161,6 +162,13 @@ class Run:
                 continue
         return rows
 
+    def last_validation(self) -> dict[str, float]:
+        """Return the accuracies on validation images after the last epoch so far: clean_acc, robust_acc (under PGD)."""
+        last = (self.metrics() or [{}])[-1]
+        robust = next((value for key, value in last.items() if key.startswith("val/robust_acc_pgd")), None)
+        found = {"clean_acc": last.get("val/clean_acc"), "robust_acc": robust}
+        return {key: value for key, value in found.items() if value is not None}
+
     def truncate_metrics(self, epoch: int) -> None:
         """Drop what was logged after `epoch`: a resumed run logs it again."""
         rows = [row for row in self.metrics() if row["epoch"] <= epoch]
@@ -200,6 +208,16 @@ def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "")
             yield from _differences(value, other or {}, f"{prefix}{key}.")
         elif value != other and prefix + key not in MAY_DIFFER:
             yield prefix + key, other
+
+
+def dataset_of(config: Config, data_dir: str | Path | None = None) -> Dataset:
+    """Load the data set that a config names, split as it says. data_dir: instead of the config's."""
+    return load_dataset(
+        config.dataset,
+        data_dir=config.data_dir if data_dir is None else data_dir,
+        val_images=config.eval.val_images,
+        image_size=config.image_size,
+    )
 
 
 def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str = "last") -> None:

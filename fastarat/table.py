@@ -1,17 +1,25 @@
-"""The table of a comparison: what it holds, its four formats, and the published numbers beside it."""
+"""The table of a comparison: what each row says, its four formats, and the published numbers beside it."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from fastarat.config import Config
 from fastarat.evaluation import attack_title
 from fastarat.files import write_text
+from fastarat.schedules import counted, ends_at, in_words, recipe_of
 from fastarat.training import pixels
+from fastarat.tuning import rule
 
 
 class Published(NamedTuple):
@@ -83,26 +91,21 @@ class Comparison:
         return "".join(f"% {line}\n" for line in self.note().splitlines() if line) + f"{table}\n"
 
     def csv(self) -> str:
-        keys = [*self.settings["keys"], "sum", "nrr"]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                *("defense", "seeds", "images"),
-                *(f"{k}_{s}" for k in keys for s in ("mean", "std")),
-                *("epoch_s", "schedule", "settings", "tried", "collapsed", "diverged"),
-                *("published_clean", "published_aa", "published_source"),
-            ]
-        )
+        lines = []
         for row in self.rows:
-            cells = [row["defense"], len(row["seeds"]), self.settings["num_images"]]
-            for key in keys:
-                value = row.get(key) or {"mean": "", "std": ""}
-                cells += [value["mean"], "" if value["std"] is None else value["std"]]
-            cells += ["" if row["epoch_s"] is None else row["epoch_s"], row["schedule"], _in_words(row["settings"])]
-            cells.append(row["tried"])
-            cells += [" ".join(map(str, row[kind])) for kind in ("collapsed", "diverged")]
-            writer.writerow([*cells, *((row["published"] or {}).get(k, "") for k in ("clean", "autoattack", "source"))])
+            line = {"defense": row["defense"], "seeds": len(row["seeds"]), "images": self.settings["num_images"]}
+            for key in (*self.settings["keys"], "sum", "nrr"):
+                line |= {f"{key}_{part}": (row.get(key) or {}).get(part) for part in ("mean", "std")}
+            line |= {"epoch_s": row["epoch_s"], "schedule": row["schedule"], "settings": _in_words(row["settings"])}
+            line |= {"tried": row["tried"], **{k: " ".join(map(str, row[k])) for k in ("collapsed", "diverged")}}
+            published = row["published"] or {}
+            for name, part in (("clean", "clean"), ("aa", "autoattack"), ("source", "source")):
+                line[f"published_{name}"] = published.get(part)
+            lines.append(line)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
         return file.getvalue()
 
     def to_json(self) -> str:
@@ -145,24 +148,23 @@ class Comparison:
         return not title.startswith(("published", "schedule", "settings"))
 
     def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
-        keys = self.settings["keys"]
-        shown = [*keys, *(("sum", "nrr") if self._sums() else ())]
-        head = ["defense", *(_title(key) for key in shown), "s/epoch"]
+        """Return the titles of the columns, and the cells of every row."""
+        shown = {key: attack_title(key) for key in self.settings["keys"]}
+        shown |= {"sum": "Sum", "nrr": "NRR"} if self._sums() else {}
         optional = {
             "collapsed": self._shows_collapsed(),
             "schedule": len({row["schedule"] for row in self.rows}) > 1,
             "settings": any(row["settings"] for row in self.rows),
             "published clean / AutoAttack": any(row["published"] for row in self.rows),
         }
-        head += [title for title, there in optional.items() if there]
         body = []
         for row in self.rows:
             cells = {"defense": row["defense"]}
-            cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"
-            for key in shown:
+            for key, title in shown.items():
                 value = row.get(key)
                 spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
-                cells[_title(key)] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
+                cells[title] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
+            cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"
             bad = len({*row["collapsed"], *row["diverged"]})
             cells["collapsed"] = f"{bad} of {len(row['seeds'])}" if bad else "0"
             cells["schedule"] = row["schedule"]
@@ -172,25 +174,143 @@ class Comparison:
             cells["published clean / AutoAttack"] = (
                 f"{p['clean']:.2f} / {p['autoattack']:.2f} ({p['source']})" if p else empty
             )
-            body.append([cells[title] for title in head])
-        return head, body
+            body.append({title: cell for title, cell in cells.items() if optional.get(title, True)})
+        return list(body[0]), [list(cells.values()) for cells in body]
 
     def save(self) -> Path:
         """Write table.md, .tex, .csv and .json into the comparison's folder."""
-        for suffix, text in (
-            ("md", self.markdown() + "\n"),
-            ("tex", self.latex()),
-            ("csv", self.csv()),
-            ("json", self.to_json()),
-        ):
+        forms = {"md": self.markdown() + "\n", "tex": self.latex(), "csv": self.csv(), "json": self.to_json()}
+        for suffix, text in forms.items():
             write_text(self.out / f"table.{suffix}", text)
         return self.out / "table.md"
-
-
-def _title(key: str) -> str:
-    return {"sum": "Sum", "nrr": "NRR"}.get(key) or attack_title(key)
 
 
 def _in_words(settings: dict[str, Any]) -> str:
     """`{"optim.lr": 0.03, "defense.gamma": 5}` as `lr 0.03, gamma 5`."""
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items())
+
+
+class Row(NamedTuple):
+    """What the runs of one row gave. config: of its first seed. robust: PGD accuracy on validation images at the end.
+
+    evaluations, robust: by seed, of those that did not diverge. epochs_s: seconds of every epoch of all of them.
+    settings: chosen or given; tried: how many they were chosen among, 0 for none.
+    """
+
+    config: Config
+    seeds: list[int]
+    evaluations: dict[int, dict[str, Any]]
+    robust: dict[int, float | None]
+    epochs_s: list[float]
+    settings: dict[str, Any]
+    tried: int
+
+
+def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, out: Path) -> Comparison:
+    """Put all rows into one table. dataset: its name. out: where the table is written."""
+    one = next(e for row in rows.values() for e in row.evaluations.values())
+    keys = list(one["accuracy"])
+    table = [_cells_of(name, row, keys, one["settings"]["num_classes"]) for name, row in rows.items()]
+    configs = {name: row.config for name, row in rows.items()}
+    first = next(iter(configs.values()))
+    settings = {
+        # By its name: a folder's path says little, and differs from machine to machine.
+        "dataset": dataset,
+        "model": first.model,
+        "epochs": " / ".join(map(str, sorted({c.epochs for c in configs.values()}))),
+        "seeds": next(iter(rows.values())).seeds,
+        "epsilon": first.attack.epsilon,
+        "norm": first.attack.norm,
+        "keys": keys,
+        "num_images": one["num_images"],
+        "device": _device(),
+        "torch": torch.__version__,
+        "rule": rule(tune_seeds, [name for name, row in rows.items() if row.tried]),
+        "warnings": [*_unequal(configs), *overestimates(table)],
+    }
+    return Comparison(table, settings, out)
+
+
+def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dict[str, Any]:
+    config, accuracies = row.config, [e["accuracy"] for e in row.evaluations.values()]
+    cells: dict[str, Any] = {"defense": name, "seeds": row.seeds}
+    cells |= {key: _spread([a[key] for a in accuracies]) for key in keys}
+    if {"clean_acc", "robust_acc_aa"} <= set(keys):
+        pairs = [(a["clean_acc"], a["robust_acc_aa"]) for a in accuracies]
+        cells["sum"] = _spread([c + r for c, r in pairs])
+        cells["nrr"] = _spread([2 * c * r / (c + r) if c + r else 0.0 for c, r in pairs])
+    published = PUBLISHED.get((config.dataset, str(config.model), name))
+    same_budget = config.attack.norm == "linf" and abs(config.attack.epsilon - _BUDGET) < 1e-9
+    return cells | {
+        "epoch_s": statistics.median(row.epochs_s) if row.epochs_s else None,
+        "published": published._asdict() if published and same_budget else None,
+        "settings": row.settings,
+        "schedule": _schedule(config, row.settings),
+        "tried": row.tried,
+        "collapsed": collapsed(row.robust, num_classes),
+        "diverged": [seed for seed in row.seeds if seed not in row.evaluations],
+        "warnings": sorted({w for e in row.evaluations.values() for w in e["warnings"]}),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def collapsed(robust: Mapping[int, float | None], num_classes: int) -> list[int]:
+    """Seeds no better than chance under attack, on validation images at the end, or under half of the best of these."""
+    found = {seed: value for seed, value in robust.items() if value is not None}
+    return [seed for seed, value in found.items() if value <= 1 / num_classes or value < max(found.values()) / 2]
+
+
+def _schedule(config: Config, settings: Mapping[str, Any]) -> str:
+    """The row's schedule in words; what the row's own settings say is not said again."""
+    optim, recipe = config.optim, recipe_of(config.optim.recipe)
+    if settings.keys() & {"optim.lr", "optim.warmup"} and not recipe.one_cycle:
+        drops = [f"x {f:g} from epoch {at:g}" for at, f in recipe.drops_in(config.epochs)]
+        lr = ", ".join(["the row's lr and warm-up", *drops])
+    else:
+        lr = in_words(recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
+    momentum = "" if optim.momentum == 0.9 and not optim.nesterov else f", momentum {optim.momentum or '0.95 to 0.85'}"
+    return f"{optim.recipe}: {counted(config.epochs, 'epoch')}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
+
+
+def overestimates(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the rows, in one sentence, whose PGD accuracy is over 5 points above AutoAttack's in the mean over seeds."""
+    gaps = []
+    for row in rows:
+        pgd = [v["mean"] for k, v in row.items() if k.startswith("robust_acc_pgd") and v]
+        aa = row.get("robust_acc_aa")
+        if pgd and aa and (gap := 100 * (min(pgd) - aa["mean"])) > 5:
+            gaps.append(f"{row['defense']} by {gap:.1f}")
+    if not gaps:
+        return []
+    return [f"PGD overestimates {', '.join(gaps)} points against AutoAttack: quote AutoAttack, not PGD"]
+
+
+def _unequal(configs: dict[str, Config]) -> list[str]:
+    """Say where rows are trained so differently that a short run's order may be the schedule's."""
+    ends: dict[float, list[str]] = {}
+    for name, c in configs.items():
+        ends.setdefault(ends_at(recipe_of(c.optim.recipe), epochs=c.epochs, warmup=c.optim.warmup), []).append(name)
+    found = []
+    if len(ends) > 1:
+        said = "; ".join(f"{', '.join(names)} at {share:.2g} of it" for share, names in ends.items())
+        found.append(
+            f"the rows end at different shares of their base learning rate ({said}), so part of a difference between "
+            "them may be the schedule's; --optim.recipe NAME puts all on one"
+        )
+    lengths = sorted({c.epochs for c in configs.values()})
+    if len(lengths) > 1:
+        found.append(f"the rows were trained for {' / '.join(map(str, lengths))} epochs; --epochs N gives all the same")
+    return found
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} cores"

@@ -31,7 +31,6 @@ from fastarat.data import (
     Split,
     default_augment,
     derive_seed,
-    load_dataset,
     make_loader,
     stratified_indices,
 )
@@ -46,7 +45,7 @@ from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of
 from fastarat.nets.models import build_model, check_takes
 from fastarat.nets.winograd import qualifies
 from fastarat.optim import SGD
-from fastarat.runs import Run, load_start
+from fastarat.runs import Run, dataset_of, load_start
 from fastarat.schedules import counted, in_words, lr_at, momentum_at, recipe_of
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
@@ -198,15 +197,7 @@ class _Training:
                     f"down; write --threads {cores} or leave it out"
                 )
             torch.set_num_threads(config.threads)
-        self.dataset = _limited(
-            load_dataset(
-                config.dataset,
-                data_dir=config.data_dir,
-                val_images=config.eval.val_images,
-                image_size=config.image_size,
-            ),
-            config.limit_train,
-        )
+        self.dataset = _limited(dataset_of(config), config.limit_train)
         _check_sizes(self.dataset, config)
         self.config = config = resolve(config, self.dataset)
         self.recipe = recipe_of(config.optim.recipe)

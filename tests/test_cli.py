@@ -147,7 +147,7 @@ def test_data_mistakes(capsys, tmp_path, monkeypatch):
 
 def test_a_network_without_batchnorm_cannot_be_split(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(__import__("fastarat").models.MODELS, "plain", lambda k, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, k)))  # fmt: skip
+    monkeypatch.setitem(__import__("fastarat").nets.models.MODELS, "plain", lambda k, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, k)))  # fmt: skip
     assert "no BatchNorm layer to split" in mistake(["train", "--model", "plain"], capsys)
     assert not (tmp_path / "runs").exists()
     assert main(["train", "--model", "plain", "--no-defense.split-bn", *SMALL, "--quiet"]) == 0, "the mend it names"

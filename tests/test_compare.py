@@ -10,9 +10,12 @@ import torch
 import fastarat
 from fastarat import compare as module
 from fastarat.cli import main
-from fastarat.compare import PUBLISHED, compare, parse_tune
+from fastarat.compare import compare, parse_tune
 from fastarat.config import from_dict
+from fastarat.runs import Run
 from fastarat.schedules import ends_at, recipe_of
+from fastarat.table import PUBLISHED, collapsed, overestimates
+from fastarat.tuning import FINALISTS
 
 BASE = {
     "limit_train": 64, "batch_size": 32, "epochs": 2, "tensorboard": False,
@@ -286,7 +289,7 @@ def test_settings_are_chosen_on_validation_images_by_one_rule(tmp_path, monkeypa
     assert {row: len(r["tried"]) for row, r in record["rows"].items()} == {"at": 3, "ar-at": 6}
     for row, found in record["rows"].items():
         full = [t for t in found["tried"] if len(t["runs"]) == 2]
-        assert len(full) == module.FINALISTS
+        assert len(full) == FINALISTS
         assert min(t["runs"][0]["score"] for t in full) >= max(
             t["runs"][0]["score"] for t in found["tried"] if len(t["runs"]) == 1
         )
@@ -400,22 +403,19 @@ def test_a_diverged_teacher_is_a_diverged_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("robust", "collapsed"),
+    ("robust", "seeds"),
     [({0: 0.4, 1: 0.1, 2: 0.3}, [1]), ({0: 0.05, 1: 0.06}, [0, 1]), ({0: 0.0}, [0]), ({0: 0.6, 1: 0.29}, [1])],
 )
-def test_collapsed_is_half_of_the_best_or_chance(robust, collapsed, monkeypatch):
-    config = from_dict({**BASE, "defense": "at"})
-    plans = [module.Plan(f"at-seed{s}", "at", s, config, None) for s in robust]
-    monkeypatch.setattr(module, "_last_validation", lambda plan: {"robust_acc": robust[plan.seed]})
-    assert module._collapsed(plans, 10) == collapsed
+def test_collapsed_is_half_of_the_best_or_chance(robust, seeds):
+    assert collapsed(robust, 10) == seeds
 
 
 def test_rows_that_pgd_overestimates_are_named():
     row = {"defense": "gairat", "robust_acc_pgd20": {"mean": 0.6}, "robust_acc_aa": {"mean": 0.5}}
     close = {**row, "defense": "at", "robust_acc_aa": {"mean": 0.58}}
-    (warning,) = module._overestimates([row, close, {**row, "defense": "trades"}])
+    (warning,) = overestimates([row, close, {**row, "defense": "trades"}])
     assert warning.startswith("PGD overestimates gairat by 10.0, trades by 10.0 points against AutoAttack")
-    assert module._overestimates([close]) == []
+    assert overestimates([close]) == []
 
 
 def test_tune_flags():
@@ -438,7 +438,9 @@ def test_collapsed_and_diverged_seeds_are_counted_in_the_open(tmp_path, monkeypa
 
     monkeypatch.setattr(module, "train", train)
     robust = {0: 0.4, 1: 0.1}
-    monkeypatch.setattr(module, "_last_validation", lambda plan: {"clean_acc": 0.9, "robust_acc": robust[plan.seed]})
+    monkeypatch.setattr(
+        Run, "last_validation", lambda run: {"clean_acc": 0.9, "robust_acc": robust[int(run.path.name[-1])]}
+    )
     table = run(tmp_path / "runs", ("at",), (0, 1, 2))
     (row,) = table.rows
     assert (row["collapsed"], row["diverged"], row["seeds"]) == ([1], [2], [0, 1, 2])

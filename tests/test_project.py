@@ -29,7 +29,8 @@ LAYERS = [
     {"evaluation"},
     {"runs", "averages", "card"},
     {"training"},
-    {"report", "interchange", "table", "bench"},
+    {"report", "interchange", "tuning", "bench"},
+    {"table"},
     {"compare"},
     {"cli"},
 ]
