@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,44 +53,39 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(planes_in, planes, 3, stride), batchnorm(planes, sets)
         self.conv2, self.bn2 = conv(planes, planes, 3, 1), batchnorm(planes, sets)
-        self.split = bool(sets)
+        self.shortcut = self.shortcut_bn = nn.Identity()
         if planes_in != planes and sets:
             self.shortcut, self.shortcut_bn = conv(planes_in, planes, 1, stride), batchnorm(planes, sets)
         elif planes_in != planes:
             self.shortcut = nn.Sequential(conv(planes_in, planes, 1, stride), nn.BatchNorm2d(planes))
 
     def forward(self, x):
-        short = self.shortcut(x) if hasattr(self, "shortcut") else x
-        if hasattr(self, "shortcut_bn"):
-            short = self.shortcut_bn(short)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + short)
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut_bn(self.shortcut(x)))
 
 
 class PreActBlock(nn.Module):
+    wide = False  # whose shortcut has another name
+
     def __init__(self, planes_in, planes, stride, sets):
         super().__init__()
         self.bn1, self.conv1 = batchnorm(planes_in, sets), conv(planes_in, planes, 3, stride)
         self.bn2, self.conv2 = batchnorm(planes, sets), conv(planes, planes, 3, 1)
-        if planes_in != planes:
+        self.shortcut = self.convShortcut = nn.Identity()
+        if planes_in != planes and self.wide:
+            self.convShortcut = conv(planes_in, planes, 1, stride)
+        elif planes_in != planes:
             self.shortcut = nn.Sequential(conv(planes_in, planes, 1, stride))
+        self.same = planes_in == planes
 
     def forward(self, x):
         first = F.relu(self.bn1(x))
-        short = self.shortcut(first) if hasattr(self, "shortcut") else x
-        return self.conv2(F.relu(self.bn2(self.conv1(first)))) + short
+        out = self.conv2(F.relu(self.bn2(self.conv1(first))))
+        return out + (x if self.same else self.convShortcut(self.shortcut(first)))
 
 
 class WideBlock(PreActBlock):
-    def __init__(self, planes_in, planes, stride, sets):
-        super().__init__(planes_in, planes, stride, sets)
-        if planes_in != planes:
-            self.convShortcut = self.shortcut[0]
-            del self.shortcut
-
-    def forward(self, x):
-        first = F.relu(self.bn1(x))
-        short = self.convShortcut(first) if hasattr(self, "convShortcut") else x
-        return self.conv2(F.relu(self.bn2(self.conv1(first)))) + short
+    wide = True
 
 
 class ResNet18(nn.Module):
@@ -113,15 +110,6 @@ class ResNet18(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class Stage(nn.Module):
-    def __init__(self, blocks):
-        super().__init__()
-        self.layer = nn.Sequential(*blocks)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
 class Wide(nn.Module):
     def __init__(self, depth=10, widen=1, classes=7, sets=(), unused=False):
         super().__init__()
@@ -129,14 +117,16 @@ class Wide(nn.Module):
         for i in (1, 2, 3):
             width, stride = 16 * widen * 2 ** (i - 1), 1 if i == 1 else 2
             blocks = [WideBlock(planes if b == 0 else width, width, 1 if b else stride, sets) for b in range(count)]
-            setattr(self, f"block{i}", Stage(blocks))
+            setattr(self, f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*blocks)}))
             planes = width
         if unused:
-            self.sub_block1 = Stage([WideBlock(16, 16 * widen, 1, sets)])
+            self.sub_block1 = nn.ModuleDict({"layer": nn.Sequential(WideBlock(16, 16 * widen, 1, sets))})
         self.bn1, self.fc = batchnorm(planes, sets), nn.Linear(planes, classes)
 
     def forward(self, x):
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        x = self.conv1(x)
+        for block in (self.block1, self.block2, self.block3):
+            x = block["layer"](x)
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
@@ -175,6 +165,13 @@ def saved(content, path) -> str:
     return str(path)
 
 
+def imported(state, folder, **options):
+    """Import a state dict; return the network, its metadata and the card."""
+    run = import_checkpoint(saved(state, folder / "file.pt"), folder / "imported", **options)
+    network, meta, _ = load_network(run)
+    return network, meta, (run / "card.txt").read_text()
+
+
 @pytest.mark.parametrize("sets", [("clean", "adv"), ("base", "base_adv")])
 @pytest.mark.parametrize(
     ("make", "name"),
@@ -183,9 +180,9 @@ def saved(content, path) -> str:
 )  # fmt: skip
 def test_split_checkpoints_give_the_same_logits_in_both_branches(tmp_path, make, name, sets):
     theirs = lived(make(sets=sets))
-    run = import_checkpoint(saved(theirs.state_dict(), tmp_path / "last.pt"), tmp_path / "run")
-    ours, meta, config = load_network(run)
-    assert (meta["model"], meta["num_classes"], meta["branches"], config) == (name, 7, ["clean", "adv"], None)
+    ours, meta, _ = imported(theirs.state_dict(), tmp_path)
+    assert (meta["model"], meta["num_classes"], meta["branches"]) == (name, 7, ["clean", "adv"])
+    assert Run(tmp_path / "imported").read_config() is None
     for own, other in (("clean", sets[0]), ("adv", sets[1])):
         assert same(logits(ours, own), logits(theirs, other)), own
     assert not same(logits(ours, "clean"), logits(ours, "adv"))
@@ -215,11 +212,9 @@ def test_the_literal_resnet18_has_the_official_file_s_entries():
 def test_prefixes_wrappers_and_unused_copies(tmp_path, prefix, wrap):
     theirs = lived(Wide(unused=True))
     state = {prefix + k: v for k, v in theirs.state_dict().items()}
-    run = import_checkpoint(saved(wrap(state), tmp_path / "model.pt"), tmp_path / "run")
-    ours, meta, _ = load_network(run)
+    ours, meta, card = imported(wrap(state), tmp_path)
     assert (meta["model"], meta["branches"]) == ("wrn-10-1", [])
     assert same(logits(ours), logits(theirs))
-    card = (run / "card.txt").read_text()
     count = sum(p.numel() for p in theirs.sub_block1.parameters())
     assert f"dropped: sub_block1.* ({len(theirs.sub_block1.state_dict())} entries, {count:,} parameters)" in card
     assert ("taken off" in card) == bool(prefix)
@@ -242,8 +237,7 @@ def test_other_names_of_shortcuts_and_classifier(tmp_path, rename, net):
     theirs = lived(net() if net is not Wide else Wide(10, 2))
     state = {rename(k): v for k, v in theirs.state_dict().items()}
     assert state.keys() != theirs.state_dict().keys()
-    run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run")
-    assert same(logits(load_network(run)[0]), logits(theirs))
+    assert same(logits(imported(state, tmp_path)[0]), logits(theirs))
 
 
 @pytest.mark.parametrize("where", ["given", "normalize.", "", "0."])
@@ -258,8 +252,7 @@ def test_normalisation_is_kept_inside(tmp_path, where):
         inner = {"normalize.": "model.", "0.": "1.", "": ""}[where]
         state = {inner + k: v for k, v in state.items()}
         state |= {n: torch.tensor(v).view(1, 3, 1, 1) for n, v in zip(names, (mean, std), strict=True)}
-    run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run", **given)
-    ours, meta, _ = load_network(run)
+    ours, meta, _ = imported(state, tmp_path, **given)
     normalised = (IMAGES - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     assert meta["normalized"]
     assert same(logits(ours), logits(theirs, images=normalised))
@@ -280,13 +273,39 @@ def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_pat
 
 def test_one_named_set_is_an_ordinary_network_and_lbgat_s_twin_must_be_named(tmp_path):
     theirs = lived(Wide(sets=("base",)))
-    ours, meta, _ = load_network(import_checkpoint(saved(theirs.state_dict(), tmp_path / "a.pt"), tmp_path / "one"))
+    ours, meta, _ = imported(theirs.state_dict(), tmp_path)
     assert meta["branches"] == []
     assert same(logits(ours), logits(theirs, "base"))
-    file = saved(ResNet18().state_dict(), tmp_path / "b.pt")
-    assert (
-        load_network(import_checkpoint(file, tmp_path / "two", model="resnet18-lbgat"))[1]["model"] == "resnet18-lbgat"
-    )
+    (tmp_path / "two").mkdir()
+    assert imported(ResNet18().state_dict(), tmp_path / "two", model="resnet18-lbgat")[1]["model"] == "resnet18-lbgat"
+
+
+class Patches(nn.Module):
+    """Like timm's vision transformers: a parameter of its own beside its modules, and BatchNorm to split."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.rand(8, 1, 1))
+        self.stem, self.norm, self.head = conv(channels, 8, 3, 1), nn.BatchNorm2d(8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.stem(x)) + self.cls_token).mean((2, 3)))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_timm_networks(tmp_path, monkeypatch, normalised, split):
+    make = lambda name, pretrained, num_classes, in_chans: Patches(num_classes, in_chans)  # noqa: E731
+    timm = SimpleNamespace(list_models=lambda: ["patches"], create_model=make)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    theirs = Patches(7, 3)
+    theirs = lived(fastarat.split_batchnorm(theirs) if split else theirs)
+    given = {"mean": [0.5] * 3, "std": [0.25] * 3} if normalised else {}
+    ours, meta, _ = imported(theirs.state_dict(), tmp_path, model="timm:patches", num_classes=7, **given)
+    assert (meta["model"], meta["normalized"], bool(meta["branches"])) == ("timm:patches", normalised, split)
+    images = (IMAGES - 0.5) / 0.25 if normalised else IMAGES
+    for branch in ("clean", "adv") if split else (None,):
+        assert same(logits(ours, branch), logits(theirs, branch, images))
 
 
 def test_several_state_dicts_need_a_name(tmp_path):
@@ -486,7 +505,7 @@ def test_onnx(tmp_path):
 
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'fastarat\[onnx\]'"):
         export(run, tmp_path / "a.onnx", format="onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

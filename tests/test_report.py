@@ -143,7 +143,7 @@ def test_text_of_run_folders_and_data_sets_is_never_markup(run, tmp_path, monkey
               "accuracy": {hostile: 0.5}, "warnings": [hostile]}  # fmt: skip
     (run / "eval.json").write_text(json.dumps(record))
     dataset = dataclasses.replace(load_dataset("digits"), name=hostile, classes=[hostile] * 10, notes=[hostile])
-    monkeypatch.setattr(page, "dataset_of", lambda *_: dataset)
+    monkeypatch.setattr(page, "load_data", lambda *_: dataset)
     examples = Examples(*(torch.zeros(1, 1, 8, 8),) * 2, *(torch.zeros(1, dtype=torch.long),) * 3)
     monkeypatch.setattr(page, "predicted", lambda *_, **__: examples)  # no attack knows that norm
     shown = Page(report([run], tmp_path / "out", num_images=1, device="cpu"))

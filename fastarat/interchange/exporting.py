@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastarat.config import Config
-from fastarat.data import load_dataset
 from fastarat.errors import UserError, unknown
 from fastarat.evaluation import collect
 from fastarat.files import make_writable, save_weights, write_atomic, write_text
@@ -24,7 +23,7 @@ from fastarat.interchange.importing import refuse_existing
 from fastarat.nets.batchnorm import branch as use_branch
 from fastarat.nets.batchnorm import set_backend, single_branch
 from fastarat.nets.models import build_model
-from fastarat.runs import Run, check_branch, load_network
+from fastarat.runs import Run, check_branch, dataset_of, load_network
 from fastarat.training import pixels
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
@@ -98,7 +97,7 @@ def _images(
     _architecture(meta)  # refuses before any work what RobustBench has no class for
     if config is None:
         raise UserError(f"{run} names no data set, and this format is checked on test images: export from a run folder")
-    dataset = load_dataset(config.dataset, data_dir=data_dir or config.data_dir, image_size=config.image_size)
+    dataset = dataset_of(config, data_dir)
     if dataset.shape != shape:
         raise UserError(f"{dataset.name} has images {list(dataset.shape)}, the network takes {list(shape)}")
     return collect(dataset.test, limit=count)[0]

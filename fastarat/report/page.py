@@ -17,7 +17,7 @@ from fastarat.errors import UserError
 from fastarat.evaluation import collect, wilson
 from fastarat.files import make_writable, write_atomic, write_text
 from fastarat.report.figures import DPI, curves_figure, examples_figure
-from fastarat.report.subjects import NUM_STEPS, Subject, attack_of, budget_of, dataset_of, first_per_class, predicted
+from fastarat.report.subjects import NUM_STEPS, Subject, attack_of, budget_of, first_per_class, load_data, predicted
 from fastarat.report.subjects import read as read_runs
 from fastarat.training import pick_device
 
@@ -55,7 +55,7 @@ def report(
     folder = Path(out) if out is not None else paths[0] / "report"
     make_writable(folder)
 
-    dataset = dataset_of(subjects[0], data_dir)
+    dataset = load_data(subjects[0], data_dir)
     device = pick_device(str(device or "auto"))
     images, labels = collect(first_per_class(dataset.test, num_images))
     examples = [

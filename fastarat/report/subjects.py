@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.config import Config
-from fastarat.data import Dataset, Split, load_dataset
+from fastarat.data import Dataset, Split
 from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, attack_title
 from fastarat.nets.batchnorm import branch
-from fastarat.runs import Run, load_network
+from fastarat.runs import Run, dataset_of, load_network
 from fastarat.training import pixels
 
 NUM_STEPS = 20
@@ -157,30 +158,24 @@ def _best(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     return key and {"epoch": meta["epoch"], "by": key.removeprefix("val/"), "value": row[key]}
 
 
-def dataset_of(run: Subject, data_dir: str | Path | None = None) -> Dataset:
+def load_data(run: Subject, data_dir: str | Path | None = None) -> Dataset:
     """Load the data set of a run; `data_dir` None: from where the run found it. Raises: UserError if it changed."""
-    config = run.config
-    dataset = load_dataset(
-        config.dataset,
-        data_dir=config.data_dir if data_dir is None else data_dir,
-        val_images=config.eval.val_images,
-        image_size=config.image_size,
-    )
-    if len(dataset.classes) != run.meta["num_classes"] or dataset.shape[0] != run.meta["in_channels"]:
+    dataset, meta = dataset_of(run.config, data_dir), run.meta
+    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
         raise UserError(
-            f"{run.path} was trained for {run.meta['num_classes']} classes and {run.meta['in_channels']} channel(s), "
-            f"but {config.dataset} now has {len(dataset.classes)} and {dataset.shape[0]}: the data set changed since"
+            f"{run.path} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s), but "
+            f"{run.config.dataset} now has {len(dataset.classes)} and {dataset.shape[0]}: the data set changed since"
         )
     return dataset
 
 
 def first_per_class(split: Split, num_images: int) -> Split:
     """Return the first image of each class, then the second of each, up to `num_images`; classes in order."""
-    seen: dict[int, int] = {}
+    seen: Counter[int] = Counter()
     ranks = []
     for row, label in enumerate(split.labels.tolist()):
-        ranks.append((seen.get(label, 0), label, row))
-        seen[label] = seen.get(label, 0) + 1
+        ranks.append((seen[label], label, row))
+        seen[label] += 1
     rows = torch.tensor([row for *_, row in sorted(ranks)[:num_images]])
     return replace(
         split,
