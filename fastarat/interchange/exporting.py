@@ -152,7 +152,7 @@ def rebuilt(weights: dict[str, Tensor], meta: dict[str, Any]) -> nn.Module:
         mean=unit if meta["normalized"] else None, std=unit if meta["normalized"] else None,
     )  # fmt: skip
     model.load_state_dict(weights)
-    return model.eval().to(memory_format=torch.channels_last)
+    return model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 @torch.no_grad()
@@ -179,6 +179,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, meta: dict[str, An
             )  # fmt: skip
     finally:
         exporter.setLevel(level)
+    assert program is not None
     program.model.metadata_props["fastarat"] = json.dumps(meta)
     program.save(str(path), external_data=False)
 
@@ -252,12 +253,14 @@ def measured(run: Run, which: str, meta: dict[str, Any]) -> tuple[str, str]:
     found = run.read_evaluation(which)
     if found is None:
         return todo, todo
-    if file.stat().st_mtime < run.weights(which).stat().st_mtime:
-        return (f"{todo} ({file.name} is older than the weights)",) * 2
     settings, accuracy = found["settings"], found["accuracy"]
     same = settings.get("branch") == branch and settings["norm"] == meta["norm"]
-    if not same or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
-        return (f"{todo} ({file.name} is of another branch or budget)",) * 2
+    if file.stat().st_mtime < run.weights(which).stat().st_mtime:
+        todo += f" ({file.name} is older than the weights)"
+        accuracy = {}
+    elif not same or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
+        todo += f" ({file.name} is of another branch or budget)"
+        accuracy = {}
     whole = "the whole test set" if settings.get("limit") is None else "NOT the whole test set"
     told = f"on {found['num_images']:,} images ({whole})"
     clean, robust = (

@@ -29,9 +29,10 @@ _PREFIX = re.compile(r"(module|model|net|network|_orig_mod|1)\.")
 _NORMALIZATION = re.compile(r"(?:(?:normalize|normalizer|normalization|norm|0)\.)?(mean|mu|std|sigma)")
 _STATE = re.compile(r"(?:(?P<module>.+?)(?:\.(?P<branch>clean|adv|base|base_adv))?\.)?(?P<leaf>[^.]+)")
 _PAIRS = ({"clean", "adv"}, {"base", "base_adv"})
+_BRANCHES = {"clean": "clean", "adv": "adv", "base": "clean", "base_adv": "adv"}
 _SHORTCUT = r"(?:shortcut|downsample|skip)"
 # Module names met in released files, by family: (pattern, ours).
-_RENAMES = {
+_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "resnet": (
         (rf"(layer\d+\.\d+)\.{_SHORTCUT}(?:\.0|\.conv|_conv)?", r"\1.shortcut.0"),
         (rf"(layer\d+\.\d+)\.{_SHORTCUT}(?:\.1|\.bn|_bn)", r"\1.shortcut.1"),
@@ -61,7 +62,7 @@ class _Part(NamedTuple):
     @property
     def ours(self) -> str:
         """Its name in our networks, where the adversarial set of a split BatchNorm has the ordinary names."""
-        return ".".join(filter(None, (self.module, self.branch == "clean" and "clean", self.leaf)))
+        return ".".join(filter(None, (self.module, "clean" if self.branch == "clean" else "", self.leaf)))
 
 
 def import_checkpoint(
@@ -106,7 +107,7 @@ def import_checkpoint(
     weights = _weights(parts, path, notes)
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
-    network = build_model(name, **size, **normalisation)
+    network = build_model(name, **size, mean=normalisation.get("mean"), std=normalisation.get("std"))
     network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {
@@ -197,11 +198,12 @@ def _strip(tensors: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tens
     stored: dict[str, list[float]] = {}
     removed = ""
     while True:
-        for key in [k for k in tensors if _NORMALIZATION.fullmatch(k)]:
-            kind = "mean" if _NORMALIZATION.fullmatch(key)[1] in ("mean", "mu") else "std"
-            stored[kind] = tensors.pop(key).float().flatten().tolist()
-        heads = {m[0] if (m := _PREFIX.match(k)) else None for k in tensors}
-        if len(heads) != 1 or None in heads:
+        for key in list(tensors):
+            if match := _NORMALIZATION.fullmatch(key):
+                kind = "mean" if match[1] in ("mean", "mu") else "std"
+                stored[kind] = tensors.pop(key).float().flatten().tolist()
+        heads = {m[0] if (m := _PREFIX.match(k)) else "" for k in tensors}
+        if len(heads) != 1 or "" in heads:
             break
         prefix = heads.pop()
         removed += prefix
@@ -221,7 +223,8 @@ def _strip(tensors: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tens
 
 def _recognise(tensors: dict[str, Tensor], model: str | None, path: Path, notes: list[str]) -> tuple[str, list[_Part]]:
     """Return the network's name and the file's tensors under our module names."""
-    timm = model is not None and model.startswith("timm:")
+    asked = model or ""
+    timm = asked.startswith("timm:")
     parts = []
     for key, value in tensors.items():
         match = _STATE.fullmatch(key)
@@ -229,16 +232,16 @@ def _recognise(tensors: dict[str, Tensor], model: str | None, path: Path, notes:
             raise UserError(f"{path}: unknown entry {key!r}; {_READABLE}")
         parts.append(_Part(key, match["module"] or "", match["branch"], match["leaf"], value))
     if timm:
-        return model, parts
+        return asked, parts
     family = _family(parts, path)
     renamed = []
     for part in parts:
         fits = ((re.fullmatch(pattern, part.module), ours) for pattern, ours in _RENAMES[family])
         renamed.append(part._replace(module=next((m.expand(ours) for m, ours in fits if m), part.module)))
     name = _architecture(family, _shapes(renamed), path, notes)
-    if model in _TWINS.get(name, ()):
-        return model, renamed
-    if model not in (None, name):
+    if asked in _TWINS.get(name, ()):
+        return asked, renamed
+    if asked not in ("", name):
         raise UserError(f"{path} holds a {name}, not a {model}: leave --model out, or name {name}")
     return name, renamed
 
@@ -309,7 +312,7 @@ def _branches(parts: list[_Part], path: Path, notes: list[str]) -> tuple[list[_P
             notes.append(
                 "an averaged (SWA) file: its clean BatchNorm was reset and never re-estimated, so use branch adv only"
             )
-        return [p._replace(branch={"base": "clean", "base_adv": "adv"}.get(p.branch, p.branch)) for p in parts], True
+        return [p._replace(branch=_BRANCHES.get(p.branch or "")) for p in parts], True
     if len(names) > 1:
         raise UserError(
             f"{path} has BatchNorm sets {', '.join(sorted(names))}: expected clean and adv, or base and base_adv"

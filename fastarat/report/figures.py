@@ -60,7 +60,7 @@ def curves_figure(runs: Sequence[Subject]) -> Figure:
     terms = "Terms of the loss" if any(run.terms for run in runs) else "Training loss"
     figure = Figure(figsize=(_WIDTH_IN, 6.8), facecolor="white", layout="constrained")
     panels = figure.subplot_mosaic([["Training loss", terms], ["Clean accuracy", "Robust accuracy"]])
-    shown: set[str | None] = set()
+    shown: set[str] = set()
     ringed: set[str] = set()
     for run, style in zip(runs, styles, strict=True):
         keys = {key for row in run.metrics for key in row if row[key] is not None}
@@ -127,7 +127,7 @@ def _draw(axes: Axes, run: Subject, curve: _Curve, style: Style) -> None:
 def _ring_best(panels: dict[str, Axes], run: Subject, style: Style) -> set[str]:
     """Ring the accuracies of the run's best epoch; return the panels that have them."""
     best = next((row for row in run.metrics if run.best and row["epoch"] == run.best["epoch"]), {})
-    keys = {"Clean accuracy": "val/clean_acc", "Robust accuracy": run.robust_key}
+    keys = {"Clean accuracy": "val/clean_acc", "Robust accuracy": run.robust_key or ""}
     ringed = {name for name, key in keys.items() if best.get(key) is not None}
     for name in ringed:
         ring = {**_RING, "markersize": 9, "markeredgecolor": style["color"], "markeredgewidth": 1.2, "zorder": 4}
@@ -230,7 +230,7 @@ def examples_figure(runs: Sequence[Subject], examples: Sequence[Examples], class
     letters = int(cell * 72 / 4.9)  # of the 8 point font, on average
     write(left - 0.1, 0.17, "true class", ha="right", color=_FAINT)
     for column, label in enumerate(examples[0].labels.tolist()):
-        write(centre(column), 0.17, _short(classes[label], letters), ha="center", weight="bold")
+        write(centre(column), 0.17, _short(classes[int(label)], letters), ha="center", weight="bold")
     for number, (run, found) in enumerate(zip(runs, examples, strict=True)):
         top = 0.3 + number * block
         clean, robust = found.correct()

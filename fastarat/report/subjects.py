@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastarat.checks import Norm
 from fastarat.config import Config
 from fastarat.data import Dataset, Split
 from fastarat.errors import UserError
@@ -155,7 +156,7 @@ def _best(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     # A run from before the rule was kept: PGD chose.
     row = next((row for row in metrics if row["epoch"] == meta["epoch"]), {})
     key = next((key for key in row if key.startswith("val/robust_acc")), None)
-    return key and {"epoch": meta["epoch"], "by": key.removeprefix("val/"), "value": row[key]}
+    return None if key is None else {"epoch": meta["epoch"], "by": key.removeprefix("val/"), "value": row[key]}
 
 
 def load_data(run: Subject, data_dir: str | Path | None = None) -> Dataset:
@@ -186,7 +187,7 @@ def first_per_class(split: Split, num_images: int) -> Split:
 
 
 def predicted(
-    model: nn.Module, images: Tensor, labels: Tensor, *, epsilon: float, norm: str, device: torch.device
+    model: nn.Module, images: Tensor, labels: Tensor, *, epsilon: float, norm: Norm, device: torch.device
 ) -> Examples:
     """Attack `images` with PGD-20 as `evaluate` does, and classify both versions in eval mode with the adv branch.
 
