@@ -1,24 +1,27 @@
 """Weights in and out, against networks written here a second time with the released files' names."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
+import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from archives import place_cifar
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastarat
-from fastarat import interchange
 from fastarat.cli import main
 from fastarat.config import Config, write_yaml
 from fastarat.errors import UserError
-from fastarat.interchange import export, import_checkpoint
+from fastarat.interchange import export, exporting, import_checkpoint
 from fastarat.nets.models import build_model
 from fastarat.runs import Run, load_network
 
@@ -50,44 +53,39 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(planes_in, planes, 3, stride), batchnorm(planes, sets)
         self.conv2, self.bn2 = conv(planes, planes, 3, 1), batchnorm(planes, sets)
-        self.split = bool(sets)
+        self.shortcut = self.shortcut_bn = nn.Identity()
         if planes_in != planes and sets:
             self.shortcut, self.shortcut_bn = conv(planes_in, planes, 1, stride), batchnorm(planes, sets)
         elif planes_in != planes:
             self.shortcut = nn.Sequential(conv(planes_in, planes, 1, stride), nn.BatchNorm2d(planes))
 
     def forward(self, x):
-        short = self.shortcut(x) if hasattr(self, "shortcut") else x
-        if hasattr(self, "shortcut_bn"):
-            short = self.shortcut_bn(short)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + short)
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut_bn(self.shortcut(x)))
 
 
 class PreActBlock(nn.Module):
+    wide = False  # whose shortcut has another name
+
     def __init__(self, planes_in, planes, stride, sets):
         super().__init__()
         self.bn1, self.conv1 = batchnorm(planes_in, sets), conv(planes_in, planes, 3, stride)
         self.bn2, self.conv2 = batchnorm(planes, sets), conv(planes, planes, 3, 1)
-        if planes_in != planes:
+        self.shortcut = self.convShortcut = nn.Identity()
+        if planes_in != planes and self.wide:
+            self.convShortcut = conv(planes_in, planes, 1, stride)
+        elif planes_in != planes:
             self.shortcut = nn.Sequential(conv(planes_in, planes, 1, stride))
+        self.same = planes_in == planes
 
     def forward(self, x):
         first = F.relu(self.bn1(x))
-        short = self.shortcut(first) if hasattr(self, "shortcut") else x
-        return self.conv2(F.relu(self.bn2(self.conv1(first)))) + short
+        out = self.conv2(F.relu(self.bn2(self.conv1(first))))
+        return out + (x if self.same else self.convShortcut(self.shortcut(first)))
 
 
 class WideBlock(PreActBlock):
-    def __init__(self, planes_in, planes, stride, sets):
-        super().__init__(planes_in, planes, stride, sets)
-        if planes_in != planes:
-            self.convShortcut = self.shortcut[0]
-            del self.shortcut
-
-    def forward(self, x):
-        first = F.relu(self.bn1(x))
-        short = self.convShortcut(first) if hasattr(self, "convShortcut") else x
-        return self.conv2(F.relu(self.bn2(self.conv1(first)))) + short
+    wide = True
 
 
 class ResNet18(nn.Module):
@@ -112,15 +110,6 @@ class ResNet18(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class Stage(nn.Module):
-    def __init__(self, blocks):
-        super().__init__()
-        self.layer = nn.Sequential(*blocks)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
 class Wide(nn.Module):
     def __init__(self, depth=10, widen=1, classes=7, sets=(), unused=False):
         super().__init__()
@@ -128,14 +117,16 @@ class Wide(nn.Module):
         for i in (1, 2, 3):
             width, stride = 16 * widen * 2 ** (i - 1), 1 if i == 1 else 2
             blocks = [WideBlock(planes if b == 0 else width, width, 1 if b else stride, sets) for b in range(count)]
-            setattr(self, f"block{i}", Stage(blocks))
+            setattr(self, f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*blocks)}))
             planes = width
         if unused:
-            self.sub_block1 = Stage([WideBlock(16, 16 * widen, 1, sets)])
+            self.sub_block1 = nn.ModuleDict({"layer": nn.Sequential(WideBlock(16, 16 * widen, 1, sets))})
         self.bn1, self.fc = batchnorm(planes, sets), nn.Linear(planes, classes)
 
     def forward(self, x):
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        x = self.conv1(x)
+        for block in (self.block1, self.block2, self.block3):
+            x = block["layer"](x)
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
@@ -174,6 +165,13 @@ def saved(content, path) -> str:
     return str(path)
 
 
+def imported(state, folder, **options):
+    """Import a state dict; return the network, its metadata and the card."""
+    run = import_checkpoint(saved(state, folder / "file.pt"), folder / "imported", **options)
+    network, meta, _ = load_network(run)
+    return network, meta, (run / "card.txt").read_text()
+
+
 @pytest.mark.parametrize("sets", [("clean", "adv"), ("base", "base_adv")])
 @pytest.mark.parametrize(
     ("make", "name"),
@@ -182,9 +180,9 @@ def saved(content, path) -> str:
 )  # fmt: skip
 def test_split_checkpoints_give_the_same_logits_in_both_branches(tmp_path, make, name, sets):
     theirs = lived(make(sets=sets))
-    run = import_checkpoint(saved(theirs.state_dict(), tmp_path / "last.pt"), tmp_path / "run")
-    ours, meta, config = load_network(run)
-    assert (meta["model"], meta["num_classes"], meta["branches"], config) == (name, 7, ["clean", "adv"], None)
+    ours, meta, _ = imported(theirs.state_dict(), tmp_path)
+    assert (meta["model"], meta["num_classes"], meta["branches"]) == (name, 7, ["clean", "adv"])
+    assert Run(tmp_path / "imported").read_config() is None
     for own, other in (("clean", sets[0]), ("adv", sets[1])):
         assert same(logits(ours, own), logits(theirs, other)), own
     assert not same(logits(ours, "clean"), logits(ours, "adv"))
@@ -214,11 +212,9 @@ def test_the_literal_resnet18_has_the_official_file_s_entries():
 def test_prefixes_wrappers_and_unused_copies(tmp_path, prefix, wrap):
     theirs = lived(Wide(unused=True))
     state = {prefix + k: v for k, v in theirs.state_dict().items()}
-    run = import_checkpoint(saved(wrap(state), tmp_path / "model.pt"), tmp_path / "run")
-    ours, meta, _ = load_network(run)
+    ours, meta, card = imported(wrap(state), tmp_path)
     assert (meta["model"], meta["branches"]) == ("wrn-10-1", [])
     assert same(logits(ours), logits(theirs))
-    card = (run / "card.txt").read_text()
     count = sum(p.numel() for p in theirs.sub_block1.parameters())
     assert f"dropped: sub_block1.* ({len(theirs.sub_block1.state_dict())} entries, {count:,} parameters)" in card
     assert ("taken off" in card) == bool(prefix)
@@ -241,8 +237,7 @@ def test_other_names_of_shortcuts_and_classifier(tmp_path, rename, net):
     theirs = lived(net() if net is not Wide else Wide(10, 2))
     state = {rename(k): v for k, v in theirs.state_dict().items()}
     assert state.keys() != theirs.state_dict().keys()
-    run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run")
-    assert same(logits(load_network(run)[0]), logits(theirs))
+    assert same(logits(imported(state, tmp_path)[0]), logits(theirs))
 
 
 @pytest.mark.parametrize("where", ["given", "normalize.", "", "0."])
@@ -257,8 +252,7 @@ def test_normalisation_is_kept_inside(tmp_path, where):
         inner = {"normalize.": "model.", "0.": "1.", "": ""}[where]
         state = {inner + k: v for k, v in state.items()}
         state |= {n: torch.tensor(v).view(1, 3, 1, 1) for n, v in zip(names, (mean, std), strict=True)}
-    run = import_checkpoint(saved(state, tmp_path / "a.pt"), tmp_path / "run", **given)
-    ours, meta, _ = load_network(run)
+    ours, meta, _ = imported(state, tmp_path, **given)
     normalised = (IMAGES - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     assert meta["normalized"]
     assert same(logits(ours), logits(theirs, images=normalised))
@@ -267,8 +261,6 @@ def test_normalisation_is_kept_inside(tmp_path, where):
 def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_path):
     theirs = lived(Wide()).half()
     state = {k: v for k, v in theirs.state_dict().items() if not k.endswith("tracked")}
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "a.safetensors")
     run = import_checkpoint(tmp_path / "a.safetensors", tmp_path / "run")
     ours = load_network(run)[0]
@@ -281,13 +273,39 @@ def test_counters_may_be_missing_half_precision_and_safetensors_are_read(tmp_pat
 
 def test_one_named_set_is_an_ordinary_network_and_lbgat_s_twin_must_be_named(tmp_path):
     theirs = lived(Wide(sets=("base",)))
-    ours, meta, _ = load_network(import_checkpoint(saved(theirs.state_dict(), tmp_path / "a.pt"), tmp_path / "one"))
+    ours, meta, _ = imported(theirs.state_dict(), tmp_path)
     assert meta["branches"] == []
     assert same(logits(ours), logits(theirs, "base"))
-    file = saved(ResNet18().state_dict(), tmp_path / "b.pt")
-    assert (
-        load_network(import_checkpoint(file, tmp_path / "two", model="resnet18-lbgat"))[1]["model"] == "resnet18-lbgat"
-    )
+    (tmp_path / "two").mkdir()
+    assert imported(ResNet18().state_dict(), tmp_path / "two", model="resnet18-lbgat")[1]["model"] == "resnet18-lbgat"
+
+
+class Patches(nn.Module):
+    """Like timm's vision transformers: a parameter of its own beside its modules, and BatchNorm to split."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.rand(8, 1, 1))
+        self.stem, self.norm, self.head = conv(channels, 8, 3, 1), nn.BatchNorm2d(8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.stem(x)) + self.cls_token).mean((2, 3)))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_timm_networks(tmp_path, monkeypatch, normalised, split):
+    make = lambda name, pretrained, num_classes, in_chans: Patches(num_classes, in_chans)  # noqa: E731
+    timm = SimpleNamespace(list_models=lambda: ["patches"], create_model=make)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    theirs = Patches(7, 3)
+    theirs = lived(fastarat.split_batchnorm(theirs) if split else theirs)
+    given = {"mean": [0.5] * 3, "std": [0.25] * 3} if normalised else {}
+    ours, meta, _ = imported(theirs.state_dict(), tmp_path, model="timm:patches", num_classes=7, **given)
+    assert (meta["model"], meta["normalized"], bool(meta["branches"])) == ("timm:patches", normalised, split)
+    images = (IMAGES - 0.5) / 0.25 if normalised else IMAGES
+    for branch in ("clean", "adv") if split else (None,):
+        assert same(logits(ours, branch), logits(theirs, branch, images))
 
 
 def test_several_state_dicts_need_a_name(tmp_path):
@@ -408,9 +426,6 @@ def test_corrupt_and_missing_files(tmp_path):
     assert not any((tmp_path / "run").iterdir())
 
 
-# Export
-
-
 def run_of(folder, net, name, *, branches=(), normalized=False, size=32, dataset="cifar10"):
     """A run folder as training leaves it, of a network that stands for a trained one."""
     meta = {"model": name, "num_classes": 3, "in_channels": 3, "image_size": size, "normalized": normalized,
@@ -439,10 +454,7 @@ def test_state_dicts_load_into_an_ordinary_network(tmp_path, name, literal, bran
     run = run_of(tmp_path / "run", ours, name, branches=("clean", "adv"), size=16)
     for format in ("safetensors", "torch"):
         file = export(run, tmp_path / f"out.{format}", format=format, branch=branch)
-        if format == "torch":
-            weights = torch.load(file, weights_only=True)
-        else:
-            weights = interchange.load_file(file)
+        weights = torch.load(file, weights_only=True) if format == "torch" else load_file(file)
         plain = literal()
         plain.load_state_dict(weights)
         assert same(logits(plain.eval()), logits(ours, branch))
@@ -493,7 +505,7 @@ def test_onnx(tmp_path):
 
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'fastarat\[onnx\]'"):
         export(run, tmp_path / "a.onnx", format="onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -521,7 +533,7 @@ def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
     text = file.with_suffix(".md").read_text()
     for words in ("**Paper title**: FILL IN", "WideResNet(depth=10, widen_factor=1, num_classes=3)", "Linf",
                   "8/255", "84.12% on 30 images (the whole test set)", "49.01%", "**Additional training data**: no",
-                  "`entry.pt`", interchange._sha256(file), "logits on 20 test images"):  # fmt: skip
+                  "`entry.pt`", hashlib.sha256(file.read_bytes()).hexdigest(), "logits on 20 test images"):  # fmt: skip
         assert words in text, words
     assert ("`mu`" in text) == normalized
     with pytest.raises(UserError, match="exists already"):
@@ -530,13 +542,13 @@ def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
 
 def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
     run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
-    meta = load_network(run)[1]
+    meta = {**load_network(run)[1], "exported_branch": "adv"}
 
     def numbers(**changes):
         settings = {"branch": "adv", "norm": "linf", "epsilon": 8 / 255, "limit": 10, **changes}
         record = {"settings": settings, "num_images": 10, "accuracy": {"clean_acc": 0.5}}
         (run / "eval.json").write_text(json.dumps(record))
-        return interchange._measured(run, "last", "adv", meta)
+        return exporting.measured(Run(run), "last", meta)
 
     clean, robust = numbers()
     assert clean == "50.00% on 10 images (NOT the whole test set)"
@@ -544,9 +556,9 @@ def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
     assert "another branch or budget" in numbers(branch="clean")[0]
     assert "another branch or budget" in numbers(epsilon=4 / 255)[0]
     os.utime(run / "eval.json", (1, 1))
-    assert "older than the weights" in interchange._measured(run, "last", "adv", meta)[0]
+    assert "older than the weights" in exporting.measured(Run(run), "last", meta)[0]
     (run / "eval.json").unlink()
-    assert interchange._measured(run, "last", "adv", meta)[0].startswith("FILL IN")
+    assert exporting.measured(Run(run), "last", meta)[0].startswith("FILL IN")
 
 
 def test_robustbench_refuses_what_has_no_class_there(tmp_path):
@@ -569,27 +581,28 @@ def test_robustbench_refuses_what_has_no_class_there(tmp_path):
 @pytest.mark.parametrize("format", ["safetensors", "torch"])
 def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
     run = run_of(tmp_path / "run", wide(), "wrn-10-1", branches=("clean", "adv"))
-    rebuilt = interchange._rebuilt
+    rebuilt = exporting.rebuilt
 
     def altered(weights, meta):
         model = rebuilt(weights, meta)
         model.fc.bias.data[0] += 1e-3
         return model
 
-    monkeypatch.setattr(interchange, "_rebuilt", altered)
+    monkeypatch.setattr(exporting, "rebuilt", altered)
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)
-    monkeypatch.setattr(interchange, "_rebuilt", rebuilt)
+    monkeypatch.setattr(exporting, "rebuilt", rebuilt)
     # The wrong set's weights are caught too: the reference is the run's own network, not the copy written.
     monkeypatch.setattr(
-        interchange, "single_branch", lambda model, name: fastarat.nets.batchnorm.single_branch(model, "clean")
+        exporting, "single_branch", lambda model, name: fastarat.nets.batchnorm.single_branch(model, "clean")
     )
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-# Command line
+def cli(words):
+    return main(words.split())
 
 
 def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
@@ -597,46 +610,30 @@ def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs = lived(Wide(classes=3, sets=("clean", "adv")))
     saved({"state_dict": theirs.state_dict(), "epoch": 100}, tmp_path / "official.pt")
-    assert (
-        main(
-            [
-                "import",
-                "official.pt",
-                "--out",
-                "run",
-                "--dataset",
-                "cifar10",
-                "--mean",
-                "0.5,0.4,0.3",
-                "--std",
-                "1/5,1/4,0.3",
-            ]
-        )
-        == 0
-    )
+    assert cli("import official.pt --out run --dataset cifar10 --mean 0.5,0.4,0.3 --std 1/5,1/4,0.3") == 0
     text = capsys.readouterr().out
     assert "wrn-10-1, 3 classes" in text
     assert "left: epoch" in text
-    assert main(["eval", "run", "--limit", "10", "--attack", "clean,pgd-2"]) == 0
+    assert cli("eval run --limit 10 --attack clean,pgd-2") == 0
     assert "imported, wrn-10-1" in capsys.readouterr().out
-    assert main(["export", "run", "--format", "robustbench", "--images", "10"]) == 0
+    assert cli("export run --format robustbench --images 10") == 0
     text = (tmp_path / "run/export/last-adv-robustbench.md").read_text()
     assert "an imported file does not say" in text
     assert "on 10 images (NOT the whole test set)" in text
-    assert main(["export", "run", "--branch", "clean"]) == 0
+    assert cli("export run --branch clean") == 0
     assert (tmp_path / "run/export/last-clean.safetensors").is_file()
     capsys.readouterr()
     for argv, words in (
-        (["import", "official.pt", "--out", "run"], "run exists already"),
-        (["import", "none.pt", "--out", "other"], "no checkpoint none.pt"),
-        (["import", "official.pt", "--out", "other", "--mean", "x", "--std", "1"], "--mean"),
-        (["export", "run", "--branch", "clean"], "exists already"),
-        (["export", "run", "--branch", "cleen"], "it has clean, adv"),
-        (["export", "run", "--format", "onxx"], "did you mean 'onnx'"),
-        (["export", "run", "--weights", "best"], "no best weights"),
-        (["export", "nothing"], "no run folder"),
+        ("import official.pt --out run", "run exists already"),
+        ("import none.pt --out other", "no checkpoint none.pt"),
+        ("import official.pt --out other --mean x --std 1", "--mean"),
+        ("export run --branch clean", "exists already"),
+        ("export run --branch cleen", "it has clean, adv"),
+        ("export run --format onxx", "did you mean 'onnx'"),
+        ("export run --weights best", "no best weights"),
+        ("export nothing", "no run folder"),
     ):
-        assert main(argv) == 2, argv
+        assert cli(argv) == 2, argv
         error = capsys.readouterr().err
         assert words in error, error
         assert error.count("\n") == 1, error

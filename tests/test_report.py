@@ -1,12 +1,14 @@
 """The report of runs that were really trained: what its pictures show, what its text says, what it refuses."""
 
 import base64
+import dataclasses
 import html
+import html.parser
 import io
 import json
 import re
 import shutil
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastarat import report as module
 from fastarat.config import Config
 from fastarat.data import load_dataset
 from fastarat.defenses import ARAT, AT
@@ -22,8 +23,10 @@ from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, collect, evaluate
 from fastarat.files import load_weights
 from fastarat.nets.batchnorm import SplitBatchNorm2d, branch
-from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, predicted, report
-from fastarat.runs import Run, load_network
+from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, page, predicted, report
+from fastarat.report.figures import RIGHT, WRONG, visible
+from fastarat.report.subjects import Subject, labels, read
+from fastarat.runs import WEIGHTS, Run, load_network
 from fastarat.specs import Attack
 from fastarat.training import train
 
@@ -67,11 +70,16 @@ def pixels_of(png):
     return np.asarray(image.convert("RGB")).astype(float)
 
 
-def test_writes_four_files_and_the_page_stands_alone(trained, tmp_path):
+def subject(label, rows=(), epsilon=0.1, best=None):
+    meta = {"epsilon": epsilon, "norm": "linf"}
+    return Subject(Path(label), label, list(rows), "", {}, nn.Identity(), meta, Config(), best)
+
+
+def test_writes_three_files_and_the_page_stands_alone(trained, tmp_path):
     out = tmp_path / "new" / "folder"
     where = report(trained, out, num_images=5, device="cpu")
     assert where == out / "report.html"
-    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "examples.png", "report.html", "report.md"]
+    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "examples.png", "report.html"]
     for name in ("curves.png", "examples.png"):
         shown = pixels_of(out / name)
         height, width, _ = shown.shape
@@ -79,36 +87,81 @@ def test_writes_four_files_and_the_page_stands_alone(trained, tmp_path):
         assert 800 <= height <= 4000
         assert shown.std() > 10
         assert np.ptp(shown, axis=2).max() > 50, "no colour"
-    page = where.read_text()
-    assert re.findall(r'src="data:image/png;base64,([^"]+)"', page) == [
+    text = where.read_text()
+    assert re.findall(r'src="data:image/png;base64,([^"]+)"', text) == [
         base64.b64encode((out / name).read_bytes()).decode() for name in ("curves.png", "examples.png")
     ]
-    assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', page)
-    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', text)
+    assert "prefers-color-scheme: dark" in text
 
 
-def test_text_escapes_names_and_names_attack_images_and_budget(trained, tmp_path):
-    out = report(trained, tmp_path, num_images=2, device="cpu").parent
-    page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
-    name = trained[0].name
-    assert html.escape(name) in page
-    assert "<b>" not in page
-    assert "<b>" not in re.sub(r"^    .*$", "", markdown, flags=re.M), "outside the indented run cards"
-    tables = re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.M)
-    for table in tables:
-        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(columns) == 1, table
+class Page(html.parser.HTMLParser):
+    """What a browser makes of a page: its text without tags, with single spaces, and the tags with their attributes."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.parts, self.tags, self.attributes = [], [], []
+        self.feed(where.read_text())
+        self.text = " ".join(" ".join(self.parts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_data(self, data):
+        self.parts.append(data)
+
+
+def test_page_names_attack_images_and_budget(trained, tmp_path):
+    shown = Page(report(trained, tmp_path, num_images=2, device="cpu"))
     saved = json.loads((trained[0] / "eval.json").read_text())
     value, (low, high) = saved["accuracy"]["robust_acc_pgd2_r2"], saved["interval_95"]["robust_acc_pgd2_r2"]
     row = ["PGD-2 x2 restarts", "L∞ ε = 8/255", "20", f"{value:.2%}", f"{low:.2%} to {high:.2%}"]
-    assert "".join(f"<td>{cell}</td>" for cell in row) in page
-    assert " | ".join(row) in markdown
-    assert f"not evaluated yet: fastarat eval {trained[1]}" in page
-    for run in trained:
-        assert html.escape((run / "card.txt").read_text().strip()) in page
     last = json.loads((trained[1] / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"{last['val/robust_acc_pgd10']:.2%} under PGD-10" in page
-    assert f"<td>{last['train/loss']:.4g}</td>" in page
+    for words in (
+        f"fastarat report: {trained[0].name}, at",
+        f"{trained[0].name} last {' '.join(row)}",
+        f"at not evaluated yet: fastarat eval {trained[1]}",
+        "Accuracy on test images of digits, never seen in training.",
+        *(" ".join((run / "card.txt").read_text().split()) for run in trained),
+        f"{last['val/robust_acc_pgd10']:.2%} under PGD-10",
+        f"train/loss {json.loads((trained[0] / 'metrics.jsonl').read_text())['train/loss']:.4g} {last['train/loss']:.4g}",
+    ):
+        assert words in shown.text, words
+
+
+def test_text_of_run_folders_and_data_sets_is_never_markup(run, tmp_path, monkeypatch):
+    """Names of the run, the data set, its classes, the defense and metrics, notes and warnings: all are escaped."""
+    hostile = "<img src=x onerror=alert(1)>\"'&amp;</pre></td><script>alert(2)</script>{{ 7 * 191 }}"
+    plain = Page(report([run], tmp_path / "plain", num_images=1, device="cpu"))
+    run = run.rename(run.with_name(hostile.replace("/", "")))
+    (run / "card.txt").write_text(f"defense        {hostile}\n")
+    rows = [{**row, f"train/{hostile}": 1.0} for row in Run(run).metrics()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weights, meta = load_weights(run / "last.safetensors")
+    Run(run).save_weights("last", weights, {**meta, "defense": hostile, "norm": hostile, "classes": [hostile] * 10})
+    record = {"settings": {"attacks": {"x": hostile}, "norm": hostile, "epsilon": 0.1}, "num_images": 5,
+              "accuracy": {hostile: 0.5}, "warnings": [hostile]}  # fmt: skip
+    (run / "eval.json").write_text(json.dumps(record))
+    dataset = dataclasses.replace(load_dataset("digits"), name=hostile, classes=[hostile] * 10, notes=[hostile])
+    monkeypatch.setattr(page, "load_data", lambda *_: dataset)
+    examples = Examples(*(torch.zeros(1, 1, 8, 8),) * 2, *(torch.zeros(1, dtype=torch.long),) * 3)
+    monkeypatch.setattr(page, "predicted", lambda *_, **__: examples)  # no attack knows that norm
+    shown = Page(report([run], tmp_path / "out", num_images=1, device="cpu"))
+    assert set(shown.tags) <= {*plain.tags}, "a name became a tag"
+    assert set(shown.attributes) == set(plain.attributes)
+    assert shown.text.count(hostile) >= 7, "and what was written is what is read"
+    assert "1337" not in shown.text
+
+
+def test_evaluations_of_all_weights_are_shown(run, tmp_path):
+    model, *_ = load_network(run)
+    for which in WEIGHTS:
+        evaluate(model, load_dataset("digits").test, "clean", limit=20, progress=False).save(Run(run).evaluation(which))
+    text = Page(report([run], tmp_path, num_images=1, device="cpu")).text
+    assert WEIGHTS == ("last", "best", "swa", "ema")
+    for which in WEIGHTS:
+        assert f"run {which} none (clean) 20 " in text
 
 
 def test_rows_of_different_numbers_of_images_are_warned_of(run, tmp_path):
@@ -124,7 +177,7 @@ def test_rows_of_different_numbers_of_images_are_warned_of(run, tmp_path):
 
 def test_default_folder_and_a_run_named_twice(run):
     assert report([run, str(run)], num_images=1, device="cpu") == run / "report" / "report.html"
-    assert (run / "report" / "report.md").read_text().startswith("# fastarat report: run\n")
+    assert "<h1>fastarat report: run</h1>" in (run / "report" / "report.html").read_text()
 
 
 def test_grid_shows_the_predictions_of_the_saved_model(trained, tmp_path, monkeypatch):
@@ -134,7 +187,7 @@ def test_grid_shows_the_predictions_of_the_saved_model(trained, tmp_path, monkey
         drawn.append(examples_figure(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(module, "examples_figure", keep)
+    monkeypatch.setattr(page, "examples_figure", keep)
     report(trained, tmp_path, num_images=10, device="cpu")
     told = [t for t in drawn[0].texts if t.get_text()[:2] in ("✓ ", "✗ ")]
 
@@ -151,7 +204,7 @@ def test_grid_shows_the_predictions_of_the_saved_model(trained, tmp_path, monkey
                     expected.append(f"{'✓' if prediction == label else '✗'} {prediction}")
     assert [t.get_text() for t in told] == expected
     assert {text[0] for text in expected} == {"✓", "✗"}, "both kinds are needed for the test to say anything"
-    assert {t.get_text()[0]: t.get_color() for t in told} == {"✓": module._RIGHT, "✗": module._WRONG}
+    assert {t.get_text()[0]: t.get_color() for t in told} == {"✓": RIGHT, "✗": WRONG}
     assert f"{trained[0].name}" in texts(drawn[0])
     shown = [axes.images[0].get_array() for axes in drawn[0].axes]
     assert len(shown) == 2 * 3 * 10
@@ -191,8 +244,9 @@ def test_grid_of_any_shape_shows_the_images(shape):
     clean = torch.rand(3, *shape, generator=g) * 0.5 + 0.25
     adversarial = clean + 0.1 * torch.randn(clean.shape, generator=g).sign()
     found = Examples(clean, adversarial, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), torch.tensor([2, 2, 2]))
-    run = SimpleNamespace(label="a $run$", meta={"epsilon": 0.1, "norm": "linf"})
-    figure = examples_figure([run], [found], ["$a$ & _{", "a name that is far too long for the column", "_c"])
+    figure = examples_figure(
+        [subject("a $run$")], [found], ["$a$ & _{", "a name that is far too long for the column", "_c"]
+    )
     assert len(figure.axes) == 9
     for axes, picture in zip(figure.axes, [*clean, *adversarial], strict=False):
         image = axes.images[0]
@@ -218,11 +272,7 @@ def test_grid_of_any_shape_shows_the_images(shape):
 )
 def test_perturbation_scale(largest, factor, scale):
     difference = torch.tensor([[largest, -largest / 2]])
-    assert module._visible(difference) == (factor, scale)
-
-
-def curve_run(label, rows, epsilon=0.1, best=None):
-    return SimpleNamespace(label=label, metrics=rows, meta={"epsilon": epsilon, "norm": "linf"}, best=best)
+    assert visible(difference) == (factor, scale)
 
 
 def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
@@ -237,7 +287,7 @@ def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
             row["val/robust_acc_pgd10"] = value
     other = [{"epoch": i + 1, "lr": 0.1, "train/loss": 1.0, "val/robust_acc_pgd20": 0.3} for i in range(2)]
     best = {"epoch": 3, "by": "robust_acc_pgd10", "value": 0.5}
-    figure = curves_figure([curve_run("_one $x$", rows, best=best), curve_run("two", other, epsilon=8 / 255)])
+    figure = curves_figure([subject("_one $x$", rows, best=best), subject("two", other, epsilon=8 / 255)])
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     assert list(panels) == ["Training loss", "Terms of the loss", "Clean accuracy", "Robust accuracy"]
 
@@ -267,47 +317,39 @@ def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
     assert pixels_of(buffer.getvalue()).shape[1] == 900
 
 
-def test_best_epoch_is_the_checkpoints_own(trained, run):
-    found = module._read(run, "run")
-    assert found.best == load_weights(run / "best.safetensors")[1]["best"]
-    assert found.best["by"] == "robust_acc_pgd10"
-    assert f"1 (chosen by {found.best['value']:.2%} under PGD-10)" in module._metrics_table([found]).rows[-1]
+def test_best_epoch_is_the_checkpoints_own(run):
+    def best():
+        (found,) = read([run])
+        return found.best, page.metric_rows([found])[-1][1]
+
     weights, meta = load_weights(run / "best.safetensors")
+    value = meta["best"]["value"]
+    expected = {"epoch": 1, "by": "robust_acc_pgd10", "value": value}
+    assert meta["best"].items() >= expected.items()
+    assert best() == (meta["best"], f"1 (chosen by {value:.2%} under PGD-10)")
     del meta["best"]  # a run from before the rule was kept
     Run(run).save_weights("best", weights, meta)
-    assert module._read(run, "run").best == {key: found.best[key] for key in ("epoch", "by", "value")}
+    assert best()[0] == expected
     (run / "best.safetensors").unlink()
-    assert module._read(run, "run").best is None
-    assert module._metrics_table([module._read(run, "run")]).rows[-1] == ["best epoch on validation", "none"]
+    assert best() == (None, "none")
 
 
 def test_loss_is_logarithmic_only_when_its_range_is_wide():
     flat = [{"epoch": 1, "lr": 0.1, "train/loss": 2.3}, {"epoch": 2, "lr": 0.1, "train/loss": 1.0}]
     wide = [{"epoch": 1, "lr": 0.1, "train/loss": 23.0}, {"epoch": 2, "lr": 0.1, "train/loss": 1.0}]
-    scales = [curves_figure([curve_run("a", rows)]).axes[0].get_yscale() for rows in (flat, wide)]
+    scales = [curves_figure([subject("a", rows)]).axes[0].get_yscale() for rows in (flat, wide)]
     assert scales == ["linear", "log"]
 
 
 def test_many_runs_differ_in_colour_or_marker():
-    runs = [curve_run(str(i), [{"epoch": 1, "lr": 0.1, "train/loss": 1.0}]) for i in range(20)]
+    runs = [subject(str(i), [{"epoch": 1, "lr": 0.1, "train/loss": 1.0}]) for i in range(20)]
     handles = curves_figure(runs).legends[0].legend_handles
     assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == 20
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("val/robust_acc_pgd10", "PGD-10"),
-        ("val/robust_acc_pgd20_r5", "PGD-20 x5 restarts"),
-    ],
-)
-def test_attack_names(name, shown):
-    assert module._attack_of(name) == shown
-
-
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]
-    assert module._labels(paths) == ["a/run", "b/run", "other"]
+    assert labels(paths) == ["a/run", "b/run", "other"]
 
 
 def test_different_data_sets_are_refused(trained, run, tmp_path):
