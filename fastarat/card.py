@@ -1,180 +1,200 @@
-"""Whether a run is as released: where it departs, in sentences for its card."""
+"""The run card: everything a number of a run depends on, in words."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import math
+import os
+import platform
+from fractions import Fraction
+
+import torch
 
 from fastarat.config import Config
-from fastarat.defenses import DEFENSES
-from fastarat.defenses.base import Settings
-from fastarat.errors import UserError
-from fastarat.schedules import RECIPES, recipe_of
+from fastarat.data import Dataset, Loader
+from fastarat.engine.step import TrainStep
+from fastarat.evaluation import attack_title
+from fastarat.kernels import why_not_triton
+from fastarat.nets.batchnorm import BatchNorm2d
+from fastarat.nets.winograd import qualifies
+from fastarat.released import card_rows
+from fastarat.schedules import counted, in_words, recipe_of
+
+_START = {
+    "none": "none (the centre itself)",
+    "uniform": "uniform in the ball, clamped to [0, 1]",
+    "uniform-unclamped": "uniform in the ball, not clamped",
+    "gaussian": "0.001 N(0, 1), not clamped",
+    "l2": "a random direction of length U(0, 1) epsilon, clamped",
+}
+_BN = {
+    "eval": "eval (running statistics)",
+    "train": "train (batch statistics; running ones move at each attack forward)",
+    "train-frozen": "train-frozen (batch statistics; running ones do not move)",
+}
 
 
-def default_recipe(config: Config, model: str) -> str:
-    """Name of the schedule this defense was released with for this network."""
-    name = config.defense.recipe
-    return f"{name}-wrn" if model.startswith("wrn") and f"{name}-wrn" in RECIPES else name
+def card(
+    config: Config,
+    *,
+    dataset: Dataset,
+    loader: Loader,
+    step: TrainStep,
+    steps_per_epoch: int,
+    precision_note: str,
+    swa_plan: tuple[int, int],
+) -> str:
+    """Return the card of a run, one aligned line per fact.
 
-
-def departures(
-    config: Config, image_size: int, swa_every: int = 500, *, precision: str | None = None, num_train: int | None = None
-) -> tuple[str, ...] | None:
-    """Where a run of `config`, resolved, departs from the code it follows; () where it does not.
-
-    image_size: pixels of the smaller side. swa_every: steps between snapshots, in the end; so is precision (None: the
-    config's). num_train: images trained on, validation images not among them.
-    None for a defense of the user's own whose weights are not averaged: there is no release to depart from.
+    config: resolved. step: built of it. precision_note: what it computes in, and why. swa_plan: first epoch and steps
+    between snapshots.
     """
-    added = (*_averages(config, swa_every), *_weight_perturbation(config))
-    defense = config.defense
-    if type(defense) not in DEFENSES.values():
-        return added or None
-    settings = Settings(
-        norm=config.attack.norm,
-        epsilon=config.attack.epsilon,
-        step_size=config.attack.stepping().step_size,
-        model=config.model,
-        image_size=image_size,
-        recipe=config.optim.recipe,
-        lr=config.optim.lr,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        normalize=config.normalize,
-        num_steps=config.attack.num_steps,
-        start=config.attack.start,
-    )
-    changed = _changed(config, settings)
-    own = (f"set for this run: {', '.join(changed)}",) if changed else ()
-    return (*own, *defense.departures(settings), *added, *_common(config, precision or config.precision, num_train))
+    rows = {
+        **_method(config, step),
+        **_data(config, step, dataset, loader),
+        **_schedule(config, steps_per_epoch, swa_plan),
+        "precision": precision_note + ("; the attack's first step float32" if step.starts_exactly else ""),
+        "device": _device_name(step.device) + f", torch {torch.__version__}",
+        **_averages(config, swa_plan),
+        **card_rows(
+            config,
+            min(dataset.shape[1:]),
+            swa_plan[1],
+            precision=step.fast.precision,
+            num_train=len(dataset.train),
+        ),
+        **_fast_paths(config, step),
+        "seed": str(config.seed),
+        "run folder": str(config.out),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
 
 
-def _common(config: Config, precision: str, num_train: int | None) -> tuple[str, ...]:
-    """Where a run departs from every release."""
-    found: tuple[str, ...] = ()
-    if precision != "fp32":
-        found += (f"precision {precision}: the releases run in float32 throughout (--precision fp32)",)
-    if held := config.eval.val_images:
-        of = "" if num_train is None else f" of {held + num_train:,}"
-        found += (
-            f"{held:,}{of} training images are held out for validation; the releases train on all "
-            "(--eval.val-images 0)",
-        )
-    return found
+def _method(config: Config, step: TrainStep) -> dict[str, str]:
+    defense, attack = config.defense, config.attack
+    rows = {
+        "defense": (defense.name or type(defense).__name__)
+        + (f": minimise {defense.formula}" if defense.formula else ""),
+        **defense.describe(attack.norm),
+    }
+    if not defense.attacks:
+        return rows
+    return rows | {
+        "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.spec.objective}, "
+        f"epsilon {pixels(step.spec.epsilon)}, step {pixels(step.spec.step_size)}"
+        + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
+        "attack start": _START[step.spec.start],
+        "attack BN": _BN[step.spec.bn],
+    }
 
 
-def _changed(config: Config, settings: Settings) -> list[str]:
-    """Settings of method, attack and schedule that are neither the default nor another value of the release."""
-    defense, attack, optim = config.defense, config.attack, config.optim
-    recipe = recipe_of(optim.recipe)
-    same = defense.equals_default(settings)
-    found: list[tuple[str, Any, Any]] = [
-        (f"defense.{f.name}", getattr(defense, f.name), f.default)
-        for f in dataclasses.fields(defense)
-        if f.name != defense.starts_from
-    ]
-    if defense.attacks:
-        found += [
-            ("attack.bn", attack.bn or defense.bn_mode(attack.norm), defense.bn_mode(attack.norm)),
-            ("attack.objective", attack.objective or defense.objective, defense.objective),
-            ("attack.num_steps", attack.num_steps, 10),
-            ("attack.num_restarts", attack.num_restarts, 1),
-        ]
-        if attack.start is not None:
-            found.append(("attack.start", attack.start, _start(config)))
-    found += [
-        ("optim.recipe", optim.recipe, default_recipe(config, config.model)),
-        ("optim.lr", optim.lr, recipe.lr),
-        ("optim.warmup", optim.warmup, 0 if optim.warmup == 0 and recipe.warmup == 1.0 else None),
-        ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
-        ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),
-        ("optim.nesterov", optim.nesterov, recipe.nesterov),
-        ("epochs", config.epochs, recipe.epochs),
-        ("batch_size", config.batch_size, 128),
-        ("augment", config.augment, True),
-        ("normalize", config.normalize, False),
-        ("limit_train", config.limit_train, None),
-    ]
-    return [
-        f"{name} {_text(value)} (default {_text(default)})"
-        for name, value, default in found
-        if value not in (default, *defense.also_released.get(name, ())) and (name not in same or value != same[name])
-    ]
+def _data(config: Config, step: TrainStep, dataset: Dataset, loader: Loader) -> dict[str, str]:
+    train, val, test = (len(s) for s in (dataset.train, dataset.val, dataset.test))
+    augment = loader.recipe
+    parameters = sum(p.numel() for p in step.model.parameters())
+    return {
+        "model": f"{config.model}, {parameters:,} parameters, input [0, 1]"
+        + (", normalised inside" if config.normalize else ""),
+        "data": f"{dataset.name}: {train:,} train, {val:,} validation, {test:,} test, "
+        f"{len(dataset.classes)} classes, {'x'.join(map(str, dataset.shape))}",
+        **{f"data note {i}": note for i, note in enumerate(dataset.notes, 1)},
+        "best": _best_rule(config, val),
+        "augmentation": "off"
+        if augment is None
+        else f"random crop, zero padding {augment.padding}" + (", horizontal flip" if augment.flip else ""),
+        "loader": f"{loader.kind}: {loader.reason}",
+    }
 
 
-def _start(config: Config) -> str | None:
-    try:
-        return config.defense.start_kind(config.attack.norm)
-    except UserError:  # no start of its own for this norm
-        return None
+def _schedule(config: Config, steps_per_epoch: int, swa_plan: tuple[int, int]) -> dict[str, str]:
+    optim, recipe = config.optim, recipe_of(config.optim.recipe)
+    published = (recipe.epochs, *recipe.unscaled)
+    scaled = "" if config.epochs in published else f" (milestones scaled from {recipe.epochs} epochs)"
+    momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
+    return {
+        "schedule": f"{optim.recipe}{scaled}, {counted(config.epochs, 'epoch')} x {steps_per_epoch} steps of "
+        f"{config.batch_size}, {in_words(recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)}, "
+        f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
+        "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}[optim.optimizer],
+    }
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return "unset"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-def _averages(config: Config, swa_every: int) -> tuple[str, ...]:
-    found: tuple[str, ...] = ()
+def _averages(config: Config, swa_plan: tuple[int, int]) -> dict[str, str]:
+    rows = {}
+    if config.awp is not None:
+        later = f", from epoch {config.awp_warmup + 1}" if config.awp_warmup else ""
+        rows["AWP"] = f"gamma_w {config.awp:g}{later}"
     if config.swa:
-        if not config.swa_config.exact:
-            found += (
-                "SWA: while BatchNorm is re-estimated the attack's forwards leave the statistics alone; in AR-AT's "
-                "release they move them, and dominate (--swa-config.exact)",
-            )
-        if config.swa_config.start != 0.75 or swa_every != 500:
-            found += (
-                f"SWA: a snapshot every {swa_every} steps from {config.swa_config.start:.0%} of the run on; AR-AT's "
-                "release has 500 and 75% (--swa-config.every 500 --swa-config.start 0.75)",
-            )
-        if config.defense.name != "ar-at":
-            found += (
-                "SWA is AR-AT's; the code that averages other adversarial training takes a snapshot per epoch and "
-                "re-estimates BatchNorm on clean images",
-            )
+        first, every = swa_plan
+        rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
     if config.ema is not None:
-        found += ("EMA: no release here keeps one; the weights that are trained do not depend on it",)
-    return found
+        rows["EMA"] = f"decay {config.ema:g}, evaluated with --weights ema"
+    return rows
 
 
-_AWP = {"at": (0.01, 0), "trades": (0.005, 10)}
+def _best_rule(config: Config, val_images: int) -> str:
+    if not val_images:
+        return "no validation images: no best"
+    by, tie = (accuracy_name(key) for key in best_by(config))
+    every = "" if config.eval.every == 1 else f", measured every {config.eval.every} epochs and at the end"
+    return (
+        f"highest {by} on {val_images:,} validation images{every}; of equal ones the highest {tie}, "
+        "then the earliest epoch"
+    )
 
 
-def _weight_perturbation(config: Config) -> tuple[str, ...]:
-    if config.awp is None:
-        return ()
-    name, found = config.defense.name, ()
-    if name not in (*_AWP, "mart"):
-        return ("AWP was released for at, trades and mart: with another defense it is our combination",)
-    if name == "mart":
-        found += (f"AWP: gamma_w {config.awp:g} is our choice: the one mart was released with is not established",)
-    if name in _AWP and (config.awp, config.awp_warmup) != _AWP[name]:
-        gamma, warmup = _AWP[name]
-        found += (
-            f"AWP: gamma_w {config.awp:g} after {config.awp_warmup} epochs; its release has {gamma:g} after {warmup} "
-            f"for {name} (--awp {gamma:g} --awp-warmup {warmup})",
-        )
-    if name == "at" and config.optim.recipe != "rice":
-        found += ("AWP: its release trains at by the schedule rice (--optim.recipe rice)",)
-    if name == "trades":
-        if config.optim.recipe != "cure-200":
-            found += (
-                "AWP: its release trains trades for 200 epochs, a tenth from 100 and a hundredth from 150, with weight "
-                "decay 5e-4 (the same: --optim.recipe cure-200)",
-            )
-        found += ("AWP: in its release the running statistics of trades move in the order adv, clean, clean",)
-    return found
+def best_by(config: Config) -> tuple[str, str]:
+    """Return the keys of the accuracies on validation images that choose the best checkpoint.
+
+    The first decides; the second decides between equals, and then the earliest epoch is best.
+    """
+    keys = (f"robust_acc_pgd{config.eval.num_steps}", "clean_acc")
+    return keys if config.defense.chosen_by == "robust" else keys[::-1]
 
 
-def card_rows(config: Config, image_size: int, swa_every: int = 500, **known: Any) -> dict[str, str]:
-    """Rows of the run card: one for each of `departures`, or one that says there is none."""
-    found = departures(config, image_size, swa_every, **known)
-    if found is None:
-        return {}
-    if not found:
-        return {"release": "as released: loss, attack, BatchNorm and schedule"}
-    return {f"departs from release {i}": sentence for i, sentence in enumerate(found, 1)}
+def accuracy_name(key: str) -> str:
+    """robust_acc_pgd10 -> PGD-10 accuracy."""
+    return f"{attack_title(key)} accuracy"
+
+
+def pixels(value: float) -> str:
+    """Format a length in pixel units, as a fraction of 255 where it is one: 8/255 (0.03137)."""
+    top = value * 255
+    if math.isclose(top, round(top), abs_tol=1e-6) and round(top) > 0:
+        return f"{round(top)}/255 ({value:.5f})"
+    fraction = Fraction(value).limit_denominator(1000)
+    return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _fast_paths(config: Config, step: TrainStep) -> dict[str, str]:
+    layers = sum(isinstance(m, BatchNorm2d) for m in step.model.modules())
+    why = "asked for plain" if config.kernels == "plain" else why_not_triton(step.device)
+    wide = any(map(qualifies, step.model.modules()))
+    winograd = wide and step.device.type == "cpu" and step.fast.precision == "fp32" and config.channels_last
+    on = {
+        "channels-last": config.channels_last,
+        "one forward for [clean; adv]": config.defense.needs_clean,
+        "input gradients only in the attack": config.defense.attacks,
+        "BatchNorm folded into the attack's convolutions": step.attacker.folds,
+        "Winograd convolutions": winograd,
+        "compiled loss": config.compile_loss,
+        "fake capture": not step.why_eager and config.capture == "fake",
+        "step captured as one CUDA graph": not step.why_eager and config.capture != "fake",
+        f"fused BN+add+ReLU Triton kernels ({layers} layers)": layers and why is None,
+    }
+    off = {
+        "channels-last (asked for)": not config.channels_last,
+        f"captured step ({step.why_eager})": step.why_eager,
+        f"Triton kernels ({why})": layers and why is not None,
+    }
+    rows = {
+        "fast paths on": ", ".join(name for name, holds in on.items() if holds),
+        "fast paths off": "; ".join(name for name, holds in off.items() if holds),
+    }
+    return {name: text for name, text in rows.items() if text}

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        from fastarat.training import Diverged
+        from fastarat.finite import Diverged
 
         print(f"fastarat: {error}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
@@ -147,10 +147,11 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 
 
 def _eval(parser: _Parser, argv: list[str]) -> int:
+    from fastarat.card import accuracy_name
     from fastarat.checks import checked_budget, checked_seed
+    from fastarat.device import pick_device
     from fastarat.evaluation import check_writable, evaluate, parse_attacks
     from fastarat.runs import WEIGHTS, Run, check_branch, load_network
-    from fastarat.training import accuracy_name, pick_device
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "

@@ -23,9 +23,10 @@ from fastarat.device import pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate, parse_attacks
 from fastarat.files import write_text
+from fastarat.finite import Diverged
 from fastarat.runs import Run, dataset_of, load_network
 from fastarat.table import Comparison, Row, tabulate
-from fastarat.training import Diverged, resolve, train
+from fastarat.training import resolve, train
 from fastarat.tuning import Choice, Settings
 
 _ROWS_OWN = {"seed": "seeds", "defense": "defenses", "swa": "a row named NAME+swa", "out": "out"}

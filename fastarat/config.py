@@ -150,6 +150,11 @@ class Config(Fast):
         self._check_weight_perturbation()
 
     @property
+    def wanted_precision(self) -> str:
+        """The precision asked for: `amp` is short for bf16."""
+        return "bf16" if self.amp and self.precision == "fp32" else self.precision
+
+    @property
     def fast(self) -> Fast:
         """The `Fast` among these fields."""
         return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)})

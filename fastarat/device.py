@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,27 @@ def float32_flags(tf32: bool) -> Iterator[None]:
         switched(b.mkldnn.conv, fp32_precision="ieee"),
     ):
         yield
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute on this many CPU threads inside the block; None leaves PyTorch's choice.
+
+    Raises: UserError for more than eight times the machine's cores.
+    """
+    cores, before = os.cpu_count() or 1, torch.get_num_threads()
+    if count is not None and count > 8 * cores:
+        raise UserError(
+            f"threads={count}: this machine has {cores} core(s), and more threads than cores slow it "
+            f"down; write --threads {cores} or leave it out"
+        )
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seeded_apart(device: torch.device) -> AbstractContextManager:
+    """Return a context that gives PyTorch's global generators back as they were, whatever is seeded inside."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

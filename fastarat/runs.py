@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastarat.config import Config, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
 from fastarat.data import Dataset, load_dataset
 from fastarat.defenses import Defense
 from fastarat.errors import UserError
@@ -220,6 +221,26 @@ def dataset_of(config: Config, data_dir: str | Path | None = None) -> Dataset:
     )
 
 
+def meta_of(config: Config, dataset: Dataset, branches: Sequence[str]) -> dict[str, Any]:
+    """Return what somebody needs who finds a run's weights alone: `load_network` rebuilds the network of it.
+
+    config: resolved. branches: of the network's split BatchNorm, () without.
+    """
+    return {
+        "model": config.model,
+        "num_classes": len(dataset.classes),
+        "in_channels": dataset.shape[0],
+        "image_size": dataset.shape[1],
+        "normalized": config.normalize,
+        "branches": list(branches),
+        "defense": defense_key(config.defense),
+        "dataset": dataset.name,
+        "classes": list(dataset.classes),
+        "epsilon": config.attack.epsilon,
+        "norm": config.attack.norm,
+    }
+
+
 def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str = "last") -> None:
     """Raise UserError unless a run's network has a BatchNorm set `branch` that can be used."""
     known = meta["branches"] or ["adv"]
@@ -263,15 +284,19 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
     return model.eval().to(memory_format=torch.channels_last), meta, run.read_config()
 
 
-def load_start(defense: Defense, model: nn.Module) -> None:
+def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None:
     """Load the last weights of the `standard` run that `defense` starts from, if it needs one, into `model`.
 
-    `train` does so by itself; a `TrainStep` of one's own is built from a model that was loaded first.
+    `train` does so by itself; a `TrainStep` of one's own is built from a model that was loaded first, and refuses one
+    that was not. read: False for a model that a checkpoint will be loaded into: that holds everything.
 
     Raises: UserError, saying how to get such a run, when none is named, or it is missing, of another defense or
         another architecture.
     """
     if not defense.needs_start:
+        return
+    if not read:
+        model.started_from = getattr(defense, defense.starts_from)
         return
     field = f"defense.{defense.starts_from}"
     needs = f"{defense.name} starts from a standardly trained network"
@@ -290,3 +315,4 @@ def load_start(defense: Defense, model: nn.Module) -> None:
         load_into(model, weights, path)
     except UserError as error:
         raise UserError(f"{field}={named}: {error}. {needs}: {how}") from error
+    model.started_from = named

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastarat.card import pixels
 from fastarat.config import Config
 from fastarat.evaluation import attack_title
 from fastarat.files import write_text
 from fastarat.schedules import counted, ends_at, in_words, recipe_of
-from fastarat.training import pixels
 from fastarat.tuning import rule
 
 

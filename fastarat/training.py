@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
 import os
-import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from fastarat.averages import MovingAverage, WeightAverage, averaged_model
-from fastarat.card import card_rows, default_recipe
-from fastarat.config import Config, defense_key, to_dict
-from fastarat.data import (
-    Dataset,
-    Loader,
-    Split,
-    default_augment,
-    derive_seed,
-    make_loader,
-    stratified_indices,
-)
+from fastarat.averages import MovingAverage, WeightAverage, averaged_model, swa_plan
+from fastarat.card import accuracy_name, best_by, card
+from fastarat.config import Config, to_dict
+from fastarat.data import Dataset, default_augment, derive_seed, limited, make_loader, mean_std
 from fastarat.defenses import DEFENSES, Defense
-from fastarat.device import pick_device, usable_precision
+from fastarat.device import backend_flags, pick_device, seeded_apart, threads, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
-from fastarat.evaluation import NonFinite, attack_title, evaluate
+from fastarat.evaluation import NonFinite, evaluate
 from fastarat.files import load_into, write_text
-from fastarat.kernels import why_not_triton
-from fastarat.nets.attacker import mode_of
-from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of
+from fastarat.finite import Diverged, Watch, tensors_of
+from fastarat.nets.batchnorm import branch, branches_of
 from fastarat.nets.models import build_model, check_takes
-from fastarat.nets.winograd import qualifies
-from fastarat.runs import Run, dataset_of, load_start
-from fastarat.schedules import counted, in_words, lr_at, momentum_at, recipe_of
+from fastarat.released import resolve
+from fastarat.runs import Run, dataset_of, load_start, meta_of
+from fastarat.schedules import lr_at, momentum_at, recipe_of
+from fastarat.specs import Fast
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 
@@ -57,10 +46,6 @@ class Result:
     metrics: list[dict[str, Any]]
     model: nn.Module
     config: Config
-
-
-class Diverged(UserError):
-    """A loss term, a weight, a running statistic or the network's logits stopped being finite."""
 
 
 def train(
@@ -94,7 +79,10 @@ def train(
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
-    return _Training(config, resume is not None, progress).run()
+    device = pick_device(config.device)
+    precision, _ = usable_precision(config.wanted_precision, device)
+    with threads(config.threads), seeded_apart(device), backend_flags(device, precision):
+        return Trainer(config, resume=resume is not None, progress=progress).run()
 
 
 def one_process() -> None:
@@ -106,39 +94,7 @@ def one_process() -> None:
         )
 
 
-def resolve(config: Config, dataset: Dataset) -> Config:
-    """Fill what the config leaves to the defense, the recipe and the data, so that the saved form says it all."""
-    size = min(dataset.shape[1:])
-    model = config.model or ("resnet18" if size >= 32 else "resnet-small")
-    recipe_name = config.optim.recipe or default_recipe(config, model)
-    recipe = recipe_of(recipe_name)
-    optim = dataclasses.replace(
-        config.optim,
-        recipe=recipe_name,
-        lr=recipe.lr if config.optim.lr is None else config.optim.lr,
-        weight_decay=recipe.weight_decay if config.optim.weight_decay is None else config.optim.weight_decay,
-        momentum=None
-        if recipe.one_cycle
-        else recipe.momentum
-        if config.optim.momentum is None
-        else config.optim.momentum,
-        nesterov=recipe.nesterov if config.optim.nesterov is None else config.optim.nesterov,
-    )
-    name = f"{dataset.name}-{model}-{config.defense.name or type(config.defense).__name__.lower()}"
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return dataclasses.replace(
-        config,
-        model=model,
-        epochs=config.epochs or recipe.epochs,
-        out=config.out or f"runs/{name}-seed{config.seed}",
-        precision="bf16" if config.amp and config.precision == "fp32" else config.precision,
-        attack=config.attack.stepping(),
-        optim=optim,
-        eval=dataclasses.replace(config.eval, val_images=len(dataset.val)),
-    )
-
-
-def sgd(config: Config, device: torch.device):
+def sgd(config: Config) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     """Return a function from parameters to the optimiser the config asks for. Raises: UserError without Apex."""
     options = {
         "lr": config.optim.lr,
@@ -161,154 +117,77 @@ def sgd(config: Config, device: torch.device):
     return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
 
 
-class _Training:
-    """Holds one run's objects between set-up and the last epoch."""
+class Trainer:
+    """One run, from its first epoch, or the one after its last checkpoint, to its last.
 
-    def __init__(self, config: Config, resume: bool, progress: bool) -> None:
-        self.progress, self.resume = progress, resume
-        self.device = pick_device(config.device)
-        if config.threads is not None:
-            cores = os.cpu_count() or 1
-            if config.threads > 8 * cores:
-                raise UserError(
-                    f"threads={config.threads}: this machine has {cores} core(s), and more threads than cores slow it "
-                    f"down; write --threads {cores} or leave it out"
-                )
-            torch.set_num_threads(config.threads)
-        self.dataset = _limited(dataset_of(config), config.limit_train)
-        _check_sizes(self.dataset, config)
-        self.config = config = resolve(config, self.dataset)
+    What is set for the whole process meanwhile (threads, PyTorch's switches) is `train`'s.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, progress: bool = False) -> None:
+        self.progress, self.device = progress, pick_device(config.device)
+        self.dataset = dataset = limited(dataset_of(config), config.limit_train, config.batch_size)
+        self.config = config = resolve(config, dataset)
         self.recipe = recipe_of(config.optim.recipe)
-        self.precision, self.precision_note = usable_precision(config.precision, self.device)
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
-            # Every plan is timed, not the first ten: this happens once per shape, before the step is captured.
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
-
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        mean, std = _mean_std(self.dataset.train) if config.normalize else (None, None)
-        channels, size = self.dataset.shape[0], self.dataset.shape[1]
-        model = build_model(
-            config.model,
-            num_classes=len(self.dataset.classes),
-            in_channels=channels,
-            image_size=size,
-            mean=mean,
-            std=std,
-        ).to(self.device)
-        check_takes(model, config.model, self.dataset.shape)
-        if not (resume and Run(config.out).checkpoint().is_file()):  # a checkpoint holds all that would be loaded
-            load_start(config.defense, model)
-        self.step = TrainStep(
-            model,
-            config.defense,
-            torch.empty(2, *self.dataset.shape),
-            optimizer=sgd(config, self.device),
-            attack=config.attack,
-            fast=dataclasses.replace(
-                config.fast,
-                precision=self.precision,
-                # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-                capture="off" if self.recipe.one_cycle or config.optim.optimizer == "apex" else config.capture,
-            ),
-            awp=config.awp,
-            awp_warmup=config.awp_warmup,
-        )
-        if type(config.defense) not in DEFENSES.values():
-            self.step.rehearse(len(self.dataset.classes), self.dataset.shape)
-        self.augment = default_augment(self.dataset) if config.augment else None
+        precision, note = usable_precision(config.precision, self.device)
+        fast = dataclasses.replace(config.fast, precision=precision)
+        unread = resume and Run(config.out).checkpoint().is_file()  # a checkpoint holds all that would be loaded
+        self.step = _step(config, dataset, self.device, fast, starts=not unread)
         self.loader = make_loader(
-            self.dataset.train,
+            dataset.train,
             batch_size=config.batch_size,
             device=self.device,
             kind=config.loader,
             shuffle=True,
             seed=derive_seed(config.seed, "order"),
-            augment=self.augment,
+            augment=default_augment(dataset) if config.augment else None,
         )
-        # The same pixels in another order: a second loader would hold the set on the device twice.
-        self.probe_loader = copy.copy(self.loader)
-        self.probe_loader.seed = derive_seed(config.seed, "probe")
         # Batch statistics of a single image are no statistics: a last batch of one is left out.
-        self.steps_per_epoch = len(self.loader) - (len(self.dataset.train) % config.batch_size == 1)
+        self.steps_per_epoch = len(self.loader) - (len(dataset.train) % config.batch_size == 1)
         if self.steps_per_epoch < 1:
-            raise UserError(f"{len(self.dataset.train)} training image(s): at least 2 are needed")
+            raise UserError(f"{len(dataset.train)} training image(s): at least 2 are needed")
+        self.swa_plan = swa_plan(config, self.steps_per_epoch)
         self.average = WeightAverage(self.step.model) if config.swa else None
-        if config.swa:
-            first, every = self._swa_plan()
-            taken = (config.epochs + 1) * self.steps_per_epoch - 1
-            if taken // every == (first * self.steps_per_epoch - 1) // every:
-                raise UserError(
-                    f"swa-config.every={every}: no snapshot would be taken in the {config.epochs - first + 1} epoch(s) "
-                    f"of {self.steps_per_epoch} steps from epoch {first} on; leave it out, or choose a smaller one"
-                )
         self.ema = None if config.ema is None else MovingAverage(self.step.model, config.ema)
-        self.meta = {
-            "model": config.model,
-            "num_classes": len(self.dataset.classes),
-            "in_channels": channels,
-            "image_size": size,
-            "normalized": config.normalize,
-            "branches": list(branches_of(self.step.model)),
-            "defense": defense_key(config.defense),
-            "dataset": self.dataset.name,
-            "classes": list(self.dataset.classes),
-            "epsilon": config.attack.epsilon,
-            "norm": config.attack.norm,
-        }
+        self.card = card(
+            config,
+            dataset=dataset,
+            loader=self.loader,
+            step=self.step,
+            steps_per_epoch=self.steps_per_epoch,
+            precision_note=note,
+            swa_plan=self.swa_plan,
+        )
+        self.meta = meta_of(config, dataset, branches_of(self.step.model))
         self.folder = Run.resume(config.out) if resume else Run.create(config.out)
-        # A buffer may hold infinity on purpose, such as a mask.
-        self.never_finite = _not_finite(self._tensors())
+        self.watch = Watch(self.step, self.average, self.ema)
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
-        self.first_epoch, self.saved_epoch = 1, 0
-        self.other_rule = ""
+        self.saved_epoch, self.resumed, self.other_rule = 0, resume, ""
         if resume:
             self._load()
 
     def run(self) -> Result:
-        config, folder = self.config, self.folder
-        card = self.card()
-        if not self.resume:
+        """Train, and return what is left. Raises: Diverged."""
+        config, folder, first = self.config, self.folder, self.saved_epoch + 1
+        if not self.resumed:
             folder.write_config(config)
-        write_text(folder.card_file, card + "\n")
+        write_text(folder.card_file, self.card + "\n")
         if self.progress:
-            print(card, flush=True)
-            if self.first_epoch > config.epochs:
-                print(f"{folder.path} is finished: nothing to do")
-            elif self.resume:
-                print(f"continuing after epoch {self.first_epoch - 1}")
-                if self.other_rule:
-                    before, now = (accuracy_name(key) for key in (self.other_rule, self.best["by"]))
-                    print(
-                        f"note: the best checkpoint so far was chosen by the highest {before}, and is now by the "
-                        f"highest {now}: it starts anew from epoch {self.first_epoch} on"
-                    )
-        writer = self._tensorboard()
-        total = (config.epochs - self.first_epoch + 1) * self.steps_per_epoch
-        bar = tqdm(
-            total=max(total, 0), unit="step", disable=not (self.progress and sys.stderr.isatty()), smoothing=0.05
-        )
+            _announce(self.card, self, first)
+        writer = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder.tensorboard_dir), purge_step=first if self.resumed else None)
+        total = max(0, (config.epochs - first + 1) * self.steps_per_epoch)
+        bar = tqdm(total=total, unit="step", disable=not (self.progress and sys.stderr.isatty()), smoothing=0.05)
         try:
-            for epoch in range(self.first_epoch, config.epochs + 1):
+            for epoch in range(first, config.epochs + 1):
                 row = self._epoch(epoch, bar)
                 folder.append_metrics(row)
                 for key, value in row.items():
                     if writer is not None and key != "epoch":
                         writer.add_scalar(key, value, epoch)
-                state = self._state(epoch)
-                by, tie = best_by(config)
-                # Strictly better: among equals the earliest stays.
-                if f"val/{by}" in row and (row[f"val/{by}"], row[f"val/{tie}"]) > (
-                    self.best["value"],
-                    self.best["tie"],
-                ):
-                    self.best = {"epoch": epoch, "by": by, "value": row[f"val/{by}"], "tie": row[f"val/{tie}"]}
-                    state["best"] = self.best
-                    folder.save("best", state, {**self.meta, "best": self.best})
-                if self.ema is not None:
-                    folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": config.ema})
-                folder.save("last", state, self.meta)
-                self.saved_epoch = epoch
+                self._save(epoch, row)
                 if self.progress:
                     tqdm.write(_line(row, config.epochs), file=sys.stdout)
                     sys.stdout.flush()
@@ -316,56 +195,49 @@ class _Training:
             bar.close()
             if writer is not None:
                 writer.close()
-        finished = self.first_epoch > config.epochs and folder.weights("swa").exists()
+        finished = first > config.epochs and folder.weights("swa").exists()
         if self.average is not None and not finished:
-            self._finish_swa()
+            self._finish_swa(self.average)
         return Result(folder.path, folder.metrics(), self.step.model.eval(), config)
 
     def _epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
-        config, step = self.config, self.step
+        config, step, steps = self.config, self.step, self.steps_per_epoch
         # Every stream restarts from (seed, epoch), so a resumed run draws what an unbroken one draws.
         torch.manual_seed(derive_seed(config.seed, "torch", epoch))
         step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
         config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
         log_every = config.log_every or (1 if self.device.type == "cpu" else 50)
         step.meter.reset()
-        images_seen, started = 0, time.perf_counter()
-        for index, batch in enumerate(self.loader.epoch(epoch)):
-            if index >= self.steps_per_epoch:
-                break
-            lr = lr_at(
-                epoch,
-                index,
-                steps=self.steps_per_epoch,
-                epochs=config.epochs,
-                recipe=self.recipe,
-                lr=config.optim.lr,
-                warmup=config.optim.warmup,
-            )
+        where = {"steps": steps, "epochs": config.epochs, "recipe": self.recipe}
+        images_seen, started, lr, batch = 0, time.perf_counter(), 0.0, None
+        for index, batch in enumerate(itertools.islice(self.loader.epoch(epoch), steps)):
+            lr = lr_at(epoch, index, **where, lr=config.optim.lr, warmup=config.optim.warmup)
             step.set_lr(lr)
             if self.recipe.one_cycle:
-                step.set_momentum(
-                    momentum_at(epoch, index, steps=self.steps_per_epoch, epochs=config.epochs, recipe=self.recipe)
-                )
-            done = (epoch - 1) * self.steps_per_epoch + index
-            step.at(epoch=epoch, progress=done / (config.epochs * self.steps_per_epoch))
+                step.set_momentum(momentum_at(epoch, index, **where))
+            done = (epoch - 1) * steps + index
+            step.at(epoch=epoch, progress=done / (config.epochs * steps))
             step(batch.images, batch.labels)
-            self._average(epoch, index)
+            first, every = self.swa_plan
+            if self.average is not None and epoch >= first and (epoch * steps + index) % every == 0:
+                self.average.update(step.model)
             if self.ema is not None:
-                self.ema.update(self.step.model)
+                self.ema.update(step.model)
             images_seen += len(batch.labels)
-            if (index + 1) % log_every == 0 or index + 1 == self.steps_per_epoch:
-                self._check_finite(epoch)
-                rate = images_seen / (time.perf_counter() - started)
+            if (index + 1) % log_every == 0 or index + 1 == steps:
+                if bad := self.watch.terms():
+                    raise self._diverged(bad[0], epoch, step=bad[1])
                 means = step.meter.read()
                 shown = {k: _loss(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+                rate = images_seen / (time.perf_counter() - started)
                 bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
         wall = time.perf_counter() - started
         row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": images_seen / wall}
         row |= {f"train/{name}": value for name, value in step.meter.read().items()}
-        self._check_network(epoch, batch.images)
+        if what := self.watch.state(batch.images):
+            raise self._diverged(what, epoch)
         if epoch % config.eval.every == 0 or epoch == config.epochs:
             row |= self._validate(epoch)
         return row
@@ -395,7 +267,8 @@ class _Training:
         model, seen = self.step.model.eval(), 0
         correct = torch.zeros((), device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for batch in self.probe_loader.epoch(epoch):
+        # The same pixels in another order: a second loader would hold the set on the device twice.
+        for batch in dataclasses.replace(self.loader, seed=derive_seed(self.config.seed, "probe")).epoch(epoch):
             with branch(model, name):
                 logits = model(batch.images)
             correct += (logits.argmax(1) == batch.labels).sum()
@@ -408,49 +281,11 @@ class _Training:
             raise self._diverged(f"the network's logits in eval mode (BatchNorm branch {name!r})", epoch, step=0)
         return correct / seen
 
-    def _check_finite(self, epoch: int) -> None:
-        bad = self.step.meter.bad()
-        if bad is None:
-            return
-        index, name = bad
-        raise self._diverged(name if name in self.step.meter.watched else f"loss term {name!r}", epoch, step=index + 1)
-
-    @torch.no_grad()
-    def _check_network(self, epoch: int, images: Tensor) -> None:
-        """Raise Diverged unless all that this epoch leaves behind is finite; one or two reads of the device.
-
-        No loss sees what the last step made of the weights, and in train mode none sees the running statistics, which
-        may overflow by themselves, or give logits that do. images: a batch to look at those logits with.
-        """
-        named = self._tensors()
-        if self.ema is not None:
-            named += [(f"the moving average of {k!r}", v) for k, v in self.ema.state.items() if k in self.ema.averaged]
-        if self.average is not None:
-            named += [("the mean of the weights (SWA)", value) for value in self.average.parameters]
-        if bad := [name for name in _not_finite(named) if name not in self.never_finite]:
-            raise self._diverged(bad[0], epoch)
-        model, logits = self.step.model, []
-        images = images.to(memory_format=self.step.memory_format)
-        with mode_of(model, False):
-            for name in branches_of(model) or ("adv",):
-                which = f" (BatchNorm branch {name!r})" if branches_of(model) else ""
-                with branch(model, name):
-                    logits.append((f"the network's logits in eval mode{which}", model(images)))
-            if self.ema is not None:
-                logits.append(("the averaged network's logits (EMA)", functional_call(model, self.ema.state, images)))
-        if bad := _not_finite(logits):
-            raise self._diverged(bad[0], epoch)
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*_named(self.step.model), *_named(self.step.companions, " of the defense's companions")]
-
     def _diverged(self, what: str, epoch: int, step: int | None = None) -> Diverged:
         """Build the error that `what` is not finite at `step` of `epoch`, by default after its last one."""
-        last = (
-            f"the last good checkpoint is {self.folder.checkpoint()} (epoch {self.saved_epoch})"
-            if self.saved_epoch
-            else "no checkpoint was written yet"
-        )
+        last = "no checkpoint was written yet"
+        if self.saved_epoch:
+            last = f"the last good checkpoint is {self.folder.checkpoint()} (epoch {self.saved_epoch})"
         when = f"at epoch {epoch}, step {step} of {self.steps_per_epoch}"
         if step == 0:
             when = f"before the first step of epoch {epoch}"
@@ -461,42 +296,29 @@ class _Training:
             f"{self.config.optim.lr:g}, with another --out"
         )
 
-    # --- averaging --------------------------------------------------------------------------------------------------
-
-    def _swa_plan(self) -> tuple[int, int]:
-        """First epoch (1-based) and steps between snapshots."""
-        config, swa = self.config, self.config.swa_config
-        first = math.floor(swa.start * config.epochs) + 1
-        if swa.every is not None:
-            return first, swa.every
-        few = (config.epochs - first + 1) * self.steps_per_epoch < 5 * 500
-        return first, self.steps_per_epoch if few else 500
-
-    def _average(self, epoch: int, index: int) -> None:
-        if self.average is None:
-            return
-        first, every = self._swa_plan()
-        if epoch >= first and (epoch * self.steps_per_epoch + index) % every == 0:
-            self.average.update(self.step.model)
-
-    def _finish_swa(self) -> None:
-        step = self.step
-        torch.manual_seed(derive_seed(self.config.seed, "swa", "torch"))
-        step.generator.manual_seed(derive_seed(self.config.seed, "swa"))
+    def _finish_swa(self, average: WeightAverage) -> None:
+        config, step = self.config, self.step
+        torch.manual_seed(derive_seed(config.seed, "swa", "torch"))
+        step.generator.manual_seed(derive_seed(config.seed, "swa"))
         # A run resumed after its last epoch has not been told where it is.
-        step.at(epoch=self.config.epochs, progress=1.0)
-        batches = itertools.islice(self.loader.epoch(self.config.epochs + 1), self.steps_per_epoch)
+        step.at(epoch=config.epochs, progress=1.0)
+        batches = itertools.islice(self.loader.epoch(config.epochs + 1), self.steps_per_epoch)
         if self.progress:
-            print(f"SWA: re-estimating BatchNorm of the mean of {self.average.count} snapshots", flush=True)
-        model = averaged_model(step, self.average, batches, exact=self.config.swa_config.exact)
-        if bad := [name for name in _not_finite(_named(model)) if name not in self.never_finite]:
-            raise self._diverged(f"{bad[0]} of the averaged network (SWA)", self.config.epochs)
-        self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.config.epochs, "swa": True})
+            print(f"SWA: re-estimating BatchNorm of the mean of {average.count} snapshots", flush=True)
+        model = averaged_model(step, average, batches, exact=config.swa_config.exact)
+        if bad := self.watch.bad(tensors_of(model)):
+            raise self._diverged(f"{bad} of the averaged network (SWA)", config.epochs)
+        self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": config.epochs, "swa": True})
 
-    # --- state ------------------------------------------------------------------------------------------------------
-
-    def _state(self, epoch: int) -> dict[str, Any]:
-        return {
+    def _save(self, epoch: int, row: dict[str, Any]) -> None:
+        """Write the checkpoints of an epoch, the best one first: `last` alone says how far the run is."""
+        by, tie = best_by(self.config)
+        # Strictly better: among equals the earliest stays.
+        found = (row.get(f"val/{by}", -math.inf), row.get(f"val/{tie}", -math.inf))
+        best = found > (self.best["value"], self.best["tie"])
+        if best:
+            self.best = {"epoch": epoch, "by": by, "value": found[0], "tie": found[1]}
+        state = {
             "epoch": epoch,
             "step": self.step.state_dict(),
             "best": self.best,
@@ -504,6 +326,12 @@ class _Training:
             "average": None if self.average is None else self.average.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
+        if best:
+            self.folder.save("best", state, {**self.meta, "best": self.best})
+        if self.ema is not None:
+            self.folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": self.config.ema})
+        self.folder.save("last", state, self.meta)
+        self.saved_epoch = epoch
 
     def _load(self) -> None:
         if not self.folder.checkpoint().exists():
@@ -518,7 +346,6 @@ class _Training:
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         self.saved_epoch = state["epoch"]
-        self.first_epoch = self.saved_epoch + 1
         # Runs from before the rule was a defense's own: PGD chose, and the earliest of equals stayed.
         best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **(state.get("best") or _NO_BEST)}
         if best["by"] == self.best["by"]:
@@ -527,168 +354,37 @@ class _Training:
             self.other_rule = best["by"]
         self.folder.truncate_metrics(state["epoch"])
 
-    def _tensorboard(self):
-        if not self.config.tensorboard:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
 
-        purge = self.first_epoch if self.resume else None
-        return SummaryWriter(str(self.folder.tensorboard_dir), purge_step=purge)
-
-    # --- card -------------------------------------------------------------------------------------------------------
-
-    def card(self) -> str:
-        """The run card: everything a number of this run depends on."""
-        config, step, defense = self.config, self.step, self.config.defense
-        attack, optim = config.attack, config.optim
-        published = (self.recipe.epochs, *self.recipe.unscaled)
-        scaled = "" if config.epochs in published else f" (milestones scaled from {self.recipe.epochs} epochs)"
-        momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
-        parameters = sum(p.numel() for p in step.model.parameters())
-        rows = {
-            "defense": (defense.name or type(defense).__name__)
-            + (f": minimise {defense.formula}" if defense.formula else ""),
-            **defense.describe(attack.norm),
-        }
-        if defense.attacks:
-            rows |= {
-                "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.spec.objective}, "
-                f"epsilon {pixels(attack.epsilon)}, "
-                f"step {pixels(config.attack.step_size)}"
-                + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
-                "attack start": _START[step.spec.start],
-                "attack BN": _BN[step.spec.bn],
-            }
-        train, val, test = (len(s) for s in (self.dataset.train, self.dataset.val, self.dataset.test))
-        rows |= {
-            "model": f"{config.model}, {parameters:,} parameters, input [0, 1]"
-            + (", normalised inside" if config.normalize else ""),
-            "data": f"{self.dataset.name}: {train:,} train, {val:,} validation, {test:,} test, "
-            f"{len(self.dataset.classes)} classes, {'x'.join(map(str, self.dataset.shape))}",
-            **{f"data note {i}": note for i, note in enumerate(self.dataset.notes, 1)},
-            "best": self._best_rule(),
-            "augmentation": "off"
-            if self.augment is None
-            else f"random crop, zero padding {self.augment.padding}"
-            + (", horizontal flip" if self.augment.flip else ""),
-            "loader": f"{self.loader.kind}: {self.loader.reason}",
-            "schedule": f"{optim.recipe}{scaled}, {counted(config.epochs, 'epoch')} x {self.steps_per_epoch} steps of "
-            f"{config.batch_size}, "
-            f"{in_words(self.recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)}, "
-            f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
-            "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}.get(
-                optim.optimizer, optim.optimizer
-            ),
-            "precision": self.precision_note
-            + ("; the attack's first step float32" if self.step.starts_exactly else ""),
-            "device": _device_name(self.device) + f", torch {torch.__version__}",
-        }
-        if config.awp is not None:
-            rows["AWP"] = f"gamma_w {config.awp:g}" + (
-                f", from epoch {config.awp_warmup + 1}" if config.awp_warmup else ""
-            )
-        if self.average is not None:
-            first, every = self._swa_plan()
-            rows["SWA"] = f"a snapshot every {every} steps from epoch {first}, BatchNorm re-estimated at the end"
-        if config.ema is not None:
-            rows["EMA"] = f"decay {config.ema:g}, evaluated with --weights ema"
-        rows |= card_rows(
-            config, min(self.dataset.shape[1:]), self._swa_plan()[1], precision=self.precision, num_train=train
-        )
-        rows |= self._fast_paths()
-        rows |= {"seed": str(config.seed), "run folder": str(self.folder.path)}
-        width = max(map(len, rows))
-        return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
-
-    def _best_rule(self) -> str:
-        if not len(self.dataset.val):
-            return "no validation images: no best"
-        by, tie = (accuracy_name(key) for key in best_by(self.config))
-        every = (
-            "" if self.config.eval.every == 1 else f", measured every {self.config.eval.every} epochs and at the end"
-        )
-        return (
-            f"highest {by} on {len(self.dataset.val):,} validation images{every}; of equal ones the highest {tie}, "
-            "then the earliest epoch"
-        )
-
-    def _fast_paths(self) -> dict[str, str]:
-        layers = sum(isinstance(m, BatchNorm2d) for m in self.step.model.modules())
-        why = "asked for plain" if self.config.kernels == "plain" else why_not_triton(self.device)
-        on = ["channels-last"] if self.config.channels_last else []
-        off = [] if self.config.channels_last else ["channels-last (asked for)"]
-        if self.config.defense.needs_clean:
-            on.append("one forward for [clean; adv]")
-        if self.config.defense.attacks:
-            on.append("input gradients only in the attack")
-        if self.step.attacker.folds:
-            on.append("BatchNorm folded into the attack's convolutions")
-        wide = any(map(qualifies, self.step.model.modules()))
-        if wide and self.device.type == "cpu" and self.precision == "fp32" and self.config.channels_last:
-            on.append("Winograd convolutions")
-        if self.config.compile_loss:
-            on.append("compiled loss")
-        if self.step.why_eager:
-            off.append(f"captured step ({self.step.why_eager})")
-        else:
-            on.append("step captured as one CUDA graph" if self.config.capture != "fake" else "fake capture")
-        if layers and why is None:
-            on.append(f"fused BN+add+ReLU Triton kernels ({layers} layers)")
-        elif layers:
-            off.append(f"Triton kernels ({why})")
-        return {"fast paths on": ", ".join(on), **({"fast paths off": "; ".join(off)} if off else {})}
-
-
-def _named(module: nn.Module, owner: str = "") -> list[tuple[str, Tensor]]:
-    """Return everything a network consists of, with names for people."""
-    named = [(f"weight {name!r}{owner}", p) for name, p in module.named_parameters()]
-    for name, buffer in module.named_buffers():
-        kind = "running statistic" if "running_" in name else "buffer"
-        named.append((f"{kind} {name!r}{owner}", buffer))
-    return named
-
-
-def _not_finite(named: list[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of tensors that hold NaN or infinity, in order; one read of the device."""
-    flags = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
-    return [name for (name, _), finite in zip(named, flags, strict=True) if not finite]
-
-
-def best_by(config: Config) -> tuple[str, str]:
-    """Return the keys of the accuracies on validation images that choose the best checkpoint.
-
-    The first decides; the second decides between equals, and then the earliest epoch is best.
-    """
-    keys = (f"robust_acc_pgd{config.eval.num_steps}", "clean_acc")
-    return keys if config.defense.chosen_by == "robust" else keys[::-1]
-
-
-def accuracy_name(key: str) -> str:
-    """robust_acc_pgd10 -> PGD-10 accuracy."""
-    return f"{attack_title(key)} accuracy"
-
-
-_START = {
-    "none": "none (the centre itself)",
-    "uniform": "uniform in the ball, clamped to [0, 1]",
-    "uniform-unclamped": "uniform in the ball, not clamped",
-    "gaussian": "0.001 N(0, 1), not clamped",
-    "l2": "a random direction of length U(0, 1) epsilon, clamped",
-}
-_BN = {
-    "eval": "eval (running statistics)",
-    "train": "train (batch statistics; running ones move at each attack forward)",
-    "train-frozen": "train-frozen (batch statistics; running ones do not move)",
-}
-
-
-def pixels(value: float) -> str:
-    """Format a length in pixel units, as a fraction of 255 where it is one: 8/255 (0.03137)."""
-    top = value * 255
-    if math.isclose(top, round(top), abs_tol=1e-6) and round(top) > 0:
-        return f"{round(top)}/255 ({value:.5f})"
-    fraction = Fraction(value).limit_denominator(1000)
-    return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
+def _step(config: Config, dataset: Dataset, device: torch.device, fast: Fast, *, starts: bool) -> TrainStep:
+    """Build the network and its step. starts: load what the defense starts from; a checkpoint would hold it."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    mean, std = mean_std(dataset.train) if config.normalize else (None, None)
+    model = build_model(
+        config.model,
+        num_classes=len(dataset.classes),
+        in_channels=dataset.shape[0],
+        image_size=dataset.shape[1],
+        mean=mean,
+        std=std,
+    ).to(device)
+    check_takes(model, config.model, dataset.shape)
+    load_start(config.defense, model, read=starts)
+    # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
+    if recipe_of(config.optim.recipe).one_cycle or config.optim.optimizer == "apex":
+        fast = dataclasses.replace(fast, capture="off")
+    step = TrainStep(
+        model,
+        config.defense,
+        torch.empty(2, *dataset.shape),
+        config.attack,
+        fast,
+        optimizer=sgd(config),
+        awp=config.awp,
+        awp_warmup=config.awp_warmup,
+    )
+    if type(config.defense) not in DEFENSES.values():
+        step.rehearse(len(dataset.classes), dataset.shape)
+    return step
 
 
 def _loss(value: float) -> str:
@@ -713,51 +409,15 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", f"{row['wall_s']:.1f} s"])
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {os.cpu_count()} cores)"
-
-
-def _limited(dataset: Dataset, count: int | None) -> Dataset:
-    if count is None or count >= len(dataset.train):
-        return dataset
-    split = dataset.train
-    rows = torch.from_numpy(stratified_indices(split.labels.numpy(), count, seed=0))
-    images = None if split.images is None else split.images[rows]
-    train = dataclasses.replace(split, images=images, labels=split.labels[rows], indices=split.indices[rows])
-    return dataclasses.replace(dataset, train=train)
-
-
-def _check_sizes(dataset: Dataset, config: Config) -> None:
-    """Raise UserError for a training set that leaves a class out or does not fill a batch."""
-    count = len(dataset.train)
-    limit = "" if config.limit_train is None or config.limit_train > count else f" (limit_train={config.limit_train})"
-    empty = (torch.bincount(dataset.train.labels, minlength=len(dataset.classes)) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise UserError(
-            f"the {count} training image(s) of {dataset.name}{limit} leave out {len(empty)} of its "
-            f"{len(dataset.classes)} classes, {dataset.classes[empty[0]]!r} first: "
-            + (
-                f"write --limit-train {len(dataset.classes)} or more"
-                if limit
-                else "hold out fewer with --eval.val-images, or remove those classes"
+def _announce(card: str, run: Trainer, first: int) -> None:
+    print(card, flush=True)
+    if first > run.config.epochs:
+        print(f"{run.folder.path} is finished: nothing to do")
+    elif run.resumed:
+        print(f"continuing after epoch {first - 1}")
+        if run.other_rule:
+            before, now = (accuracy_name(key) for key in (run.other_rule, run.best["by"]))
+            print(
+                f"note: the best checkpoint so far was chosen by the highest {before}, and is now by the "
+                f"highest {now}: it starts anew from epoch {first} on"
             )
-        )
-    if config.batch_size > count:
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the {count:,} training images of {dataset.name}{limit}: "
-            f"every step would see fewer than asked for; write --batch-size {count} for all of them, or less"
-        )
-
-
-def _mean_std(split: Split) -> tuple[list[float], list[float]]:
-    loader: Loader = make_loader(split, batch_size=1024, device="cpu")
-    total, square, count = 0.0, 0.0, 0
-    for batch in loader.epoch(0):
-        pixels_ = batch.images.double()
-        total = total + pixels_.sum((0, 2, 3))
-        square = square + pixels_.square().sum((0, 2, 3))
-        count += pixels_.numel() // pixels_.shape[1]
-    mean = total / count
-    return mean.tolist(), (square / count - mean.square()).sqrt().tolist()

@@ -227,12 +227,12 @@ def test_published_numbers_are_shown_only_for_their_setting(table):
 
 
 def test_rows_of_one_seed_share_data_order_and_initial_weights(tmp_path, monkeypatch):
-    from fastarat.training import _Training
+    from fastarat.training import Trainer
 
     seen = {}
     for name in ("standard", "trades", "mart", "lbgat", "ar-at"):
         config = from_dict({**BASE, "defense": name, "seed": 3, "out": str(tmp_path / name)})
-        training = _Training(config, False, False)
+        training = Trainer(config)
         weights = {k: v for k, v in training.step.model.state_dict().items() if "weight" in k and v.dim() > 1}
         batch = next(iter(training.loader.epoch(1)))
         seen[name] = training.dataset, weights, batch

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastarat
-from fastarat import card as released
+from fastarat import released
 from fastarat.config import Config, OptimConfig, SwaConfig
 from fastarat.defenses import DEFENSES
 from fastarat.specs import Attack

@@ -16,9 +16,10 @@ from fastarat.config import Config, EvalConfig, OptimConfig, SwaConfig, from_dic
 from fastarat.data import load_dataset
 from fastarat.engine.step import TrainStep, frozen
 from fastarat.files import load_checkpoint
+from fastarat.finite import Diverged
 from fastarat.runs import Run, load_network
 from fastarat.specs import Attack
-from fastarat.training import Diverged, train
+from fastarat.training import train
 
 
 def small(out: Path, **options) -> Config:
@@ -371,9 +372,9 @@ def test_an_averaged_network_that_overflows_is_not_written(tmp_path, monkeypatch
 
 
 def test_the_probe_of_a_network_that_overflows_stops_training(tmp_path):
-    from fastarat.training import _Training
+    from fastarat.training import Trainer
 
-    training = _Training(small(tmp_path / "run"), False, False)
+    training = Trainer(small(tmp_path / "run"))
     for m in training.step.model.modules():
         if hasattr(m, "branch_set"):
             m.clean.running_mean.fill_(-3e38)
@@ -385,7 +386,7 @@ def test_the_probe_of_a_network_that_overflows_stops_training(tmp_path):
 
 def test_a_complaint_of_the_validation_is_one_of_the_training(tmp_path, monkeypatch):
     module = sys.modules["fastarat.training"]
-    monkeypatch.setattr(module._Training, "_check_network", lambda *args: None)
+    monkeypatch.setattr(module.Watch, "state", lambda *args: None)
     broken(monkeypatch, 10, DAMAGES["the network's logits in eval mode (BatchNorm branch 'adv')"])
     with pytest.raises(Diverged, match=r"logits on the validation images became NaN .* epoch 2 .*last.pt \(epoch 1\)"):
         train(small(tmp_path / "run"), progress=False)
@@ -599,16 +600,16 @@ def test_the_step_reads_nothing_back_from_the_device(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the step read a tensor on the host")
 
-    monkeypatch.setattr("fastarat.engine.step.waits", lambda images: True)  # as on a GPU
+    monkeypatch.setattr("fastarat.engine.guards.waits", lambda images: True)  # as on a GPU
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     step(torch.rand(4, 3, 8, 8), torch.randint(4, (4,)))
 
 
 def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp_path):
-    from fastarat.training import _Training
+    from fastarat.training import Trainer
 
-    training = _Training(small(tmp_path / "run"), False, False)
+    training = Trainer(small(tmp_path / "run"))
     before = {k: v.clone() for k, v in training.step.model.state_dict().items()}
     calls = []
     training.step.model.bn1.clean.register_buffer("running_mean", training.step.model.bn1.clean.running_mean + 3)
@@ -667,7 +668,7 @@ def test_unwritable_folder(tmp_path):
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_a_cuda_device_has_its_number(monkeypatch, name):
     """torch.cuda.set_device refuses one without."""
-    from fastarat.training import pick_device
+    from fastarat.device import pick_device
 
     for function, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
         monkeypatch.setattr(torch.cuda, function, lambda value=value: value)

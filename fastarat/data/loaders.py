@@ -248,3 +248,16 @@ def host_bytes() -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def mean_std(split: Split) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of the pixels, per channel, in [0, 1]."""
+    loader = make_loader(split, batch_size=1024, device="cpu")
+    total, square, count = 0.0, 0.0, 0
+    for batch in loader.epoch(0):
+        pixels_ = batch.images.double()
+        total = total + pixels_.sum((0, 2, 3))
+        square = square + pixels_.square().sum((0, 2, 3))
+        count += pixels_.numel() // pixels_.shape[1]
+    mean = total / count
+    return mean.tolist(), (square / count - mean.square()).sqrt().tolist()

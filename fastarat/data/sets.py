@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from fastarat.data import beton
 from fastarat.data.sources import TAR_SUFFIXES, CifarArchive, make_folder, open_digits, open_folder, unpacked
-from fastarat.data.splits import Dataset, Stored, held_out
+from fastarat.data.splits import Dataset, Stored, held_out, stratified_indices
 from fastarat.errors import UserError, unknown
 
 # A data set with a name is one entry here: what opens it, given the name, the folder for downloads and whether to
@@ -166,3 +167,32 @@ def _open(name_or_path: str | os.PathLike, data_dir: Path, download: bool, image
     raise UserError(
         f"{name} is not a data set: give a folder, a tar archive ({', '.join(TAR_SUFFIXES)}) or a .beton file"
     )
+
+
+def limited(dataset: Dataset, count: int | None, batch_size: int) -> Dataset:
+    """Return `dataset` with `count` training images, drawn by class; None keeps all.
+
+    Raises: UserError for a training set that leaves a class out or does not fill a batch.
+    """
+    asked = "" if count is None or count > len(dataset.train) else f" (limit_train={count})"
+    if count is not None and count < len(dataset.train):
+        rows = torch.from_numpy(stratified_indices(dataset.train.labels.numpy(), count, seed=0))
+        dataset = dataclasses.replace(dataset, train=dataset.train.take(rows))
+    size = len(dataset.train)
+    empty = (torch.bincount(dataset.train.labels, minlength=len(dataset.classes)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(
+            f"the {size} training image(s) of {dataset.name}{asked} leave out {len(empty)} of its "
+            f"{len(dataset.classes)} classes, {dataset.classes[empty[0]]!r} first: "
+            + (
+                f"write --limit-train {len(dataset.classes)} or more"
+                if asked
+                else "hold out fewer with --eval.val-images, or remove those classes"
+            )
+        )
+    if batch_size > size:
+        raise UserError(
+            f"batch_size={batch_size} is more than the {size:,} training images of {dataset.name}{asked}: "
+            f"every step would see fewer than asked for; write --batch-size {size} for all of them, or less"
+        )
+    return dataset

@@ -17,27 +17,21 @@ from torch import Tensor, nn
 
 from fastarat import attacks
 from fastarat.checks import (
-    check_classes,
     check_images,
-    check_labels,
-    check_no_probabilities,
-    check_pixels,
     checked_budget,
     checked_seed,
     coerce,
     input_channels,
-    logits_of,
     shown,
     whole,
     within,
 )
 from fastarat.defenses import Defense, Views
 from fastarat.defenses.base import network_dtype
-from fastarat.device import check_device, readable, waits
 from fastarat.engine.graphs import PerShape, capture_mode, preserved
+from fastarat.engine.guards import BatchCheck, check_optimizer, check_terms, count_classes, tried, where
 from fastarat.engine.meter import Meter
 from fastarat.engine.perturb import WeightPerturbation
-from fastarat.engine.rehearsal import check_optimizer, check_terms, tried, where
 from fastarat.errors import UserError
 from fastarat.nets.attacker import HALF, Attacker, autocast, frozen, mode_of
 from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, split_batchnorm
@@ -150,6 +144,7 @@ class TrainStep:
         **options: Any,
     ) -> None:
         _check_objects(model, defense, optimizer)
+        _check_start(model, defense)
         asked, fast = _specs(attack, fast, options)
         check_images(example, "example", channels=input_channels(model))
         checked_budget(asked.epsilon, asked.step_size, asked.norm, shape=example.shape[1:])
@@ -164,10 +159,11 @@ class TrainStep:
         if defense.splits and not branches_of(model):
             model = split_batchnorm(model)
         self.model = self._laid_out(grouped_batchnorm(model), kernels)
-        self._channels, self._shapes_seen = example.shape[1], set()
-        self.num_classes = self._count_classes(example.shape[1:])
+        blank = torch.zeros(2, *example.shape[1:], device=self.device).to(memory_format=self.memory_format)
+        self.num_classes = count_classes(self.model, blank)
         companions = defense.companions(self.model, torch.rand_like(example[:2], device=self.device))
         self.companions = self._laid_out(companions.to(self.device), kernels).train()
+        self._check = BatchCheck(self.model, self.companions, example.shape[1], self.num_classes, where(defense))
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
@@ -202,40 +198,9 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device).clone()
 
-    def _count_classes(self, shape: torch.Size) -> int:
-        """K, by one forward in eval mode: a network that does not take such images, or return logits, shows here."""
-        cudnn = torch.backends.cudnn
-        images = torch.zeros(2, *shape, device=self.device).to(memory_format=self.memory_format)
-        autotunes, cudnn.benchmark = cudnn.benchmark, False  # no plan is worth finding for two images
-        try:
-            with torch.no_grad(), mode_of(self.model, False):
-                logits = logits_of(self.model, images, self.model)
-                check_no_probabilities(logits)
-                return logits.shape[1]
-        finally:
-            cudnn.benchmark = autotunes
-
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         self._check(images, labels)
         return self._run(images.to(memory_format=self.memory_format), labels)
-
-    def _check(self, images: Tensor, labels: Tensor) -> None:
-        """Raise UserError for a batch that is not what the step takes; a GPU's values are read once per shape."""
-        check_images(images, channels=self._channels)
-        check_labels(labels, images)
-        if images.shape[1] != self._channels:
-            raise UserError(f"images have {images.shape[1]} channels, the example had {self._channels}")
-        check_device(self.device, images=images, labels=labels)
-        if len(images) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.companions.modules()):
-            raise UserError(
-                f"images are a batch of one: BatchNorm in what {type(self.defense).__name__} trains beside the model "
-                "needs at least 2 images; leave a last batch of one out, drop_last=True"
-            )
-        if (waits(images) and images.shape in self._shapes_seen) or not readable(images):
-            return
-        check_pixels(images)
-        check_classes(labels, self.num_classes)
-        self._shapes_seen.add(images.shape)
 
     def _step(self, images: Tensor, labels: Tensor, loss: Callable | None = None) -> dict[str, Tensor]:
         """The step itself, whole: what is captured, and what runs where nothing is."""
@@ -408,6 +373,16 @@ def _check_objects(model: object, defense: object, optimizer: object) -> None:
         raise UserError(
             "no parameter of the model requires a gradient, so nothing would be trained; write "
             "model.requires_grad_(True)"
+        )
+
+
+def _check_start(model: nn.Module, defense: Defense) -> None:
+    """Raise UserError where a run to start from is named and `runs.load_start` has not loaded it: nobody else does."""
+    named = getattr(defense, defense.starts_from) if defense.starts_from else None
+    if named is not None and getattr(model, "started_from", None) != named:
+        raise UserError(
+            f"defense.{defense.starts_from}={named} is not loaded into this model: write "
+            "fastarat.runs.load_start(defense, model) first, or leave the field out for a model that is trained already"
         )
 
 

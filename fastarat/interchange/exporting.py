@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastarat.card import pixels
 from fastarat.config import Config
 from fastarat.errors import UserError, unknown
 from fastarat.evaluation import collect
@@ -24,7 +25,6 @@ from fastarat.nets.batchnorm import branch as use_branch
 from fastarat.nets.batchnorm import set_backend, single_branch
 from fastarat.nets.models import build_model
 from fastarat.runs import Run, check_branch, dataset_of, load_network
-from fastarat.training import pixels
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.

@@ -1,4 +1,4 @@
-"""What a defense of a person's own, or their optimiser, may get wrong, said before any training."""
+"""What a person may get wrong in a step: a batch, an optimiser, a defense of their own; said before it does harm."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastarat.checks import shown
+from fastarat.checks import (
+    check_classes,
+    check_images,
+    check_labels,
+    check_no_probabilities,
+    check_pixels,
+    logits_of,
+    shown,
+)
 from fastarat.defenses import Defense
+from fastarat.device import check_device, readable, switched, waits
 from fastarat.errors import UserError
+from fastarat.nets.attacker import mode_of
 
 
 def _file(defense: Defense) -> str:
@@ -81,3 +92,39 @@ def check_terms(terms: object, where: str) -> None:
             f"{where}: no term has a gradient, so nothing would be learnt: compute it from views.logits_adv or "
             "views.logits_clean, without detach or .item()"
         )
+
+
+def count_classes(model: nn.Module, images: Tensor) -> int:
+    """K, by one forward in eval mode: a network that does not take such images, or return logits, shows here."""
+    # No plan of cuDNN's is worth finding for two images.
+    with torch.no_grad(), mode_of(model, False), switched(torch.backends.cudnn, benchmark=False):
+        logits = logits_of(model, images, model)
+        check_no_probabilities(logits)
+        return logits.shape[1]
+
+
+class BatchCheck:
+    """Raises UserError for a batch that is not what a step takes; a GPU's values are read once per shape."""
+
+    def __init__(self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: str) -> None:
+        self.device = next(model.parameters()).device
+        self.channels, self.num_classes, self.defense = channels, num_classes, defense
+        self.needs_two = any(isinstance(m, nn.BatchNorm1d) for m in companions.modules())
+        self.seen: set[torch.Size] = set()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        check_images(images, channels=self.channels)
+        check_labels(labels, images)
+        if images.shape[1] != self.channels:
+            raise UserError(f"images have {images.shape[1]} channels, the example had {self.channels}")
+        check_device(self.device, images=images, labels=labels)
+        if len(images) == 1 and self.needs_two:
+            raise UserError(
+                f"images are a batch of one: BatchNorm in what {self.defense} trains beside the model needs at least "
+                "2 images; leave a last batch of one out, drop_last=True"
+            )
+        if (waits(images) and images.shape in self.seen) or not readable(images):
+            return
+        check_pixels(images)
+        check_classes(labels, self.num_classes)
+        self.seen.add(images.shape)
