@@ -1,13 +1,13 @@
-# make demo: set up and run the main job. make test: set up and pass the tests. make lint: style only.
+# make demo: set up and run the main job. make test: set up and pass the tests. make lint: style. make docs: site/.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 DEMO := runs/demo
-# The README's table says why these: the same as its rows, with their settings chosen on validation images.
+# docs/results.md says why these: the same as its table's rows, with their settings chosen on validation images.
 TRAIN := --epochs 30 --batch-size 64 --attack.epsilon 0.25 --eval.val-images 287 --optim.lr 0.1 --optim.warmup 8
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 setup: $(VENV)/.installed
 
 # torch goes first: whatever depends on it would otherwise choose its own build.
@@ -42,5 +42,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+docs: setup
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(DEMO)
+	rm -rf $(VENV) build dist site *.egg-info $(DEMO)

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure fastarat against what people run: a loop with the structure of AR-AT's released code, or "
         "PyTorch's own parts. In place of a CASE: `ladder` adds one speed-up at a time, "
         "`probe` measures the pieces (each with --help), `table FILE.json...` prints results as Markdown, `readme` "
-        "puts those of benchmarks/results/ into README.md.",
+        "puts those of benchmarks/results/ into docs/measuring.md.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all; see --list)")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")

@@ -1,4 +1,4 @@
-"""Results as Markdown, and the README's tables, which nobody types: they are made from the JSON files."""
+"""Results as Markdown, and the tables of docs/measuring.md, which nobody types: they are made from the JSON files."""
 
 from __future__ import annotations
 
@@ -221,11 +221,11 @@ def _probe(record: Record, brief: bool) -> str:
 
 
 def readme(argv: Sequence[str], read: Callable[[Path], Record]) -> int:
-    """Run `python -m benchmarks readme`: put the tables of the result files between README.md's markers."""
+    """Run `python -m benchmarks readme`: put the tables of the result files between a page's markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "docs/measuring.md", help="page (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
     args = parser.parse_args(argv)
     files = sorted(args.results.rglob("*.json"))
     records = [read(path) for path in files]

@@ -1,8 +1,7 @@
-"""The project itself: import direction, packaging, style, and the README's commands."""
+"""The project itself: import direction, packaging, style, one version, and what to cite."""
 
 import ast
 import re
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -11,10 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from archives import place_cifar
+import yaml
 
 import fastarat
-from fastarat.cli import main
 
 ROOT = Path(__file__).parent.parent
 # A module or package may import from layers above its own here, and from its own package, but not from its own layer
@@ -117,85 +115,32 @@ def test_style(command):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-SHORT = ["--epochs", "1", "--limit-train", "16", "--batch-size", "8", "--attack.num-steps", "1", "--eval.num-steps", "1",
-         "--eval.val-images", "10"]  # fmt: skip
-
-
-def test_every_readme_command_runs(tmp_path, monkeypatch, ffcv):
-    """As written, in order, in one folder; only made short, and CIFAR-10 is a tiny archive of the same format."""
-    monkeypatch.chdir(tmp_path)
-    place_cifar(tmp_path / "data", monkeypatch)
-    commands = readme_commands()
-    ran = 0
-    for command in commands:
-        words = shlex.split(command)
-        if words[0] == "make":
-            done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-        elif words[:3] == ["python", "-m", "benchmarks"]:
-            done = subprocess.run(
-                [sys.executable, *words[1:], "--dry"], cwd=ROOT, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
-        elif words[0] == "fastarat":
-            extra = []
-            if words[1] == "train" and "--resume" not in words:
-                extra = SHORT
-            elif words[1] == "compare":
-                extra = [*SHORT, "--limit", "6"]
-            elif words[1] == "eval":
-                extra = ["--limit", "6"]
-            elif words[1] == "bench":
-                extra = ["--repeats", "1", "--attack.num-steps", "1"]
-            assert main([*words[1:], *extra]) == 0, command
-        elif words[:2] == ["git", "clone"] or words[0] == "cd":
-            continue
-        elif words[0] == "tensorboard":
-            assert Path(words[words.index("--logdir") + 1]).exists()
-        else:
-            pytest.fail(f"README has a command that no test knows how to run: {command}")
-        ran += 1
-    assert ran >= 8
-
-
-@pytest.mark.parametrize("block", ["demo", "compare", "benchmarks"])
-def test_readme_shows_what_was_printed(block):
-    text = (ROOT / "README.md").read_text()
-    (shown,) = re.findall(f"<!-- {block} -->(.*?)<!-- /{block} -->", text, re.DOTALL)
-    assert len(shown.strip().splitlines()) > 4, (
-        f"the {block} block is empty: see tools/readme.py and python -m benchmarks readme"
-    )
-
-
-def test_readme_python_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "__readme__"})
-
-
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(example, tmp_path):
-    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
-
-
-def test_example_defense_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    defense = f"{ROOT / 'examples' / 'own_defense.py'}:Smooth"
-    assert main(["train", "--defense", defense, "--defense.beta", "3", *SHORT, "--quiet", "--out", "run"]) == 0
-    assert "beta: 3.0" in (tmp_path / "run" / "config.yaml").read_text()
-    assert main(["eval", "run", "--attack", "clean", "--limit", "5"]) == 0
-
-
 def test_public_names_exist():
     for name in fastarat.__all__:
         assert getattr(fastarat, name) is not None
+
+
+def test_the_version_has_one_home():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert fastarat.__version__ == declared
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == declared
+    assert f"## {declared}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_method_is_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "references"} <= set(citation)
+    ids = set()
+    for work in citation["references"]:
+        assert {"type", "title", "authors", "year"} <= set(work), work
+        assert all({"family-names", "given-names"} <= set(author) for author in work["authors"]), work["title"]
+        assert isinstance(work["year"], int)
+        assert ("conference" in work) or ("journal" in work) or ("identifiers" in work), work["title"]
+        ids |= {i["value"].removeprefix("arXiv:") for i in work.get("identifiers", ())}
+    named = {i for p in (ROOT / "fastarat").rglob("*.py") for i in re.findall(r"arXiv (\d{4}\.\d{5})", p.read_text())}
+    assert named <= ids, f"CITATION.cff lacks {named - ids}"
+
+
+def test_the_pins_agree():
+    (rev,) = re.findall(r"rev: v([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert f"ruff=={rev}\n" in (ROOT / "constraints.txt").read_text()
