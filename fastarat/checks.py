@@ -30,7 +30,7 @@ EPSILON = 8 / 255
 
 # Other spellings in use (RobustBench, torchattacks, NumPy, PyTorch, YAML), case and separators aside.
 _ALIASES = {
-    "linf": ("inf", "infinity", "linfinity", "l∞", "∞"),
+    "linf": ("inf", "infty", "infinity", "linfinity", "l∞", "∞"),
     "l2": ("2",),
     "fp32": ("float32", "float"),
     "tf32": ("tensorfloat32",),
@@ -40,6 +40,7 @@ _ALIASES = {
     "kl": ("kldiv",),
     "on": ("true",),
     "off": ("false",),
+    "torch": ("fastarat",),  # an optimizer of older configs: the same numbers
 }
 
 
@@ -320,9 +321,8 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     else:
         units = f"{'pixel units' if norm == 'linf' else 'a length in pixel units'} where 1.0 is the full range"
     # Nobody means -0.1/255 or inf/255; between 1 and 255 a budget is nearly always one in 1/255.
-    mend = (
-        f"; write {number:g}/255" if 1 < number <= 255 else ", such as 8/255" if norm == "linf" else ", such as 128/255"
-    )
+    usual = (8 if norm == "linf" else 128) // (4 if "step" in key else 1)
+    mend = f"; write {number:g}/255" if 1 < number <= 255 else f", such as {usual}/255"
     upper = "inf)" if highest == math.inf else f"{highest:.4g}]"
     raise UserError(f"{key}={number:g} is outside (0, {upper}: {units}{mend}")
 

@@ -66,6 +66,8 @@ class Result:
 class Diverged(UserError):
     """A loss term, a weight, a running statistic or the network's logits stopped being finite."""
 
+    exit_code = 1
+
 
 def train(
     config: Config | None = None,
