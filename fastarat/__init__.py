@@ -1,76 +1,87 @@
-"""fastarat: fast, faithful adversarial training for image classifiers."""
+"""fastarat: fast, faithful adversarial training for image classifiers.
 
-from __future__ import annotations
+A public name is imported at its first use: `fastarat --version` needs no PyTorch.
+"""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from fastarat import attacks, losses
-from fastarat.config import Config
-from fastarat.defenses import (
-    ARAT,
-    ARREST,
-    AT,
-    CAAT,
-    CURE,
-    DEFENSES,
-    DONE,
-    FAT,
-    GAIRAT,
-    GAIRFAT,
-    LBGAT,
-    MART,
-    TRADES,
-    VIR,
-    Defense,
-    Standard,
-    Views,
-)
-from fastarat.engine.graphs import capture
-from fastarat.engine.step import TrainStep
-from fastarat.errors import UserError
-from fastarat.evaluation import Evaluation, evaluate
-from fastarat.nets.batchnorm import SplitBatchNorm2d, branch, split_batchnorm
-from fastarat.nets.models import build_model
-from fastarat.specs import Attack, Fast
-from fastarat.training import Result, train
+if TYPE_CHECKING:
+    from fastarat import attacks as attacks
+    from fastarat import losses as losses
+    from fastarat.config import Config as Config
+    from fastarat.defenses import ARAT as ARAT
+    from fastarat.defenses import ARREST as ARREST
+    from fastarat.defenses import AT as AT
+    from fastarat.defenses import CAAT as CAAT
+    from fastarat.defenses import CURE as CURE
+    from fastarat.defenses import DEFENSES as DEFENSES
+    from fastarat.defenses import DONE as DONE
+    from fastarat.defenses import FAT as FAT
+    from fastarat.defenses import GAIRAT as GAIRAT
+    from fastarat.defenses import GAIRFAT as GAIRFAT
+    from fastarat.defenses import LBGAT as LBGAT
+    from fastarat.defenses import MART as MART
+    from fastarat.defenses import TRADES as TRADES
+    from fastarat.defenses import VIR as VIR
+    from fastarat.defenses import Defense as Defense
+    from fastarat.defenses import Standard as Standard
+    from fastarat.defenses import Views as Views
+    from fastarat.engine import TrainStep as TrainStep
+    from fastarat.engine import capture as capture
+    from fastarat.errors import UserError as UserError
+    from fastarat.evaluation import Evaluation as Evaluation
+    from fastarat.evaluation import evaluate as evaluate
+    from fastarat.nets.batchnorm import SplitBatchNorm2d as SplitBatchNorm2d
+    from fastarat.nets.batchnorm import branch as branch
+    from fastarat.nets.batchnorm import split_batchnorm as split_batchnorm
+    from fastarat.nets.models import build_model as build_model
+    from fastarat.specs import Attack as Attack
+    from fastarat.specs import Fast as Fast
+    from fastarat.training import Result as Result
+    from fastarat.training import train as train
 
-try:
-    __version__ = version("fastarat")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+    __version__: str
+else:  # out of a type checker's sight, which would take any name for one that `__getattr__` knows
+    from importlib import import_module
 
-__all__ = [
-    "ARAT",
-    "ARREST",
-    "AT",
-    "CAAT",
-    "CURE",
-    "DEFENSES",
-    "DONE",
-    "FAT",
-    "GAIRAT",
-    "GAIRFAT",
-    "LBGAT",
-    "MART",
-    "TRADES",
-    "VIR",
-    "Attack",
-    "Config",
-    "Defense",
-    "Evaluation",
-    "Fast",
-    "Result",
-    "SplitBatchNorm2d",
-    "Standard",
-    "TrainStep",
-    "UserError",
-    "Views",
-    "attacks",
-    "branch",
-    "build_model",
-    "capture",
-    "evaluate",
-    "losses",
-    "split_batchnorm",
-    "train",
-]
+    _NAMES = {
+        "config": "Config",
+        "defenses": "ARAT ARREST AT CAAT CURE DEFENSES DONE FAT GAIRAT GAIRFAT LBGAT MART TRADES VIR Defense Standard "
+        "Views",
+        "engine": "TrainStep capture",
+        "errors": "UserError",
+        "evaluation": "Evaluation evaluate",
+        "nets.batchnorm": "SplitBatchNorm2d branch split_batchnorm",
+        "nets.models": "build_model",
+        "specs": "Attack Fast",
+        "training": "Result train",
+    }
+    _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+    __all__ = sorted([*_HOME, "attacks", "losses"])
+
+    def __getattr__(name):
+        if name == "__version__":
+            return _version()
+        if name in _HOME:
+            # Kept, so that the next look-up is an ordinary one. No submodule has a public name's name: importing it
+            # would put the module in the function's place.
+            value = globals()[name] = getattr(import_module(f"fastarat.{_HOME[name]}"), name)
+            return value
+        if not name.startswith("_"):
+            try:
+                return import_module(f"fastarat.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"fastarat.{name}":
+                    raise
+        raise AttributeError(f"module 'fastarat' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__, "__version__"})
+
+    def _version() -> str:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fastarat")
+        except PackageNotFoundError:  # a checkout that was never installed
+            return "0+unknown"

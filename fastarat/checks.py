@@ -37,7 +37,7 @@ def wide(x: Tensor) -> Tensor:
 
 # Other spellings in use (RobustBench, torchattacks, NumPy, PyTorch, YAML), case and separators aside.
 _ALIASES = {
-    "linf": ("inf", "infinity", "linfinity", "l∞", "∞"),
+    "linf": ("inf", "infty", "infinity", "linfinity", "l∞", "∞"),
     "l2": ("2",),
     "fp32": ("float32", "float"),
     "tf32": ("tensorfloat32",),
@@ -291,8 +291,8 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     else:
         units = f"{'pixel units' if norm == 'linf' else 'a length in pixel units'} where 1.0 is the full range"
     # Nobody means -0.1/255 or inf/255; between 1 and 255 a budget is nearly always one in 1/255.
-    usual = "8/255" if norm == "linf" else "128/255"
-    mend = f"; write {number:g}/255" if 1 < number <= 255 else f", such as {usual}"
+    usual = (8 if norm == "linf" else 128) // (4 if "step" in key else 1)
+    mend = f"; write {number:g}/255" if 1 < number <= 255 else f", such as {usual}/255"
     upper = "inf)" if highest == math.inf else f"{highest:.4g}]"
     raise UserError(f"{key}={number:g} is outside (0, {upper}: {units}{mend}")
 

@@ -7,41 +7,16 @@ import dataclasses
 import json
 import shlex
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fastarat.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fastarat.config import Config
     from fastarat.data import Dataset
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with the nearest known flag."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, rest = super().parse_known_args(args, namespace)
-        for flag in rest:
-            if flag.startswith("-"):
-                known = [s for a in self._actions for s in a.option_strings]
-                raise UserError(f"unknown flag {flag}{nearest(flag.split('=')[0], known)} (see {self.prog} --help)")
-        for name, value in vars(namespace).items():
-            for one in value if isinstance(value, list) else (value,):
-                if isinstance(one, str) and not one.strip():
-                    flag = next((s for a in self._actions if a.dest == name for s in a.option_strings), name)
-                    raise UserError(f"{flag} {one!r}: expected a value, got an empty one (see {self.prog} --help)")
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r} (see {self.prog} --help)")
-        return namespace, rest
-
 
 # What an interrupted command leaves, and how to go on.
 _INTERRUPTED = {
@@ -55,16 +30,96 @@ _INTERRUPTED = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with the nearest known flag, and that makes flags of a dataclass's fields."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        namespace, rest = self.parse_known_args(argv)
+        flags = {flag: action.dest for action in self._actions for flag in action.option_strings}
+        for flag in rest:
+            if flag.startswith("-"):
+                self.error(f"unknown flag {flag}{nearest(flag.split('=')[0], flags)}")
+        for name, value in vars(namespace).items():
+            for one in value if isinstance(value, list) else (value,):
+                if isinstance(one, str) and not one.strip():
+                    flag = next((flag for flag, dest in flags.items() if dest == name), name)
+                    self.error(f"{flag} {one!r}: expected a value, got an empty one")
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return namespace
+
+    def add_fields(self, cls: type, prefix: str = "") -> None:
+        """Add one flag per field of `cls`: --batch-size, --attack.epsilon, --amp / --no-amp.
+
+        A flag that is not given has no value at all: a YAML file's or a saved run's then stands.
+        """
+        from fastarat.checks import hints_of
+        from fastarat.defenses import ARAT, Defense
+
+        title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        if issubclass(cls, Defense) and cls.name:
+            title = f"{cls.name}: {title}"
+        group = self.add_argument_group(title) if prefix else self
+        for f in dataclasses.fields(cls):
+            hint, name, text = hints_of(cls)[f.name], prefix + f.name, f.metadata.get("help", "")
+            kind: dict[str, Any] = {"dest": name, "metavar": _metavar(f.name, hint)}
+            default = f.default
+            if hint is Defense:
+                kind, default = {"dest": f"{name}.name", "metavar": "NAME"}, ARAT.name
+            elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                self.add_fields(hint, name + ".")
+                continue
+            elif hint in (bool, bool | None):
+                kind = {"dest": name, "action": argparse.BooleanOptionalAction}
+            if default is not None and default is not False and default is not dataclasses.MISSING:
+                text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+
+    def parse_fields(
+        self, argv: list[str], tree: type, defense: type | None = None
+    ) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """Return the command's own arguments, and by dotted name, what was given of the fields."""
+        own = {action.dest for action in self._actions}
+        self.add_fields(tree)
+        if defense is not None:
+            self.add_fields(defense, "defense.")
+        flags = vars(self.parse(argv))
+        given = {name: flags.pop(name) for name in list(flags) if name not in own}
+        return argparse.Namespace(**flags), given
+
+
+def _metavar(name: str, hint: Any) -> str:
+    options = (hint, *typing.get_args(hint))
+    choices = [str(a) for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
+    if any("," in choice for choice in choices):
+        choices = [repr(choice) for choice in choices]  # one could be taken for two
+    elif bool in options:
+        choices = ["true", "false"]
+    return "{" + ",".join(choices) + "}" if choices else name.upper()
+
+
+def _early(argv: list[str], flag: str) -> str | None:
+    """Return the value of a flag that decides which other flags there are; None where it has none, or is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?")
+    return parser.parse_known_args(argv)[0].value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code; prints a person's mistake as one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
     except UserError as error:
-        from fastarat.finite import Diverged
-
         print(f"fastarat: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
+        return error.exit_code
     except KeyboardInterrupt:
         kept = _INTERRUPTED.get(argv[0] if argv else "", "nothing was written; the same command starts again")
         print(f"fastarat: interrupted; {kept}", file=sys.stderr)
@@ -74,10 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser = _Parser(prog="fastarat", description="Fast, faithful adversarial training, built around AR-AT.")
-    from fastarat import __version__
-
-    parser.add_argument("--version", action="version", version=f"fastarat {__version__}")
     commands = {
         "train": (_train, "train a network (default: AR-AT on digits)"),
         "eval": (_eval, "clean, PGD and AutoAttack accuracy of a run or checkpoint"),
@@ -89,14 +140,8 @@ def _dispatch(argv: list[str]) -> int:
         "bench": (_bench, "how fast a training step is on this machine, on random images"),
         "doctor": (_doctor, "what this machine will use, and why not the rest"),
     }
-    known = "\n".join(f"  {name:<8} {text}" for name, (_, text) in commands.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"commands:\n{known}\n\nfastarat COMMAND --help shows a command's flags."
-    if not argv or argv[0] in ("-h", "--help", "--version"):
-        if not argv:
-            parser.print_help()
-            return 0
-        parser.parse_args(argv)
+    if not argv or argv[0].startswith("-"):
+        return _top(argv, {name: text for name, (_, text) in commands.items()})
     name, rest = argv[0], argv[1:]
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands) or '.'} Known: {', '.join(commands)}.")
@@ -108,40 +153,42 @@ def _dispatch(argv: list[str]) -> int:
     return run(_Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
 
 
+def _top(argv: list[str], texts: dict[str, str]) -> int:
+    """Answer `fastarat`, `fastarat --help` and `fastarat --version`, for which nothing heavy is imported."""
+    from fastarat import __version__
+
+    known = "\n".join(f"  {name:<8} {text}" for name, text in texts.items())
+    parser = _Parser(
+        prog="fastarat",
+        description="Fast, faithful adversarial training, built around AR-AT.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{known}\n\nfastarat COMMAND --help shows a command's flags.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastarat {__version__}")
+    parser.parse(argv)
+    parser.print_help()
+    return 0
+
+
 def _train(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
     from fastarat.training import train
 
-    # The defense decides which --defense.* flags exist, so its name is looked up before the flags are made.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--defense")
-    early.add_argument("--config")
-    try:
-        first, _ = early.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-    from_file = c.read_yaml(first.config) if first.config else {}
-    if not isinstance(from_file, dict):
-        raise UserError(f"{first.config}: expected key: value lines, got a {type(from_file).__name__}")
-    named = from_file.get("defense", {})
-    named = named.get("name", "ar-at") if isinstance(named, dict) else str(named)
-    kind = c.resolve_defense(first.defense or named)
-
     parser.add_argument("--config", metavar="FILE", help="YAML with the same names; flags win over it")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder after its last checkpoint")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
-    c.add_flags(parser, c.Config)
-    c.add_flags(parser, kind, "defense.")
-    flags = vars(parser.parse_args(argv))
-    resume, quiet, _ = flags.pop("resume"), flags.pop("quiet"), flags.pop("config")
+    file = _early(argv, "--config")
+    from_file = c.read_yaml(file) if file else {}
+    kind, _ = c.defense_of(_early(argv, "--defense") or from_file.get("defense", {}), file or "flags")
+    args, flags = parser.parse_fields(argv, c.Config, kind)
     given = c.nest(flags)
-    if resume:
-        if from_file:
-            raise UserError("--resume uses the run's saved config: leave --config out")
-        result = train(resume=resume, overrides=given, progress=not quiet)
+    if args.resume and from_file:
+        raise UserError("--resume uses the run's saved config: leave --config out")
+    if args.resume:
+        result = train(resume=args.resume, overrides=given, progress=not args.quiet)
     else:
-        result = train(c.from_dict(c.merge(from_file, given), source=first.config or "flags"), progress=not quiet)
-    if not quiet:
+        result = train(c.from_dict(c.merge(from_file, given), source=file or "flags"), progress=not args.quiet)
+    if not args.quiet:
         print(f"done: {result.run}. Next: fastarat eval {result.run} --attack clean,pgd-20,autoattack")
     return 0
 
@@ -169,7 +216,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 (recorded with the result)")
     parser.add_argument("--out", help="JSON to write (default: eval.json in the run folder)")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: expected 1 or more")
@@ -221,11 +268,9 @@ def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Co
     return dataset
 
 
-_COMPARE = ("defenses", "seeds", "test_attack", "limit", "parallel", "tune", "tune_seeds", "config")
-
-
 def _compare(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
+    from fastarat.checks import coerce
     from fastarat.compare import compare
     from fastarat.tuning import parse_tune
 
@@ -241,22 +286,20 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--tune-seeds", default="100,101,102", help="seeds for tuning (default: %(default)s)")
     parser.add_argument("--config", metavar="FILE", help="YAML common to all runs; flags win over it")
-    c.add_flags(parser, c.Config)
-    flags = vars(parser.parse_args(argv))
-    own = {name: flags.pop(name) for name in _COMPARE}
+    args, flags = parser.parse_fields(argv, c.Config)
     for name in ("seed", "defense.name"):
         if name in flags:
             raise UserError(f"compare takes --{name.removesuffix('.name')}s, a comma-separated list")
-    base = c.merge(c.read_yaml(own["config"]) if own["config"] else {}, c.nest(flags))
+    base = c.merge(c.read_yaml(args.config) if args.config else {}, c.nest(flags))
     seeds, tune_seeds = (
-        [c.coerce(s, int, f"--{name}", "flags") for s in own[name.replace("-", "_")].split(",")]
-        for name in ("seeds", "tune-seeds")
+        [coerce(seed, int, name, "flags") for seed in text.split(",")]
+        for name, text in (("--seeds", args.seeds), ("--tune-seeds", args.tune_seeds))
     )
-    if own["limit"] is not None and own["limit"] < 1:
-        raise UserError(f"--limit {own['limit']}: expected 1 or more")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: expected 1 or more")
     table = compare(
-        [d.strip() for d in own["defenses"].split(",")], seeds, base=base, out=base.pop("out", None) or "runs/compare",
-        attack=own["test_attack"], limit=own["limit"], parallel=own["parallel"], tune=parse_tune(own["tune"]),
+        [d.strip() for d in args.defenses.split(",")], seeds, base=base, out=base.pop("out", None) or "runs/compare",
+        attack=args.test_attack, limit=args.limit, parallel=args.parallel, tune=parse_tune(args.tune),
         tune_seeds=tune_seeds,
     )  # fmt: skip
     print("\n" + table.markdown())
@@ -273,21 +316,16 @@ def _report(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--images", type=int, default=8, help="test images in the grid (default: 8)")
     parser.add_argument("--data-dir", help="default: the run's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
-    where = report(
-        [Path(run) for run in args.runs],
-        out,
-        num_images=args.images,
-        device=pick_device(args.device),
-        data_dir=args.data_dir,
-    )
+    runs, device = [Path(run) for run in args.runs], pick_device(args.device)
+    where = report(runs, out, num_images=args.images, device=device, data_dir=args.data_dir)
     print(f"wrote {where}")
     return 0
 
 
 def _import(parser: _Parser, argv: list[str]) -> int:
-    from fastarat.config import coerce
+    from fastarat.checks import coerce
     from fastarat.interchange import import_checkpoint
     from fastarat.runs import Run
 
@@ -301,7 +339,7 @@ def _import(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--mean", help="normalisation before the network, such as 0.4914,0.4822,0.4465")
     parser.add_argument("--std", help="likewise; default: none, or what the file holds")
     parser.add_argument("--prefer", default="auto", metavar="NAME", help="state dict to take, if there are several")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     numbers = tuple[float, ...]
     where = import_checkpoint(
         args.file, args.out, model=args.model, num_classes=args.num_classes, dataset=args.dataset,
@@ -326,7 +364,7 @@ def _export(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--weights", default="last", choices=WEIGHTS, help="default: last")
     parser.add_argument("--images", type=int, default=1000, help="robustbench: test images to check (default: 1000)")
     parser.add_argument("--data-dir", help="robustbench: default: the run's")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     run = Path(args.run)
     name = f"{args.weights if run.is_dir() else run.stem}-{args.branch}"
     name += "-robustbench" if args.format == "robustbench" else ""
@@ -350,7 +388,7 @@ def _data(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--data-dir", default="data", help="downloads and caches (default: data)")
     parser.add_argument("--write-mode", default="raw", help="raw (lossless) or jpg (default: raw)")
     parser.add_argument("--image-size", type=int, help="resize image folders to this many pixels")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.action == "info":
         print(json.dumps(info(args.dataset, data_dir=args.data_dir, image_size=args.image_size), indent=2))
         return 0
@@ -367,26 +405,20 @@ def _bench(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
     from fastarat.bench import BenchConfig, bench, render, write_record
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--defense", nargs="?", default=BenchConfig.defense)
-    name = early.parse_known_args(argv)[0].defense or BenchConfig.defense
+    name = _early(argv, "--defense") or BenchConfig.defense
     kind = None if "," in name else c.resolve_defense(name)
     parser.add_argument("--out", metavar="FILE", help="JSON to write, every sample included")
-    c.add_flags(parser, BenchConfig)
-    if kind is not None:
-        c.add_flags(parser, kind, "defense.")
-    flags = vars(parser.parse_args(argv))
-    out = flags.pop("out")
+    args, flags = parser.parse_fields(argv, BenchConfig, kind)
     own = {key.removeprefix("defense."): flags.pop(key) for key in list(flags) if key.startswith("defense.")}
     record = bench(
         c.from_dict(c.nest(flags), BenchConfig, source="flags"),
         None if kind is None else [c.from_dict(own, kind, "defense.")],
         command=shlex.join(["fastarat", "bench", *argv]),
-        on_result=lambda record: write_record(record, Path(out)) if out else None,
+        on_result=lambda record: write_record(record, Path(args.out)) if args.out else None,
     )
     print(render(record))
-    if out:
-        print(f"saved: {out}")
+    if args.out:
+        print(f"saved: {args.out}")
     return 0
 
 
@@ -395,7 +427,7 @@ def _doctor(parser: _Parser, argv: list[str]) -> int:
     from fastarat.doctor import diagnose, render
 
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     print(render(diagnose(pick_device(args.device))))
     return 0
 

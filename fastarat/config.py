@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import importlib.util
 import sys
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +44,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         settle(self, "optim.")
+        if self.recipe is not None and self.recipe.lower() in RECIPES:
+            object.__setattr__(self, "recipe", self.recipe.lower())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +122,11 @@ class Config(Fast):
     swa_config: SwaConfig = field(default_factory=SwaConfig)
 
     def __post_init__(self) -> None:
-        parts = {"attack": Attack, "optim": OptimConfig, "eval": EvalConfig, "swa_config": SwaConfig}
         object.__setattr__(self, "defense", _build_defense(self.defense, "config"))
-        for name, cls in parts.items():
-            if isinstance(value := getattr(self, name), dict):
-                object.__setattr__(self, name, from_dict(value, cls, f"{name}."))
+        for name, hint in hints_of(Config).items():
+            part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+            if part and isinstance(value := getattr(self, name), dict):
+                object.__setattr__(self, name, from_dict(value, hint, f"{name}."))
         settle(self)
         for name in ("dataset", "model", "out", "data_dir"):
             if (value := getattr(self, name)) is not None and not value.strip():
@@ -196,6 +196,8 @@ def _defense_from_file(name: str) -> type[Defense]:
     digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
     module_name = f"_fastarat_defense_{Path(path).stem}_{digest}"
     spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file: a defense of your own is named FILE.py:CLASS")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
@@ -219,9 +221,6 @@ def defense_key(defense: Defense) -> str:
     return f"{file}:{kind.__qualname__}" if file else kind.__qualname__
 
 
-# --- YAML and Python values ---------------------------------------------------------------------------------------
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a Config (or a part) into plain YAML values; `from_dict` gives back an equal object."""
     result: dict[str, Any] = {}
@@ -241,8 +240,7 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
     """Build a Config from plain values. Raises: UserError naming the key, what was expected and the nearest name."""
     if not isinstance(values, dict):
         raise UserError(f"{source}: {where.rstrip('.') or 'the file'} must hold key: value lines, got {values!r}")
-    hints = hints_of(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    hints, known = hints_of(cls), {f.name: f for f in dataclasses.fields(cls)}
     built: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -252,10 +250,10 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
                 f"Known here: {', '.join(sorted(known)) or 'none'}."
             )
         hint = hints[name]
-        if name == "defense" and cls is Config:
+        if hint is Defense:
             built[name] = _build_defense(value, source)
-        elif dataclasses.is_dataclass(hint):
-            built[name] = from_dict(value if value is not None else {}, hint, f"{where}{key}.", source)
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            built[name] = from_dict({} if value is None else value, hint, f"{where}{key}.", source)
         else:
             built[name] = coerce(value, hint, f"{where}{key}", source, known[name].metadata.get("help", ""))
     return cls(**built)
@@ -266,19 +264,24 @@ def _build_defense(value: Any, source: str) -> Defense:
         return value
     if isinstance(value, type) and issubclass(value, Defense):
         return value()
+    kind, values = defense_of(value, source)
+    return from_dict(values, kind, "defense.", source)
+
+
+def defense_of(value: Any, source: str) -> tuple[type[Defense], dict[str, Any]]:
+    """Return the class and the hyper-parameters that `trades` or {name: trades, beta: 6} stands for."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
         raise UserError(
             f"{source}: defense={shown(value)}: expected a name, a mapping with `name`, or a Defense such as TRADES()"
         )
-    value = dict(value)
-    kind = resolve_defense(str(value.pop("name", ARAT.name)))
-    return from_dict(value, kind, "defense.", source)
+    values = dict(value)
+    return resolve_defense(str(values.pop("name", ARAT.name))), values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises: UserError for a missing file or bad syntax, naming file and line."""
+    """Read a YAML mapping. Raises: UserError for a missing file, bad syntax (naming its line) or another value."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -289,61 +292,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    return {} if values is None else values
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: expected key: value lines, got a {type(values).__name__}")
+    return values or {}
 
 
 def write_yaml(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-# --- flags ----------------------------------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
-    """Add one flag per field of `cls`: --batch-size, --attack.epsilon, --amp / --no-amp."""
-    hints = hints_of(cls)
-    title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
-    if issubclass(cls, Defense) and cls.name:
-        title = f"{cls.name}: {title}"
-    group = parser.add_argument_group(title) if prefix else parser
-    for f in dataclasses.fields(cls):
-        hint, flag = hints[f.name], "--" + prefix + f.name.replace("_", "-")
-        if f.name == "defense" and cls is Config:
-            parser.add_argument(
-                flag,
-                dest="defense.name",
-                default=argparse.SUPPRESS,
-                metavar="NAME",
-                help=f"{f.metadata['help']} (default: ar-at)",
-            )
-            continue
-        if dataclasses.is_dataclass(hint):
-            add_flags(parser, hint, prefix + f.name.replace("_", "-") + ".")
-            continue
-        default = f.default if f.default is not dataclasses.MISSING else None
-        text = f.metadata.get("help", "")
-        if default is not None and default is not False:
-            text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
-        text = text.replace("%", "%%")
-        dest = prefix.replace("-", "_") + f.name
-        if hint in (bool, bool | None):
-            group.add_argument(
-                flag, dest=dest, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction, help=text
-            )
-        else:
-            options = (hint, *typing.get_args(hint))
-            choices = [str(a) for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
-            if any("," in choice for choice in choices):
-                choices = [repr(choice) for choice in choices]  # one could be taken for two
-            elif bool in options:
-                choices = ["true", "false"]
-            group.add_argument(
-                flag,
-                dest=dest,
-                default=argparse.SUPPRESS,
-                help=text,
-                metavar="{" + ",".join(map(str, choices)) + "}" if choices else f.name.upper(),
-            )
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,17 @@ _MANY = 40  # names that a line still holds
 
 
 class UserError(ValueError):
-    """A mistake the person can mend. The command line prints its text alone and exits with code 2."""
+    """A mistake the person can mend. The command line prints its text alone and exits with `exit_code`."""
+
+    exit_code = 2
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the choice most like `name`, or an empty string."""
-    by_lower = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    given = str(name).lower()
+    likeness = {choice: difflib.SequenceMatcher(None, choice.lower(), given).ratio() for choice in choices}
+    best = max(likeness, key=likeness.__getitem__, default="")  # of equals the first: to 32 fp32, not tf32
+    return f"; did you mean {best!r}?" if likeness.get(best, 0) >= 0.5 else ""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:

@@ -16,6 +16,8 @@ from fastarat.nets.batchnorm import branch, branches_of
 class Diverged(UserError):
     """A loss term, a weight, a running statistic or the network's logits stopped being finite."""
 
+    exit_code = 1
+
 
 def tensors_of(module: nn.Module, owner: str = "") -> list[tuple[str, Tensor]]:
     """Return everything a network consists of, with names for people."""

@@ -152,10 +152,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """Return a recipe by name. Raises: UserError naming the nearest one."""
-    if name not in RECIPES:
+    """Return a recipe by name, in any case. Raises: UserError naming the nearest one."""
+    if name.lower() not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    return RECIPES[name]
+    return RECIPES[name.lower()]
 
 
 def lr_at(

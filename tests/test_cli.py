@@ -2,9 +2,12 @@
 
 import ast
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,74 +51,62 @@ def folder_of_images(root: Path, classes: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("command", "words"),
     [
-        (["train", "--dataset", ""], "--dataset '': expected a value"),
-        (["train", "--defense.layers="], "--defense.layers '': expected a value"),
-        (["train", "--defense.layers", "penultimate,", *SMALL], "unknown feature layer ''"),
-        (["eval", ""], "run '': expected a value"),
-        (["report", "runs/one", " "], "runs ' ': expected a value"),
-        (["trian"], "unknown command 'trian'; did you mean 'train'"),
-        (["train", "--dataset", "digit"], "did you mean 'digits'"),
-        (["train", "--defense", "arat"], "did you mean 'ar-at'"),
-        (["train", "--model", "resnet8"], "did you mean 'resnet18'"),
-        (["train", "--epocs", "3"], "unknown flag --epocs; did you mean '--epochs'"),
-        (["train", "--defense", "at", "--defense.gamma", "3"], "unknown flag --defense.gamma"),
-        (["train", "--attack.epsilon", "8"], "write 8/255"),
-        (["train", "--attack.epsilon"], "expected one argument"),
+        ("train --dataset ''", "--dataset '': expected a value"),
+        ("train --defense.layers=", "--defense.layers '': expected a value"),
+        (f"train --defense.layers penultimate, {shlex.join(SMALL)}", "unknown feature layer ''"),
+        ("eval ''", "run '': expected a value"),
+        ("report runs/one ' '", "runs ' ': expected a value"),
+        ("trian", "unknown command 'trian'; did you mean 'train'"),
+        ("train --dataset digit", "did you mean 'digits'"),
+        ("train --defense arat", "did you mean 'ar-at'"),
+        ("train --model resnet8", "did you mean 'resnet18'"),
+        ("train --epocs 3", "unknown flag --epocs; did you mean '--epochs'"),
+        ("train --defense at --defense.gamma 3", "unknown flag --defense.gamma"),
+        ("train --attack.epsilon 8", "write 8/255"),
+        ("train --attack.epsilon", "expected one argument"),
+        ("train --attack.epsilon -0.1", "outside (0, 1]: pixel units where 1.0 is the full range, such as 8/255"),
+        ("train --attack.norm l3", "attack.norm='l3'; did you mean 'l2'? Expected one of: linf, l2."),
+        ("train --defense trades --defense.beta -1", "defense.beta=-1 is outside [0, inf)"),
+        ("bench --attack.norm l1", "Expected one of: linf, l2."),
+        ("train --batch-size 1", "at least 2 images"),
+        ("train --device cuda:9", "device"),
+        ("train --config missing.yaml", "cannot read config missing.yaml"),
+        ("train extra", "unexpected argument 'extra'"),
+        ("train --loader ffcv", "data prepare"),
+        ("train --kernels triton --quiet", "kernels=triton cannot be had here"),
+        ("eval", "required: run"),
+        ("eval nowhere", "no run folder or checkpoint nowhere"),
+        ("eval nowhere --attack pdg-20", "did you mean"),
+        ("eval nowhere --limit 0", "expected 1 or more"),
+        ("data prepare digits", "--out"),
+        ("data info no/such/folder", "no/such/folder"),
+        ("report nowhere", "nowhere"),
+        ("train --batch-size 5000", "batch_size=5000 is more than the 1,294 training images of digits: every step"),
+        ("train --limit-train 40", "the 40 training images of digits (limit_train=40): every step would see fewer"),
+        ("train --limit-train 5", "(limit_train=5) leave out 5 of its 10 classes, '0' first: write --limit-train 10"),
+        ("train --eval.val-images 1436", "leave out 9 of its 10 classes, '0' first: hold out fewer with --eval.val"),
+        ("train --eval.val-images 2000", "1437 training images to cut from: write 0 to 1436"),
+        ("train --threads 100000", "threads=100000: this machine has"),
+        ("train --awp-warmup -1", "awp_warmup=-1: expected 0 or more"),
+        ("train --epochs 0", "epochs=0"),
+        ("train --seed -1", "seed=-1"),
+        ("eval nowhere --seed -1", "seed=-1 is outside [0, 2^63)"),
         (
-            ["train", "--attack.epsilon", "-0.1"],
-            "outside (0, 1]: pixel units where 1.0 is the full range, such as 8/255",
-        ),
-        (["train", "--attack.norm", "l3"], "attack.norm='l3'; did you mean 'l2'? Expected one of: linf, l2."),
-        (["train", "--defense", "trades", "--defense.beta", "-1"], "defense.beta=-1 is outside [0, inf)"),
-        (["bench", "--attack.norm", "l1"], "Expected one of: linf, l2."),
-        (["train", "--batch-size", "1"], "at least 2 images"),
-        (["train", "--device", "cuda:9"], "device"),
-        (["train", "--config", "missing.yaml"], "cannot read config missing.yaml"),
-        (["train", "extra"], "unexpected argument 'extra'"),
-        (["train", "--loader", "ffcv"], "data prepare"),
-        (["train", "--kernels", "triton", "--quiet"], "kernels=triton cannot be had here"),
-        (["eval"], "required: run"),
-        (["eval", "nowhere"], "no run folder or checkpoint nowhere"),
-        (["eval", "nowhere", "--attack", "pdg-20"], "did you mean"),
-        (["eval", "nowhere", "--limit", "0"], "expected 1 or more"),
-        (["data", "prepare", "digits"], "--out"),
-        (["data", "info", "no/such/folder"], "no/such/folder"),
-        (["report", "nowhere"], "nowhere"),
-        (
-            ["train", "--batch-size", "5000"],
-            "batch_size=5000 is more than the 1,294 training images of digits: every step",
-        ),
-        (
-            ["train", "--limit-train", "40"],
-            "the 40 training images of digits (limit_train=40): every step would see fewer",
-        ),
-        (
-            ["train", "--limit-train", "5"],
-            "(limit_train=5) leave out 5 of its 10 classes, '0' first: write --limit-train 10",
-        ),
-        (
-            ["train", "--eval.val-images", "1436"],
-            "leave out 9 of its 10 classes, '0' first: hold out fewer with --eval.val",
-        ),
-        (["train", "--eval.val-images", "2000"], "1437 training images to cut from: write 0 to 1436"),
-        (["train", "--threads", "100000"], "threads=100000: this machine has"),
-        (["train", "--awp-warmup", "-1"], "awp_warmup=-1: expected 0 or more"),
-        (["train", "--epochs", "0"], "epochs=0"),
-        (["train", "--seed", "-1"], "seed=-1"),
-        (["eval", "nowhere", "--seed", "-1"], "seed=-1 is outside [0, 2^63)"),
-        (
-            ["data", "info", "digits", "--image-size", "60000"],
+            "data info digits --image-size 60000",
             "image_size=60000 is not a side of images to train on: write 1 to 4096",
         ),
+        ("train --defense", "argument --defense: expected one argument (see fastarat train --help)"),
+        ("--verison", "unknown flag --verison; did you mean '--version'? (see fastarat --help)"),
+        ("train --precision 32", "precision='32'; did you mean 'fp32'?"),
+        ("train --attack.step-size -0.1", "where 1.0 is the full range, such as 2/255"),
     ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_mistakes_are_one_line_and_exit_2(argv, words, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_exit_2(command, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert words in mistake(argv, capsys)
+    assert words in mistake(shlex.split(command), capsys)
     assert not (tmp_path / "runs").exists(), "a refused command must not leave a run folder"
 
 
@@ -129,6 +120,32 @@ def test_yaml_mistakes(capsys, tmp_path):
     ):
         file.write_text(text)
         assert words in mistake(["train", "--config", str(file)], capsys)
+        if "defense" not in text:  # which compare has flags for
+            assert words in mistake(["compare", "--defenses", "at", "--config", str(file)], capsys)
+
+
+def test_flags_win_over_yaml_and_fractions_are_numbers(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        sys.modules["fastarat.training"], "train", lambda config=None, **options: seen.update(options, config=config)
+    )
+    file = tmp_path / "c.yaml"
+    file.write_text("attack: {epsilon: 0.5, num_steps: 3}\ndefense: {name: ar-at, gamma: 5}\nbatch-size: 16\n")
+    flags = "--attack.epsilon 8/255 --amp --no-augment --defense.layers 'a, b' --optim.optimizer fastarat --epochs none"
+    assert main(["train", "--quiet", "--config", str(file), *shlex.split(flags)]) == 0
+    config = seen["config"]
+    assert (config.attack.epsilon, config.attack.num_steps, config.batch_size) == (8 / 255, 3, 16)
+    assert (config.amp, config.augment, config.epochs, config.optim.optimizer) == (True, False, None, "torch")
+    assert config.defense == fastarat.ARAT(layers=("a", "b"), gamma=5.0)
+    assert main(["train", "--quiet", "--config", str(file), "--defense", "AT"]) == 0
+    assert seen["config"].defense == fastarat.AT()
+    file.write_text("defense: trades\n")
+    assert main(["train", "--quiet", "--config", str(file), "--defense.beta", "3", "--no-defense.exact"]) == 0
+    assert seen["config"].defense == fastarat.TRADES(beta=3.0, exact=False)
+    argv = "train --quiet --resume RUN --device cpu --no-tensorboard --attack.num-steps 10"
+    assert main(argv.split()) == 0
+    assert seen["resume"] == "RUN"
+    assert seen["overrides"] == {"device": "cpu", "tensorboard": False, "attack": {"num_steps": "10"}}
 
 
 def test_data_mistakes(capsys, tmp_path, monkeypatch):
@@ -147,26 +164,15 @@ def test_data_mistakes(capsys, tmp_path, monkeypatch):
 
 def test_a_network_without_batchnorm_cannot_be_split(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(__import__("fastarat").nets.models.MODELS, "plain", lambda k, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, k)))  # fmt: skip
+    monkeypatch.setitem(fastarat.nets.models.MODELS, "plain", lambda k, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, k)))  # fmt: skip
     assert "no BatchNorm layer to split" in mistake(["train", "--model", "plain"], capsys)
     assert not (tmp_path / "runs").exists()
     assert main(["train", "--model", "plain", "--no-defense.split-bn", *SMALL, "--quiet"]) == 0, "the mend it names"
 
 
 def test_a_batch_of_the_whole_set_is_taken(tmp_path):
-    argv = [
-        "train",
-        "--defense",
-        "standard",
-        *SMALL,
-        "--limit-train",
-        "64",
-        "--batch-size",
-        "64",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert main([*argv, "--quiet"]) == 0
+    argv = ["train", "--defense", "standard", *SMALL, "--limit-train", "64", "--batch-size", "64", "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
 
 
 class Fixed(torch.nn.Module):
@@ -326,7 +332,7 @@ def test_every_flag_that_a_text_names_exists(capsys, monkeypatch):
     assert "--no-defense.split-bn" in known
     others = {"--format=csv": 0, "--query-gpu": 0, "--porcelain": 0, "--no-build-isolation": 0, "--force-reinstall": 0}
     package = Path(fastarat.__file__).parent
-    for path in (*package.glob("*.py"), *package.glob("defenses/*.py")):
+    for path in package.rglob("*.py"):
         for text in strings(path):
             for name in [] if ":root" in text else flag.findall(text):
                 assert name in known or name in others, (
@@ -454,19 +460,8 @@ def test_train_eval_report_resume(run, capsys):
 def test_image_folder_end_to_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = folder_of_images(tmp_path / "images", 3)
-    argv = [
-        "train",
-        "--dataset",
-        str(images),
-        "--epochs",
-        "1",
-        "--batch-size",
-        "4",
-        "--attack.num-steps",
-        "1",
-        "--quiet",
-    ]
-    assert main(argv) == 0
+    argv = ["train", "--dataset", str(images), "--epochs", "1", "--batch-size", "4", "--attack.num-steps", "1"]
+    assert main([*argv, "--quiet"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "last.safetensors").exists()
 
@@ -476,21 +471,8 @@ def test_beton_end_to_end(tmp_path, monkeypatch, ffcv):
     images = folder_of_images(tmp_path / "images", 3)
     assert main(["data", "prepare", str(images), "--out", "b"]) == 0
     for loader in ("resident", "ffcv"):
-        argv = [
-            "train",
-            "--dataset",
-            "b",
-            "--loader",
-            loader,
-            "--epochs",
-            "1",
-            "--batch-size",
-            "4",
-            "--out",
-            loader,
-            "--quiet",
-        ]
-        assert main([*argv, "--attack.num-steps", "1"]) == 0
+        argv = ["train", "--dataset", "b", "--loader", loader, "--epochs", "1", "--batch-size", "4", "--out", loader]
+        assert main([*argv, "--attack.num-steps", "1", "--quiet"]) == 0
     a, b = ((tmp_path / n / "last.safetensors").read_bytes() for n in ("resident", "ffcv"))
     assert a == b, "both loaders give the same pixels in the same order, so the same weights"
 
@@ -533,6 +515,74 @@ def test_mistakes_in_a_defense_of_ones_own(body, words, capsys, tmp_path, monkey
     )
     assert words in mistake(["train", *SMALL, "--defense", "mine.py:Mine", "--out", "run"], capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], []], ids=str)
+def test_what_needs_no_torch_answers_at_once(argv):
+    command = [sys.executable, "-X", "importtime", "-m", "fastarat", *argv]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5, "0.1 s on an idle machine"
+    assert done.stdout.startswith("fastarat 0." if argv == ["--version"] else "usage: fastarat [-h] [--version]")
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "fastarat" in imported
+    assert not imported & {"torch", "numpy", "yaml", "sklearn"}
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    for command in ("train", "doctor"):
+        argv = [sys.executable, "-m", "fastarat", command]
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 130
+        assert done.stderr.startswith("fastarat: interrupted; ")
+        assert done.stderr.count("\n") == 1
+
+
+EVERY_NAME = """
+import fastarat, importlib, pickle, pkgutil, sys, types
+everything = []
+def names():
+    [getattr(fastarat, name) for name in fastarat.__all__]
+def submodules():  # walk_packages imports the packages itself
+    everything.extend(m.name for m in pkgutil.walk_packages(fastarat.__path__, "fastarat."))
+    [importlib.import_module(name) for name in everything if not name.endswith(("__main__", "_triton"))]
+steps = [names, submodules]
+for step in steps[::int(sys.argv[1])]:
+    step()
+    print([m for m in ("triton", "ffcv", "pyautoattack", "matplotlib", "timm") if m in sys.modules])
+for name in fastarat.__all__:
+    value = getattr(fastarat, name)
+    assert isinstance(value, types.ModuleType) == (name in ("attacks", "losses")), (name, value)
+    assert name in dir(fastarat)
+    if isinstance(value, type):
+        assert value.__name__ == name and pickle.loads(pickle.dumps(value)) is value
+assert {"fastarat.training", "fastarat.evaluation", "fastarat.nets.models"} <= set(everything)
+assert fastarat.nets.models.build_model is fastarat.build_model
+from fastarat import *
+assert train is fastarat.train and callable(train) and callable(evaluate) and callable(capture) and callable(branch)
+"""
+
+
+@pytest.mark.parametrize("order", ["1", "-1"], ids=["names-first", "submodules-first"])
+def test_no_submodule_takes_a_public_name(order):
+    done = subprocess.run([sys.executable, "-c", EVERY_NAME, order], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if order == "1":
+        assert done.stdout.splitlines()[0] == "[]", "the public names load no optional package"
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse(Path(fastarat.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert sorted(alias.asname for node in imports for alias in node.names) == fastarat.__all__
+    assert all(hasattr(sys.modules[node.module], alias.name) for node in imports for alias in node.names)
+    assert not hasattr(fastarat, "SGD")
+    assert not hasattr(fastarat, "trian")
+    with pytest.raises(ImportError, match="trian"):
+        exec("from fastarat import trian")
 
 
 @pytest.mark.parametrize("module", ["fastarat", "fastarat.cli"])

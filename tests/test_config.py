@@ -1,13 +1,13 @@
 """Config: one tree for flags, YAML and Python; every mistake one clear line."""
 
-import argparse
 from typing import Literal
 
 import pytest
 import yaml
 
 import fastarat
-from fastarat.config import Config, OptimConfig, add_flags, coerce, from_dict, merge, nest, to_dict
+from fastarat.checks import coerce
+from fastarat.config import Config, OptimConfig, from_dict, merge, to_dict
 from fastarat.schedules import RECIPES, ends_at, in_words, lr_at, recipe_of
 from fastarat.specs import Attack
 
@@ -22,22 +22,6 @@ def test_round_trip_through_yaml():
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
     for name, kind in fastarat.DEFENSES.items():
         assert from_dict({"defense": name}) == Config(defense=kind())
-
-
-def test_flags_win_over_yaml_and_fractions_are_numbers():
-    parser = argparse.ArgumentParser()
-    add_flags(parser, Config)
-    add_flags(parser, fastarat.ARAT, "defense.")
-    argv = ["--attack.epsilon", "8/255", "--amp", "--no-augment", "--defense.layers", "a, b", "--defense.gamma", "2"]
-    flags = nest(vars(parser.parse_args(argv)))
-    merged = merge({"attack": {"epsilon": 0.5, "num_steps": 3}, "defense": "ar-at", "batch-size": 16}, flags)
-    config = from_dict(merged)
-    assert config.attack.epsilon == 8 / 255
-    assert config.attack.num_steps == 3
-    assert config.amp
-    assert not config.augment
-    assert config.batch_size == 16
-    assert config.defense == fastarat.ARAT(layers=("a", "b"), gamma=2.0)
 
 
 def test_another_defense_drops_the_files_hyper_parameters():
@@ -84,11 +68,23 @@ def test_another_defense_drops_the_files_hyper_parameters():
         ({"data_dir": ""}, "data_dir='': expected a name or path"),
         ({"swa_config": {"start": 2}}, "share of the epochs"),
         ([1, 2], "key: value"),
+        ({"precision": 32}, "precision=32; did you mean 'fp32'"),
+        ({"attack": {"step_size": -0.1}}, "attack.step_size=-0.1 .*such as 2/255"),
+        ({"attack": {"step_size": -0.1, "norm": "l2"}}, "attack.step_size=-0.1 .*such as 32/255"),
+        ({"optim": {"optimizer": "torchh"}}, r"did you mean 'torch'\? Expected one of: torch, apex."),
+        ({"defense": None}, "expected a name"),
     ],
 )
 def test_mistakes(values, words):
     with pytest.raises(fastarat.UserError, match=words):
         from_dict(values)
+
+
+def test_names_in_other_spellings():
+    config = from_dict({"optim": {"optimizer": "fastarat", "recipe": "Arat"}, "attack": {"norm": "infty"}})
+    assert (config.optim.optimizer, config.optim.recipe, config.attack.norm) == ("torch", "arat", "linf")
+    assert recipe_of("TRADES-wrn") is RECIPES["trades-wrn"]
+    assert OptimConfig().optimizer == "torch"
 
 
 def test_optional_values():
@@ -107,6 +103,9 @@ def test_a_defense_from_a_file(tmp_path):
     assert type(config.defense).__name__ == "Mine"
     assert config.defense.beta == 3.0
     assert from_dict(to_dict(config)).defense.beta == 3.0
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(fastarat.UserError, match=r"mine.txt is no Python file"):
+        from_dict({"defense": f"{tmp_path / 'mine.txt'}:Mine"})
     with pytest.raises(fastarat.UserError, match="did you mean 'Mine'"):
         from_dict({"defense": f"{file}:Mime"})
     file.write_text("import nothing_like_this\n")
