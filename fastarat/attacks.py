@@ -36,7 +36,7 @@ from fastarat.device import readable, waits
 from fastarat.errors import UserError
 from fastarat.kernels import interpreting, pgd_update, why_not_triton
 from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of
-from fastarat.specs import Attack, Backend, Start, none_left, spec_of
+from fastarat.specs import Attack, Backend, Start, known, none_left, spec_of
 
 
 class Attacked(NamedTuple):
@@ -75,7 +75,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "kl": kl, "cw": margin}
 
 
-def objective_of(objective: str | Callable) -> Callable[[Tensor, Tensor], Tensor]:
+def objective_of(objective: str | Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the per-image loss an attack maximises, by name ("ce", "kl", "cw") or as given."""
     name = objective_name(objective)
     return name if callable(name) else OBJECTIVES[name]
@@ -163,14 +163,12 @@ def pgd(
             onto the ball, then clip to [0, 1].
         count: also count kappa, the steps at which each image was still classified correctly (GAIRAT).
         backend: of the update kernel: "auto", "triton", "plain".
-    Returns: Attacked(images, kappa, objective).
     Raises: UserError for unknown names, budgets outside (0, 1], tensors of another type or shape. Values of tensors
         are not read, so that it can be called at every step and captured: images in [0, 1] and labels within the
         classes are the caller's to make sure of, as `PGD` and `TrainStep` do.
     Source: Madry et al., ICLR 2018, equation 2.
     """
     objective = objective_name(objective)
-    loss_of = objective_of(objective)
     num_steps, count = whole("num_steps", num_steps, 0), coerce(count, bool, "count")
     check_images(images)
     backend = checked_backend("backend", backend, images.device)
@@ -179,28 +177,35 @@ def pgd(
     if start.shape != images.shape:
         raise UserError(f"start is {list(start.shape)}, images {list(images.shape)}: expected one shape")
     _check_target(target, objective, images)
+    kappa = None
     if count:
         check_labels(labels, images)
-    kappa = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device) if count else None
-    points, losses = start, []
+        kappa = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
+    points, losses = start.detach(), []
     for _ in range(num_steps):
-        points = points.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = forward(points)
-            if not callable(objective):  # one's own may want something else of one's own forward
-                check_logits(logits, images)
-            if objective == "kl" and target.shape != logits.shape:
-                raise UserError(f"target is {list(target.shape)}, the logits {list(logits.shape)}: expected one shape")
-            loss = loss_of(logits, target).sum()
-        (grad,) = torch.autograd.grad(loss, points)
-        losses.append(loss.detach())
-        if count:
-            kappa += logits.detach().argmax(1) == labels
-        if norm == "linf":
-            points = pgd_update(points.detach(), grad, images, epsilon=epsilon, step_size=step_size, backend=backend)
-        else:
-            points = _l2_update(points.detach(), grad, images, epsilon, step_size)
-    return Attacked(points.detach(), kappa, torch.stack(losses).sum() if losses else None)
+        logits, loss, grad = _gradient(forward, points, target, objective)
+        losses.append(loss)
+        if kappa is not None:
+            kappa += logits.argmax(1) == labels
+        step = pgd_update if norm == "linf" else _l2_update
+        points = step(points, grad, images, epsilon=epsilon, step_size=step_size, backend=backend).detach()
+    return Attacked(points, kappa, torch.stack(losses).sum() if losses else None)
+
+
+def _gradient(
+    forward: Callable[[Tensor], Tensor], points: Tensor, target: Tensor, objective: str | Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at `points`, the summed objective, and its gradient by the points."""
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = forward(points)
+        if not callable(objective):  # one's own may want something else of one's own forward
+            check_logits(logits, points)
+        if objective == "kl" and target.shape != logits.shape:
+            raise UserError(f"target is {list(target.shape)}, the logits {list(logits.shape)}: expected one shape")
+        loss = objective_of(objective)(logits, target).sum()
+    (grad,) = torch.autograd.grad(loss, points)
+    return logits.detach(), loss.detach(), grad
 
 
 def _check_target(target: Tensor, objective: str | Callable, images: Tensor) -> None:
@@ -228,22 +233,23 @@ def strongest(
     loss_of = objective_of(objective)
     if not attacks:
         raise UserError("strongest got no attacks: expected at least one, such as a bound `pgd`")
-    best: Tensor | None = None
-    objectives = []
-    for attack in attacks:
-        images, kappa, maximised = attack()
-        objectives.append(maximised)
-        if best is None:
-            _check_target(target, objective, images)
+
+    def tried(attack: Callable[[], Attacked]) -> tuple[Attacked, Tensor]:
+        result = attack()
+        _check_target(target, objective, result.images)
         with torch.no_grad():
-            loss = loss_of(forward(images), target)
-        if best is None:
-            best, kept, fewest = loss, images, kappa
-            continue
+            return result, loss_of(forward(result.images), target)
+
+    (kept, fewest, maximised), best = tried(attacks[0])
+    objectives = [maximised]
+    for attack in attacks[1:]:
+        (images, kappa, maximised), loss = tried(attack)
+        objectives.append(maximised)
         better = (loss > best)[:, None, None, None]
         kept, best = torch.where(better, images, kept), torch.maximum(best, loss)
-        fewest = None if kappa is None else torch.minimum(kappa, fewest)
-    return Attacked(kept, fewest, None if None in objectives else torch.stack(objectives).sum())
+        fewest = None if kappa is None or fewest is None else torch.minimum(kappa, fewest)
+    sums = [value for value in objectives if value is not None]
+    return Attacked(kept, fewest, torch.stack(sums).sum() if len(sums) == len(attacks) else None)
 
 
 def starts_flat(objective: str | Callable, start: str) -> bool:
@@ -283,17 +289,18 @@ def craft(
     """
     first = logits if exact is None else exact
     target = labels
+    kind: Start = known(attack.start)
     if attack.objective == "kl":
         with torch.no_grad():
             target = first(images)
 
     def once() -> Attacked:
-        start = random_start(images, epsilon=attack.epsilon, kind=attack.start, norm=attack.norm, generator=generator)
+        start = random_start(images, epsilon=attack.epsilon, kind=kind, norm=attack.norm, generator=generator)
         return run(logits if first is logits else first_then(first, logits), target, start)
 
     if attack.num_restarts == 1:
         return once()
-    return strongest(logits, [once] * attack.num_restarts, target, attack.objective)
+    return strongest(logits, [once] * attack.num_restarts, target, known(attack.objective))
 
 
 def bound(attack: Attack, *, count: bool = False, backend: str = "auto") -> partial[Attacked]:
@@ -302,7 +309,7 @@ def bound(attack: Attack, *, count: bool = False, backend: str = "auto") -> part
     return partial(
         pgd,
         epsilon=attack.epsilon,
-        step_size=attack.step_size,
+        step_size=known(attack.step_size),
         num_steps=attack.num_steps,
         objective=attack.objective or "ce",
         norm=attack.norm,
@@ -350,13 +357,14 @@ class PGD:
         self.precision = named("precision", precision, ("fp32", *HALF))
         attack = spec_of(Attack, attack, options).stepping()
         none_left(options, "PGD", Attack)
-        self.attack = dataclasses.replace(attack, start=attack.start or "uniform", objective=attack.objective or "ce")
+        start, objective = attack.start or "uniform", attack.objective or "ce"
+        self.attack = dataclasses.replace(attack, start=start, objective=objective)
         self.model, self.mode = model, None if mode is None else named("mode", mode, ("eval", "train"))
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         device = torch.device("cpu") if tensor is None else tensor.device
         self.generator = generator if generator is not None else torch.Generator(device).manual_seed(0)
         self.generators = (self.generator,)
-        self._starts_exactly = self.precision != "fp32" and starts_flat(self.attack.objective, self.attack.start)
+        self._starts_exactly = self.precision != "fp32" and starts_flat(objective, start)
         self._count, self._seen = coerce(count, bool, "count"), set()
         self._pgd = bound(self.attack, count=self._count, backend=checked_backend("backend", backend, device))
 
@@ -404,7 +412,16 @@ class PGD:
             )
 
 
-def _l2_update(points: Tensor, grad: Tensor, centre: Tensor, epsilon, step_size) -> Tensor:
+def _l2_update(
+    points: Tensor,
+    grad: Tensor,
+    centre: Tensor,
+    *,
+    epsilon: float | Tensor,
+    step_size: float | Tensor,
+    backend: str,
+) -> Tensor:
+    """`pgd_update`'s twin in the other norm, of which there is one kind: `backend` is not read."""
     grad = grad.float()
     moved = points + grad * (step_size / (_norm(grad) + 1e-10)) - centre
     length = _norm(moved)

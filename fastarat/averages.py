@@ -14,6 +14,7 @@ from fastarat.config import Config
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.nets.attacker import Attacker
+from fastarat.specs import known
 
 
 def swa_plan(config: Config, steps_per_epoch: int) -> tuple[int, int]:
@@ -21,14 +22,14 @@ def swa_plan(config: Config, steps_per_epoch: int) -> tuple[int, int]:
 
     Raises: UserError where averaging is asked for and no snapshot would be taken.
     """
-    swa = config.swa_config
-    first = math.floor(swa.start * config.epochs) + 1
-    few = (config.epochs - first + 1) * steps_per_epoch < 5 * 500
+    swa, epochs = config.swa_config, known(config.epochs)
+    first = math.floor(swa.start * epochs) + 1
+    few = (epochs - first + 1) * steps_per_epoch < 5 * 500
     every = swa.every or (steps_per_epoch if few else 500)
-    taken = (config.epochs + 1) * steps_per_epoch - 1
+    taken = (epochs + 1) * steps_per_epoch - 1
     if config.swa and taken // every == (first * steps_per_epoch - 1) // every:
         raise UserError(
-            f"swa-config.every={every}: no snapshot would be taken in the {config.epochs - first + 1} epoch(s) "
+            f"swa-config.every={every}: no snapshot would be taken in the {epochs - first + 1} epoch(s) "
             f"of {steps_per_epoch} steps from epoch {first} on; leave it out, or choose a smaller one"
         )
     return first, every

@@ -18,6 +18,7 @@ from fastarat.nets.batchnorm import BatchNorm2d
 from fastarat.nets.winograd import qualifies
 from fastarat.released import card_rows
 from fastarat.schedules import counted, in_words, recipe_of
+from fastarat.specs import known
 
 _START = {
     "none": "none (the centre itself)",
@@ -81,10 +82,10 @@ def _method(config: Config, step: TrainStep) -> dict[str, str]:
         return rows
     return rows | {
         "attack": f"PGD-{attack.num_steps} {attack.norm}, maximises {step.spec.objective}, "
-        f"epsilon {pixels(step.spec.epsilon)}, step {pixels(step.spec.step_size)}"
+        f"epsilon {pixels(step.spec.epsilon)}, step {pixels(known(step.spec.step_size))}"
         + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
-        "attack start": _START[step.spec.start],
-        "attack BN": _BN[step.spec.bn],
+        "attack start": _START[known(step.spec.start)],
+        "attack BN": _BN[known(step.spec.bn)],
     }
 
 
@@ -107,13 +108,14 @@ def _data(config: Config, step: TrainStep, dataset: Dataset, loader: Loader) -> 
 
 
 def _schedule(config: Config, steps_per_epoch: int, swa_plan: tuple[int, int]) -> dict[str, str]:
-    optim, recipe = config.optim, recipe_of(config.optim.recipe)
+    optim, recipe = config.optim, recipe_of(known(config.optim.recipe))
+    epochs, lr = known(config.epochs), known(optim.lr)
     published = (recipe.epochs, *recipe.unscaled)
-    scaled = "" if config.epochs in published else f" (milestones scaled from {recipe.epochs} epochs)"
+    scaled = "" if epochs in published else f" (milestones scaled from {recipe.epochs} epochs)"
     momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
     return {
-        "schedule": f"{optim.recipe}{scaled}, {counted(config.epochs, 'epoch')} x {steps_per_epoch} steps of "
-        f"{config.batch_size}, {in_words(recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)}, "
+        "schedule": f"{optim.recipe}{scaled}, {counted(epochs, 'epoch')} x {steps_per_epoch} steps of "
+        f"{config.batch_size}, {in_words(recipe, epochs=epochs, lr=lr, warmup=optim.warmup)}, "
         f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
         "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}[optim.optimizer],
     }
@@ -148,8 +150,8 @@ def best_by(config: Config) -> tuple[str, str]:
 
     The first decides; the second decides between equals, and then the earliest epoch is best.
     """
-    keys = (f"robust_acc_pgd{config.eval.num_steps}", "clean_acc")
-    return keys if config.defense.chosen_by == "robust" else keys[::-1]
+    robust, clean = f"robust_acc_pgd{config.eval.num_steps}", "clean_acc"
+    return (robust, clean) if config.defense.chosen_by == "robust" else (clean, robust)
 
 
 def accuracy_name(key: str) -> str:

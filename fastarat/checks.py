@@ -70,7 +70,7 @@ def named(key: str, value: Any, choices: Sequence[Any]) -> Any:
         for choice in choices:
             if given == _folded(choice) or given in _ALIASES.get(choice, ()):
                 return choice
-    near = nearest(value, map(str, choices)) or "."
+    near = nearest(str(value), map(str, choices)) or "."
     raise UserError(f"{key}={shown(value)}{near} Expected one of: {', '.join(map(str, choices))}.")
 
 
@@ -120,34 +120,29 @@ def coerce(value: Any, hint: Any, key: str, source: str = "", about: str = "") -
             return value
     except UserError:
         raise
-    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # the last: a tensor of several values
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError):  # the last: a tensor of several values
         pass
+    wanted = "values with commas between them" if origin is tuple else _a(hint.__name__)
     if hint in _READERS:
         wanted = _READERS[hint][1] + (f": {about}" if hint is str and about else "")
-    else:
-        wanted = "values with commas between them" if origin is tuple else _a(hint.__name__)
     raise UserError(f"{where}{key}={shown(value)}: expected {wanted}")
 
 
 def _is(value: Any, kind: type) -> bool:
-    try:
+    with suppress(TypeError):
         return isinstance(value, kind)
-    except TypeError:  # a Protocol, say: not to be judged
-        return True
+    return True  # a Protocol, say: not to be judged
 
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
 def _bool(value: Any) -> bool:
-    if _is_bool(value):
-        return bool(value)
-    if str(value).lower() in ("true", "yes", "on", "1"):
-        return True
-    if str(value).lower() in ("false", "no", "off", "0"):
-        return False
-    raise ValueError
+    return bool(value) if _is_bool(value) else _WORDS[str(value).lower()]
 
 
 def _int(value: Any) -> int:
@@ -281,15 +276,15 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
         number = value.item()
     else:
         number = value = coerce(value, float, key)
-    diagonal = None if norm == "linf" or shape is None else math.sqrt(math.prod(shape[-3:]))
+    size = () if norm == "linf" or shape is None else shape[-3:]
+    diagonal = math.sqrt(math.prod(size)) if size else None
     highest = 1.0 if norm == "linf" else diagonal or math.inf
     if math.isfinite(number) and 0 < number <= highest:
         return value
-    if diagonal:
-        size = " x ".join(map(str, shape[-3:]))
-        units = f"a length in pixel units, and no two images of {size} lie further apart"
-    else:
-        units = f"{'pixel units' if norm == 'linf' else 'a length in pixel units'} where 1.0 is the full range"
+    far = f", and no two images of {' x '.join(map(str, size))} lie further apart"
+    units = (
+        f"{'' if norm == 'linf' else 'a length in '}pixel units{far if diagonal else ' where 1.0 is the full range'}"
+    )
     # Nobody means -0.1/255 or inf/255; between 1 and 255 a budget is nearly always one in 1/255.
     usual = (8 if norm == "linf" else 128) // (4 if "step" in key else 1)
     mend = f"; write {number:g}/255" if 1 < number <= 255 else f", such as {usual}/255"
@@ -338,10 +333,9 @@ def check_images(images: Any, name: str = "images", channels: int | None = None)
         mended, shape = f"{mended}[None]", [1, *shape]
     if len(shape) == 4:
         _, second, third, last = shape
+        swapped = last == channels != second
         if channels is None:
             swapped = second > 4 and third > 4 and (last == 3 or (last == 1 and second == third))
-        else:
-            swapped = last == channels != second
         if swapped:
             mended, looks = f"{mended}.permute(0, 3, 1, 2)", ", which looks like [B, H, W, C]"
     if images.dtype != torch.float32:
@@ -444,7 +438,7 @@ def check_no_probabilities(logits: Tensor) -> None:
         )
 
 
-def check_same(labels: Tensor, **tensors: Tensor) -> None:
+def check_same(labels: Any, **tensors: Any) -> None:
     """Raise UserError unless the tensors, logits [B, K] by name, have one shape and the labels are int64 [B]."""
     first, one = next(iter(tensors.items()))
     for name, other in tensors.items():

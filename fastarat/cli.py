@@ -252,10 +252,11 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
 def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Config | None) -> Dataset:
     from fastarat.data import load_dataset
 
-    if config is None and not args.dataset:
+    name = args.dataset or (config.dataset if config else None)
+    if not name:
         raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
     dataset = load_dataset(
-        args.dataset or config.dataset,
+        name,
         data_dir=args.data_dir or (config.data_dir if config else "data"),
         val_images=config.eval.val_images if config and not args.dataset else None,
         image_size=config.image_size if config else None,

@@ -31,7 +31,8 @@ from fastarat.tuning import Choice, Settings
 
 _ROWS_OWN = {"seed": "seeds", "defense": "defenses", "swa": "a row named NAME+swa", "out": "out"}
 
-Job, Done = TypeVar("Job"), TypeVar("Done")
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 
 
 class Plan(NamedTuple):

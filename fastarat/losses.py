@@ -16,7 +16,10 @@ from torch import Tensor
 
 from fastarat.checks import check_same, wide
 from fastarat.errors import UserError, unknown
+from fastarat.specs import known
 
+Weight = float | Tensor
+"""Of a term: a number, or a 0-d tensor that a captured step sees move."""
 Align = Literal["x->y", "y->x", "x->y,y->x", "x<->y"]
 Distance = Literal["cos", "mse", "kl"]
 WeightKind = Literal["tanh", "sigmoid", "discrete"]
@@ -108,7 +111,7 @@ def trades(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, beta: float
     }
 
 
-def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: float) -> dict[str, Tensor]:
+def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: Weight) -> dict[str, Tensor]:
     """MART: boosted CE on x', plus lam KL(p(x) || p(x')) weighted per image by how badly x is classified.
 
     With p = p(x), p' = p(x') and k* the most likely wrong class under p' (an index: not differentiated):
@@ -116,7 +119,7 @@ def mart(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, lam: float) -
     Nothing is detached: gradients flow through p and through the weight too.
 
     Args:
-        logits_clean, logits_adv: float [B, K], K >= 2. labels: int64 [B]. lam: weight of the KL.
+        logits_clean, logits_adv: float [B, K], K >= 2. labels: int64 [B]. lam: weight of the KL, a number or 0-d.
     Returns: {"bce_adv", "kl"}, scalars already weighted, float32 (float64 for float64 logits); their sum is the loss.
     Source: Wang et al., ICLR 2020, equation 11 and the released code, whose constants do not survive half precision.
     """
@@ -176,7 +179,7 @@ def lbgat(
     }
     if beta:
         check_same(labels, logits_adv=logits_adv, logits_clean=logits_clean)
-        terms["kl"] = beta * kl_distance(logits_adv, logits_clean)
+        terms["kl"] = beta * kl_distance(logits_adv, known(logits_clean))
     return terms
 
 
@@ -201,7 +204,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def gairat_weights(
     kappa: Tensor,
     num_steps: int,
-    lam: float | Tensor = -1.0,
+    lam: Weight = -1.0,
     kind: WeightKind = "tanh",
     *,
     dtype: torch.dtype = torch.float32,

@@ -11,6 +11,7 @@ from fastarat.defenses import DEFENSES
 from fastarat.defenses.base import Settings
 from fastarat.errors import UserError
 from fastarat.schedules import RECIPES, recipe_of
+from fastarat.specs import known
 
 
 def default_recipe(config: Config, model: str) -> str:
@@ -67,12 +68,12 @@ def departures(
     settings = Settings(
         norm=config.attack.norm,
         epsilon=config.attack.epsilon,
-        step_size=config.attack.stepping().step_size,
-        model=config.model,
+        step_size=known(config.attack.stepping().step_size),
+        model=known(config.model),
         image_size=image_size,
-        recipe=config.optim.recipe,
-        lr=config.optim.lr,
-        epochs=config.epochs,
+        recipe=known(config.optim.recipe),
+        lr=known(config.optim.lr),
+        epochs=known(config.epochs),
         batch_size=config.batch_size,
         normalize=config.normalize,
         num_steps=config.attack.num_steps,
@@ -100,7 +101,7 @@ def _common(config: Config, precision: str, num_train: int | None) -> tuple[str,
 def _changed(config: Config, settings: Settings) -> list[str]:
     """Settings of method, attack and schedule that are neither the default nor another value of the release."""
     defense, attack, optim = config.defense, config.attack, config.optim
-    recipe = recipe_of(optim.recipe)
+    recipe = recipe_of(settings.recipe)
     same = defense.equals_default(settings)
     found: list[tuple[str, Any, Any]] = [
         (f"defense.{f.name}", getattr(defense, f.name), f.default)
@@ -117,7 +118,7 @@ def _changed(config: Config, settings: Settings) -> list[str]:
         if attack.start is not None:
             found.append(("attack.start", attack.start, _start(config)))
     found += [
-        ("optim.recipe", optim.recipe, default_recipe(config, config.model)),
+        ("optim.recipe", optim.recipe, default_recipe(config, settings.model)),
         ("optim.lr", optim.lr, recipe.lr),
         ("optim.warmup", optim.warmup, 0 if optim.warmup == 0 and recipe.warmup == 1.0 else None),
         ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
@@ -203,9 +204,9 @@ def _weight_perturbation(config: Config) -> tuple[str, ...]:
     return found
 
 
-def card_rows(config: Config, image_size: int, swa_every: int = 500, **known: Any) -> dict[str, str]:
+def card_rows(config: Config, image_size: int, swa_every: int = 500, **of_run: Any) -> dict[str, str]:
     """Rows of the run card: one for each of `departures`, or one that says there is none."""
-    found = departures(config, image_size, swa_every, **known)
+    found = departures(config, image_size, swa_every, **of_run)
     if found is None:
         return {}
     if not found:

@@ -188,7 +188,7 @@ class Run:
             settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
             for key in {*accuracy, *settings.get("attacks", {}).values()}:
                 wilson(float(accuracy[key]), count)
-            str(settings["norm"]), float(settings["epsilon"])
+            _ = str(settings["norm"]), float(settings["epsilon"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(
                 f"{file} is not an evaluation that can be read ({type(error).__name__}: {error}): delete it, then "
@@ -281,7 +281,9 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
     if meta["branches"]:
         split_batchnorm(model, meta["branches"])
     load_into(model, weights, file)
-    return model.eval().to(memory_format=torch.channels_last), meta, run.read_config()
+    # torch's stubs of Module.to forget memory_format.
+    model = model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model, meta, run.read_config()
 
 
 def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None:

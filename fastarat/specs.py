@@ -19,6 +19,15 @@ Backend = Literal["auto", "triton", "plain"]
 Capture = Literal["auto", "on", "off", "fake"]
 
 
+_T = TypeVar("_T")
+
+
+def known(value: _T | None) -> _T:
+    """Return `value`, which by now is not None: `resolve` has filled the setting in, say, or backward the gradient."""
+    assert value is not None, "still unset: a config has to be resolved, an attack completed, before it is used"
+    return value
+
+
 def setting(default: Any, text: str, within: str = "") -> Any:
     """A dataclass field with its help and, for numbers, the interval they lie in (as `checks.within` writes it)."""
     return field(default=default, metadata={"help": text, **({"range": within} if within else {})})

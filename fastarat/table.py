@@ -19,6 +19,7 @@ from fastarat.config import Config
 from fastarat.evaluation import attack_title
 from fastarat.files import write_text
 from fastarat.schedules import counted, ends_at, in_words, recipe_of
+from fastarat.specs import known
 from fastarat.tuning import rule
 
 
@@ -217,7 +218,7 @@ def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, o
         # By its name: a folder's path says little, and differs from machine to machine.
         "dataset": dataset,
         "model": first.model,
-        "epochs": " / ".join(map(str, sorted({c.epochs for c in configs.values()}))),
+        "epochs": " / ".join(map(str, _lengths(configs))),
         "seeds": next(iter(rows.values())).seeds,
         "epsilon": first.attack.epsilon,
         "norm": first.attack.norm,
@@ -268,14 +269,14 @@ def collapsed(robust: Mapping[int, float | None], num_classes: int) -> list[int]
 
 def _schedule(config: Config, settings: Mapping[str, Any]) -> str:
     """The row's schedule in words; what the row's own settings say is not said again."""
-    optim, recipe = config.optim, recipe_of(config.optim.recipe)
+    optim, recipe, epochs = config.optim, recipe_of(known(config.optim.recipe)), known(config.epochs)
     if settings.keys() & {"optim.lr", "optim.warmup"} and not recipe.one_cycle:
-        drops = [f"x {f:g} from epoch {at:g}" for at, f in recipe.drops_in(config.epochs)]
+        drops = [f"x {f:g} from epoch {at:g}" for at, f in recipe.drops_in(epochs)]
         lr = ", ".join(["the row's lr and warm-up", *drops])
     else:
-        lr = in_words(recipe, epochs=config.epochs, lr=optim.lr, warmup=optim.warmup)
+        lr = in_words(recipe, epochs=epochs, lr=known(optim.lr), warmup=optim.warmup)
     momentum = "" if optim.momentum == 0.9 and not optim.nesterov else f", momentum {optim.momentum or '0.95 to 0.85'}"
-    return f"{optim.recipe}: {counted(config.epochs, 'epoch')}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
+    return f"{optim.recipe}: {counted(epochs, 'epoch')}, {lr}{momentum}; weight decay {optim.weight_decay:g}"
 
 
 def overestimates(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -290,11 +291,16 @@ def overestimates(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [said] if gaps else []
 
 
+def _lengths(configs: dict[str, Config]) -> list[int]:
+    return sorted({known(c.epochs) for c in configs.values()})
+
+
 def _unequal(configs: dict[str, Config]) -> list[str]:
     """Say where rows are trained so differently that a short run's order may be the schedule's."""
     ends: dict[float, list[str]] = {}
     for name, c in configs.items():
-        ends.setdefault(ends_at(recipe_of(c.optim.recipe), epochs=c.epochs, warmup=c.optim.warmup), []).append(name)
+        share = ends_at(recipe_of(known(c.optim.recipe)), epochs=known(c.epochs), warmup=c.optim.warmup)
+        ends.setdefault(share, []).append(name)
     found = []
     if len(ends) > 1:
         said = "; ".join(f"{', '.join(names)} at {share:.2g} of it" for share, names in ends.items())
@@ -302,7 +308,7 @@ def _unequal(configs: dict[str, Config]) -> list[str]:
             f"the rows end at different shares of their base learning rate ({said}), so part of a difference between "
             "them may be the schedule's; --optim.recipe NAME puts all on one"
         )
-    lengths = sorted({c.epochs for c in configs.values()})
+    lengths = _lengths(configs)
     if len(lengths) > 1:
         found.append(f"the rows were trained for {' / '.join(map(str, lengths))} epochs; --epochs N gives all the same")
     return found

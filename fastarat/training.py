@@ -33,7 +33,7 @@ from fastarat.nets.models import build_model, check_takes
 from fastarat.released import resolve
 from fastarat.runs import Run, dataset_of, load_start, meta_of
 from fastarat.schedules import lr_at, momentum_at, recipe_of
-from fastarat.specs import Fast
+from fastarat.specs import Fast, known
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 
@@ -127,10 +127,11 @@ class Trainer:
         self.progress, self.device = progress, pick_device(config.device)
         self.dataset = dataset = limited(dataset_of(config), config.limit_train, config.batch_size)
         self.config = config = resolve(config, dataset)
-        self.recipe = recipe_of(config.optim.recipe)
+        self.epochs, self.recipe = known(config.epochs), recipe_of(known(config.optim.recipe))
         precision, note = usable_precision(config.precision, self.device)
         fast = dataclasses.replace(config.fast, precision=precision)
-        unread = resume and Run(config.out).checkpoint().is_file()  # a checkpoint holds all that would be loaded
+        out = known(config.out)
+        unread = resume and Run(out).checkpoint().is_file()  # a checkpoint holds all that would be loaded
         self.step = _step(config, dataset, self.device, fast, starts=not unread)
         self.loader = make_loader(
             dataset.train,
@@ -158,7 +159,7 @@ class Trainer:
             swa_plan=self.swa_plan,
         )
         self.meta = meta_of(config, dataset, branches_of(self.step.model))
-        self.folder = Run.resume(config.out) if resume else Run.create(config.out)
+        self.folder = Run.resume(out) if resume else Run.create(out)
         self.watch = Watch(self.step, self.average, self.ema)
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
         self.saved_epoch, self.resumed, self.other_rule = 0, resume, ""
@@ -178,10 +179,10 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder.tensorboard_dir), purge_step=first if self.resumed else None)
-        total = max(0, (config.epochs - first + 1) * self.steps_per_epoch)
+        total = max(0, (self.epochs - first + 1) * self.steps_per_epoch)
         bar = tqdm(total=total, unit="step", disable=not (self.progress and sys.stderr.isatty()), smoothing=0.05)
         try:
-            for epoch in range(first, config.epochs + 1):
+            for epoch in range(first, self.epochs + 1):
                 row = self._epoch(epoch, bar)
                 folder.append_metrics(row)
                 for key, value in row.items():
@@ -189,13 +190,13 @@ class Trainer:
                         writer.add_scalar(key, value, epoch)
                 self._save(epoch, row)
                 if self.progress:
-                    tqdm.write(_line(row, config.epochs), file=sys.stdout)
+                    tqdm.write(_line(row, self.epochs), file=sys.stdout)
                     sys.stdout.flush()
         finally:
             bar.close()
             if writer is not None:
                 writer.close()
-        finished = first > config.epochs and folder.weights("swa").exists()
+        finished = first > self.epochs and folder.weights("swa").exists()
         if self.average is not None and not finished:
             self._finish_swa(self.average)
         return Result(folder.path, folder.metrics(), self.step.model.eval(), config)
@@ -208,7 +209,7 @@ class Trainer:
         config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
         log_every = config.log_every or (1 if self.device.type == "cpu" else 50)
         step.meter.reset()
-        where = {"steps": steps, "epochs": config.epochs, "recipe": self.recipe}
+        where = {"steps": steps, "epochs": self.epochs, "recipe": self.recipe}
         images_seen, started, lr, batch = 0, time.perf_counter(), 0.0, None
         for index, batch in enumerate(itertools.islice(self.loader.epoch(epoch), steps)):
             lr = lr_at(epoch, index, **where, lr=config.optim.lr, warmup=config.optim.warmup)
@@ -216,7 +217,7 @@ class Trainer:
             if self.recipe.one_cycle:
                 step.set_momentum(momentum_at(epoch, index, **where))
             done = (epoch - 1) * steps + index
-            step.at(epoch=epoch, progress=done / (config.epochs * steps))
+            step.at(epoch=epoch, progress=done / (self.epochs * steps))
             step(batch.images, batch.labels)
             first, every = self.swa_plan
             if self.average is not None and epoch >= first and (epoch * steps + index) % every == 0:
@@ -229,16 +230,16 @@ class Trainer:
                     raise self._diverged(bad[0], epoch, step=bad[1])
                 means = step.meter.read()
                 shown = {k: _loss(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
-                bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+                bar.set_description(f"epoch {epoch}/{self.epochs}", refresh=False)
                 rate = images_seen / (time.perf_counter() - started)
                 bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
         wall = time.perf_counter() - started
         row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": images_seen / wall}
         row |= {f"train/{name}": value for name, value in step.meter.read().items()}
-        if what := self.watch.state(batch.images):
+        if what := self.watch.state(known(batch).images):
             raise self._diverged(what, epoch)
-        if epoch % config.eval.every == 0 or epoch == config.epochs:
+        if epoch % config.eval.every == 0 or epoch == self.epochs:
             row |= self._validate(epoch)
         return row
 
@@ -301,14 +302,14 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, "swa", "torch"))
         step.generator.manual_seed(derive_seed(config.seed, "swa"))
         # A run resumed after its last epoch has not been told where it is.
-        step.at(epoch=config.epochs, progress=1.0)
-        batches = itertools.islice(self.loader.epoch(config.epochs + 1), self.steps_per_epoch)
+        step.at(epoch=self.epochs, progress=1.0)
+        batches = itertools.islice(self.loader.epoch(self.epochs + 1), self.steps_per_epoch)
         if self.progress:
             print(f"SWA: re-estimating BatchNorm of the mean of {average.count} snapshots", flush=True)
         model = averaged_model(step, average, batches, exact=config.swa_config.exact)
         if bad := self.watch.bad(tensors_of(model)):
-            raise self._diverged(f"{bad} of the averaged network (SWA)", config.epochs)
-        self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": config.epochs, "swa": True})
+            raise self._diverged(f"{bad} of the averaged network (SWA)", self.epochs)
+        self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.epochs, "swa": True})
 
     def _save(self, epoch: int, row: dict[str, Any]) -> None:
         """Write the checkpoints of an epoch, the best one first: `last` alone says how far the run is."""
@@ -359,18 +360,19 @@ def _step(config: Config, dataset: Dataset, device: torch.device, fast: Fast, *,
     """Build the network and its step. starts: load what the defense starts from; a checkpoint would hold it."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
     mean, std = mean_std(dataset.train) if config.normalize else (None, None)
+    name = known(config.model)
     model = build_model(
-        config.model,
+        name,
         num_classes=len(dataset.classes),
         in_channels=dataset.shape[0],
         image_size=dataset.shape[1],
         mean=mean,
         std=std,
     ).to(device)
-    check_takes(model, config.model, dataset.shape)
+    check_takes(model, name, dataset.shape)
     load_start(config.defense, model, read=starts)
     # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-    if recipe_of(config.optim.recipe).one_cycle or config.optim.optimizer == "apex":
+    if recipe_of(known(config.optim.recipe)).one_cycle or config.optim.optimizer == "apex":
         fast = dataclasses.replace(fast, capture="off")
     step = TrainStep(
         model,
@@ -411,7 +413,7 @@ def _line(row: dict[str, Any], epochs: int) -> str:
 
 def _announce(card: str, run: Trainer, first: int) -> None:
     print(card, flush=True)
-    if first > run.config.epochs:
+    if first > run.epochs:
         print(f"{run.folder.path} is finished: nothing to do")
     elif run.resumed:
         print(f"continuing after epoch {first - 1}")

@@ -5,6 +5,9 @@ one partial result per channel; stage two: a tiny kernel folds the partial resul
 shape alone, so equal inputs give equal bits, on any GPU. All arithmetic is float32.
 """
 
+# Triton's rules, which the checker cannot know: a launch takes options of its own, a number is a constexpr.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -249,14 +252,7 @@ def _backward_sums_kernel(
 
 @triton.jit
 def _merge_sums_kernel(
-    part_dy_ptr,
-    part_dyx_ptr,
-    dbias_ptr,
-    dweight_ptr,
-    C,
-    num_parts,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    part_dy_ptr, part_dyx_ptr, dbias_ptr, dweight_ptr, C, num_parts, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     group = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -337,6 +333,11 @@ def _merge_launch(launch: Launch, channels: int) -> tuple[tuple[int, int], dict[
     return grid, {"BLOCK_PARTS": block_parts, "BLOCK_C": block_channels, "num_warps": warps}
 
 
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """In the dtype of `like`; an empty tensor for none, which an op of torch.library cannot return."""
+    return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
+
+
 def _blocks(launch: Launch) -> dict[str, int]:
     return {"BLOCK_ROWS": launch.block_rows, "BLOCK_C": launch.block_channels, "num_warps": 4}
 
@@ -348,17 +349,8 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     launch = launch_shape(rows, channels, groups, x.element_size(), reduce=True)
     part_mean, part_m2 = x.new_empty((2, groups, launch.num_parts, channels), dtype=torch.float32)
     mean, var = (x.new_empty((groups, channels), dtype=torch.float32) for _ in range(2))
-    _stats_kernel[launch.grid](
-        x2d,
-        part_mean,
-        part_m2,
-        rows,
-        channels,
-        launch.channel_blocks,
-        launch.num_tiles,
-        launch.num_parts,
-        **_blocks(launch),
-    )
+    walk = launch.channel_blocks, launch.num_tiles, launch.num_parts
+    _stats_kernel[launch.grid](x2d, part_mean, part_m2, rows, channels, *walk, **_blocks(launch))
     grid, blocks = _merge_launch(launch, channels)
     rows_per_part = launch.num_tiles * launch.block_rows
     _merge_stats_kernel[grid](part_mean, part_m2, mean, var, rows, channels, rows_per_part, launch.num_parts, **blocks)
@@ -366,32 +358,17 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    relu: bool,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None, relu: bool, eps: float
 ) -> Tensor:
     """Normalise, scale, add and clamp in one pass; the result is channels-last."""
     x2d, y = _rows(x), _like(x)
     groups = weight.shape[0]
     rows, channels = x2d.shape[0] // groups, x2d.shape[1]
     launch = launch_shape(rows, channels, groups, x.element_size(), reduce=False)
-    _apply_kernel[launch.grid](
-        x2d,
-        None if residual is None else _rows(residual),
-        y,
-        *(t.contiguous() for t in (weight, bias, mean, var)),
-        rows,
-        channels,
-        launch.channel_blocks,
-        eps,
-        RELU=relu,
-        **_blocks(launch),
-    )
+    affine = (t.contiguous() for t in (weight, bias, mean, var))
+    shape = rows, channels, launch.channel_blocks
+    added = None if residual is None else _rows(residual)
+    _apply_kernel[launch.grid](x2d, added, y, *affine, *shape, eps, RELU=relu, **_blocks(launch))
     return y
 
 
@@ -415,60 +392,54 @@ def backward(
     With constant statistics and a frozen affine nothing is reduced: one pass. Otherwise the reducing pass
     writes the residual's gradient, which is the masked dy, and the second pass reads that and not dy and y.
     """
-    groups = weight.shape[0]
     dy2d, x2d = _rows(dy), _rows(x)
     y2d = None if y is None or not relu else _rows(y)
-    rows, channels = x2d.shape[0] // groups, x2d.shape[1]
     affine = tuple(t.contiguous() for t in (weight, bias, mean, var))
     dx = _like(x) if need_x else None
     dresidual = _like(x) if need_residual else None
     dweight = dbias = None
     reduced = need_affine or (training and need_x)
     if reduced:
-        launch = launch_shape(rows, channels, groups, x.element_size(), reduce=True)
-        part_dy, part_dyx = x.new_empty((2, groups, launch.num_parts, channels), dtype=torch.float32)
-        dbias, dweight = (x.new_empty((groups, channels), dtype=torch.float32) for _ in range(2))
-        _backward_sums_kernel[launch.grid](
-            dy2d,
-            x2d,
-            y2d,
-            dresidual,
-            *affine,
-            part_dy,
-            part_dyx,
-            rows,
-            channels,
-            launch.channel_blocks,
-            launch.num_tiles,
-            launch.num_parts,
-            eps,
-            RELU=relu,
-            **_blocks(launch),
-        )
-        grid, blocks = _merge_launch(launch, channels)
-        _merge_sums_kernel[grid](part_dy, part_dyx, dbias, dweight, channels, launch.num_parts, **blocks)
+        dbias, dweight = _backward_sums(dy2d, x2d, y2d, dresidual, affine, relu, eps)
     if need_x or (need_residual and not reduced):
-        masked = reduced and need_residual
+        residual_ptr = dresidual
+        if reduced and dresidual is not None:
+            dy2d, y2d, residual_ptr, relu = _rows(dresidual), None, None, False
+        groups, channels = weight.shape
+        rows = x2d.shape[0] // groups
         launch = launch_shape(rows, channels, groups, x.element_size(), reduce=False)
+        sums = (dbias, dweight) if training else (None, None)
+        shape = rows, channels, launch.channel_blocks
         _backward_apply_kernel[launch.grid](
-            _rows(dresidual) if masked else dy2d,
-            x2d,
-            None if masked else y2d,
-            dx,
-            None if masked else dresidual,
-            *affine,
-            dbias if training else None,
-            dweight if training else None,
-            rows,
-            channels,
-            launch.channel_blocks,
-            eps,
-            RELU=relu and not masked,
-            **_blocks(launch),
+            dy2d, x2d, y2d, dx, residual_ptr, *affine, *sums, *shape, eps, RELU=relu, **_blocks(launch)
         )
-    return (
-        x.new_empty(0) if dx is None else dx,
-        dweight.to(weight.dtype) if need_affine else weight.new_empty(0),
-        dbias.to(bias.dtype) if need_affine else bias.new_empty(0),
-        x.new_empty(0) if dresidual is None else dresidual,
+    if not need_affine:
+        dweight = dbias = None
+    return _or_empty(dx, x), _or_empty(dweight, weight), _or_empty(dbias, bias), _or_empty(dresidual, x)
+
+
+def _backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    dresidual: Tensor | None,
+    affine: tuple[Tensor, ...],
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the masked dy and of its product with xhat, float32 [G, C]; fills `dresidual` in passing.
+
+    dy, x, y: rows [G*N, C]. affine: weight, bias, mean and variance, contiguous [G, C].
+    """
+    groups, channels = affine[0].shape
+    rows = x.shape[0] // groups
+    launch = launch_shape(rows, channels, groups, x.element_size(), reduce=True)
+    part_dy, part_dyx = x.new_empty((2, groups, launch.num_parts, channels), dtype=torch.float32)
+    walk = launch.channel_blocks, launch.num_tiles, launch.num_parts
+    _backward_sums_kernel[launch.grid](
+        dy, x, y, dresidual, *affine, part_dy, part_dyx, rows, channels, *walk, eps, RELU=relu, **_blocks(launch)
     )
+    dbias, dweight = (x.new_empty((groups, channels), dtype=torch.float32) for _ in range(2))
+    grid, blocks = _merge_launch(launch, channels)
+    _merge_sums_kernel[grid](part_dy, part_dyx, dbias, dweight, channels, launch.num_parts, **blocks)
+    return dbias, dweight

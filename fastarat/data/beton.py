@@ -83,15 +83,15 @@ def ffcv_parts() -> SimpleNamespace:
         numba.set_num_threads(count)
 
     # FFCV's version also sets PyTorch's thread count, from a background thread, in the middle of training.
-    Compiler.set_num_threads = classmethod(set_num_threads)
+    Compiler.set_num_threads = classmethod(set_num_threads)  # pyright: ignore[reportAttributeAccessIssue]
     # Batches are moved to the device by us. FFCV's own streams and events would meddle with graph capture,
     # and its reuse of a pinned buffer waits on the stream, not on the host that refills the buffer.
     epoch_iterator.IS_CUDA = False
     Epoch, Reader = _mended(epoch_iterator.EpochIterator, Loader)
     own = DatasetWriter, Epoch, IntField, MemoryAllocator, RGBImageField, Reader, SimpleRGBImageDecoder, ToTensor
-    return SimpleNamespace(
-        **{part.__name__: part for part in own}, handle_sample=handle_sample, max_workers=numba.config.NUMBA_NUM_THREADS
-    )
+    # Numba fills its config module in when it is imported, which the checker does not see.
+    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    return SimpleNamespace(**{part.__name__: part for part in own}, handle_sample=handle_sample, max_workers=most)
 
 
 def _mended(iterator: Any, loader: Any) -> tuple[type, type]:

@@ -253,7 +253,7 @@ def _size(count: int) -> str:
 def mean_std(split: Split) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of the pixels, per channel, in [0, 1]."""
     loader = make_loader(split, batch_size=1024, device="cpu")
-    total, square, count = 0.0, 0.0, 0
+    total, square, count = *torch.zeros(2, dtype=torch.float64), 0
     for batch in loader.epoch(0):
         pixels_ = batch.images.double()
         total = total + pixels_.sum((0, 2, 3))

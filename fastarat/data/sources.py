@@ -112,7 +112,8 @@ class CifarArchive:
             try:
                 # A bar without a total has no truth value, which pooch asks for before it sets the total.
                 with tqdm(total=1, unit="B", unit_scale=True, disable=None) as bar:
-                    pooch.retrieve(self.url, f"md5:{self.md5}", fname=path.name, path=data_dir, progressbar=bar)
+                    shown: Any = bar  # pooch takes a bar, too, and declares True and False alone
+                    pooch.retrieve(self.url, f"md5:{self.md5}", fname=path.name, path=data_dir, progressbar=shown)
             except (OSError, ValueError) as error:  # requests' and pooch's; a wrong checksum is a ValueError
                 raise UserError(f"cannot download {self.url} ({type(error).__name__}): {by_hand}") from error
         with path.open("rb") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of
 from fastarat.losses import Align, Distance, ar_at_invariance, wide
 from fastarat.nets.models import Network, build_model
 from fastarat.nets.taps import Taps, forward_with_features, tap_names
@@ -37,6 +37,10 @@ class Predictor(nn.Module):
 
 class Balance(nn.Module):
     """Holds the loss weights a (adversarial), b (clean) and gamma on the device, where a captured step reads them."""
+
+    adv: Tensor
+    clean: Tensor
+    gamma: Tensor
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
@@ -111,12 +115,11 @@ class ARAT(Defense):
         return "eval" if norm == "l2" else self.attack_bn
 
     def equals_default(self, run: Settings) -> dict[str, object]:
-        with torch.device("meta"):
-            model = (
-                None
-                if run.model.startswith("timm:")
-                else build_model(run.model, num_classes=2, image_size=run.image_size)
-            )
+        # A timm network is not built for this: like any other it has the default weight and the penultimate feature.
+        model: nn.Module = nn.Identity()
+        if not run.model.startswith("timm:"):
+            with torch.device("meta"):
+                model = build_model(run.model, num_classes=2, image_size=run.image_size)
         gamma = model.invariance_weight if isinstance(model, Network) else 30.0
         return {"defense.gamma": gamma, "defense.layers": tap_names(model)}
 
@@ -181,7 +184,9 @@ class ARAT(Defense):
             built["predictor_clean"] = nn.ModuleList([Predictor(d) for d in widths])
         return built.to(network_dtype(model))
 
-    def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
+    def inputs(
+        self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator: torch.Generator | None
+    ) -> Tensor:
         if not self._noisy(norm):
             return images
         return random_start(images, epsilon=epsilon, kind="uniform-unclamped", generator=generator)
@@ -189,12 +194,11 @@ class ARAT(Defense):
     def before_epoch(self, companions: nn.ModuleDict, probe: Callable[[str, int], Tensor], epoch: int) -> None:
         if self.balance == "auto":
             accuracy = probe("clean", 1000)
-            companions["balance"].adv.copy_(accuracy**self.balance_power)
-            companions["balance"].clean.copy_((1 - accuracy) ** self.balance_power)
+            weights = part_of(companions, "balance", Balance)
+            weights.adv.copy_(accuracy**self.balance_power)
+            weights.clean.copy_((1 - accuracy) ** self.balance_power)
 
-    def forward(
-        self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
-    ) -> Views:
+    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
         logits, features = run(
             torch.cat([images, attacked.images]),
             "clean",
@@ -214,15 +218,16 @@ class ARAT(Defense):
         )
 
     def heads(self, companions: nn.ModuleDict, views: Views) -> Views:
-        none = [None] * len(views.features_adv)
-        h_adv = companions["predictor_adv"] if self.predictor_adv or self.shared_predictor else none
-        h_clean = companions["predictor_clean"] if self.predictor_clean and not self.shared_predictor else none
-        h_clean = h_adv if self.shared_predictor else h_clean
+        def heads(name: str, wanted: bool) -> Iterable[nn.Module | None]:
+            return part_of(companions, name, nn.ModuleList) if wanted else [None] * len(views.features_adv)
+
+        h_adv = heads("predictor_adv", self.predictor_adv or self.shared_predictor)
+        h_clean = h_adv if self.shared_predictor else heads("predictor_clean", self.predictor_clean)
         distances = [
             ar_at_invariance(wide(c), wide(a), distance=self.metric, align=self.align, predictor=p, predictor_clean=q)
             for a, c, p, q in zip(views.features_adv, views.features_clean, h_adv, h_clean, strict=True)
         ]
-        weights = companions["balance"]
+        weights = part_of(companions, "balance", Balance)
         extra = {"distances": torch.stack(distances), "a": weights.adv, "b": weights.clean, "gamma": weights.gamma}
         return views._replace(extra=extra)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
 from fastarat.nets.models import Network
@@ -23,6 +23,8 @@ class Frozen(nn.Module):
 
     forward: images float32 [B, C, H, W] -> penultimate features float [B, d].
     """
+
+    lam: Tensor
 
     def __init__(self, network: nn.Module, lam: float) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class ARREST(Defense):
         return nn.ModuleDict({"teacher": Frozen(copy.deepcopy(model), lam)})
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
-        teacher, inputs = companions["teacher"], attacked.images
+        teacher, inputs = part_of(companions, "teacher", Frozen), attacked.images
         with torch.no_grad():
             z_std = run.companion(teacher, images)
             if self.phi is not None:

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from functools import reduce
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from fastarat.attacks import Attacked, random_start
 from fastarat.checks import settle
 from fastarat.specs import Attack
+
+_Companion = TypeVar("_Companion", bound=nn.Module)
+_UNSET: Any = None
+"""A view that this defense's forward does not make: a loss reads what its own forward made, to it all are tensors."""
 
 
 class Views(NamedTuple):
@@ -26,14 +31,14 @@ class Views(NamedTuple):
     """
 
     labels: Tensor
-    logits_clean: Tensor | None = None
-    logits_adv: Tensor | None = None
+    logits_clean: Tensor = _UNSET
+    logits_adv: Tensor = _UNSET
     features_clean: tuple[Tensor, ...] = ()
     features_adv: tuple[Tensor, ...] = ()
-    kappa: Tensor | None = None
+    kappa: Tensor = _UNSET
     num_steps: int = 0
-    progress: Tensor | None = None
-    epoch: Tensor | None = None
+    progress: Tensor = _UNSET
+    epoch: Tensor = _UNSET
     extra: dict[str, Tensor] = {}
 
 
@@ -41,6 +46,18 @@ def network_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of what is computed beside a network: float64 for a float64 one, float32 for any other."""
     first = next(model.parameters(), None)
     return torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
+
+
+def part_of(companions: nn.ModuleDict, name: str, kind: type[_Companion]) -> _Companion:
+    """Return the companion `name`, known to be a `kind`."""
+    found = companions[name]
+    assert isinstance(found, kind), f"companion {name} is a {type(found).__name__}, not a {kind.__name__}"
+    return found
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """Return the sum of a loss's terms, what is minimised: a 0-d float."""
+    return reduce(torch.add, terms.values())
 
 
 class Run(Protocol):
@@ -220,7 +237,9 @@ class Defense:
         """
         return nn.ModuleDict()
 
-    def inputs(self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator) -> Tensor:
+    def inputs(
+        self, images: Tensor, *, epsilon: float | Tensor, norm: str, generator: torch.Generator | None
+    ) -> Tensor:
         """Return the batch this defense calls clean: centre of the attack and input of the clean branch."""
         return images
 
@@ -279,7 +298,7 @@ class Defense:
         terms: as `loss` returned them. scale: multiplies by the fp16 loss scale (identity otherwise). views: what the
         terms came from, for a defense that needs the gradient of something else.
         """
-        scale(sum(terms.values())).backward()
+        scale(total(terms)).backward()
 
     def after_step(self, companions: nn.ModuleDict, model: nn.Module, step: Tensor) -> None:
         """Follow an optimiser step. step: 0-d int64, steps done so far.
@@ -296,5 +315,7 @@ __all__ = [
     "Views",
     "as_typed",
     "network_dtype",
+    "part_of",
     "random_start",
+    "total",
 ]

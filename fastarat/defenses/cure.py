@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype
+from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of, total
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
 from fastarat.nets.batchnorm import branch
+from fastarat.specs import known
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
@@ -61,6 +62,9 @@ class Revision(nn.Module):
     forward: images float32 [2B, C, H, W], [clean; adv], each half normalised by itself -> logits [2B, K].
     """
 
+    due: Tensor
+    warm: Tensor
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
@@ -77,7 +81,8 @@ class Revision(nn.Module):
         """Move the parameters towards the student's: by max(rate, 1/(step + 1)) if due, wholly while warm."""
         towards = self.due * torch.clamp(1 / (step + 1).to(self.due), min=rate)
         towards = torch.maximum(towards, self.warm)
-        own, theirs = list(self.network.parameters()), list(student.parameters())
+        own: list[Tensor] = [*self.network.parameters()]
+        theirs: list[Tensor] = [*student.parameters()]
         moves = torch._foreach_sub(theirs, own)
         torch._foreach_mul_(moves, towards)
         torch._foreach_add_(own, moves)
@@ -196,7 +201,7 @@ class CURE(Defense):
         return nn.ModuleDict({"revision": Revision(copy.deepcopy(model))})
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
-        revision = companions["revision"]
+        revision = part_of(companions, "revision", Revision)
         warm = run.epoch <= self.warmup_epochs
         images_adv = attacked.images
         if self.warmup_epochs:
@@ -243,14 +248,15 @@ class CURE(Defense):
             of_clean, of_adv = (torch.autograd.grad(scale(loss), masked, retain_graph=True) for loss in (first, second))
             size = torch.abs if self.mode == "paper" else torch.Tensor.detach
             scores = [self.alpha * size(c) + (1 - self.alpha) * size(a) for c, a in zip(of_clean, of_adv, strict=True)]
-        scale(sum(terms.values())).backward()
+        scale(total(terms)).backward()
         with torch.no_grad():
-            for parameter, score in zip(masked, scores or [p.grad.abs() for p in masked], strict=True):
+            gradients = [known(p.grad) for p in masked]
+            for gradient, score in zip(gradients, scores or [g.abs() for g in gradients], strict=True):
                 keep = score >= quantile(score, self.p)
                 if self.warmup_epochs:
                     keep = keep | views.extra["warm"]
                 # A product, so that an overflow in half precision still shows in what is masked.
-                parameter.grad.mul_(keep)
+                gradient.mul_(keep)
 
     def after_step(self, companions: nn.ModuleDict, model: nn.Module, step: Tensor) -> None:
-        companions["revision"].follow(model, step, 1 - self.decay)
+        part_of(companions, "revision", Revision).follow(model, step, 1 - self.decay)

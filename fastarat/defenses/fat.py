@@ -15,6 +15,7 @@ from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.defenses.gairat import GAIRAT, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy
+from fastarat.specs import known
 
 
 def early_stopped(
@@ -45,7 +46,7 @@ def early_stopped(
     for _ in range(pgd.keywords["num_steps"]):
         moved, right, objective = one_step(forward, images, labels, target, points)
         objectives.append(objective)
-        right = right.bool()
+        right = known(right).bool()
         moving = moving & (right | (slack > 0))
         slack -= (moving & ~right).long()
         kappa += moving & right

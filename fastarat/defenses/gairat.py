@@ -14,6 +14,7 @@ from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import WeightKind, cross_entropy, gairat_weights
 from fastarat.nets.models import WideResNet
+from fastarat.specs import known
 
 
 def released_epochs(model: nn.Module) -> int:
@@ -114,7 +115,8 @@ class GAIRAT(Defense):
         of = released_epochs(run.model)
         lam = torch.full_like(run.progress, self.lam)
         if self.lam_schedule == "linear":
-            lam = self.lam_max - run.progress * (self.lam_max - self.lam)
+            start = known(self.lam_max)
+            lam = start - run.progress * (start - self.lam)
         elif self.lam_schedule == "piecewise":
             drops = ((90, 1.0), (110, 1.5)) if of == 120 else ((60, 2.0),)
             for epoch, drop in drops:

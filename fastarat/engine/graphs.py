@@ -217,7 +217,7 @@ def capture(
             f"capture needs CUDA tensors, got {next(iter(devices))}: call the function itself, or mode='fake'"
         )
     if generators is None:
-        generators = getattr(fn, "generators", ())
+        generators = tuple(getattr(fn, "generators", ()))
     return Captured(fn, example, mode=mode, generators=generators, warmup=warmup, pool=pool)
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastarat.defenses import Views
 
 _NEVER = 2**62
+
+
+class _Held(NamedTuple):
+    """sums: float64 [values + 1], over images, the last their number. first_bad: int64 [values]. steps: int64 []."""
+
+    sums: Tensor
+    first_bad: Tensor
+    steps: Tensor
 
 
 class Meter:
@@ -20,19 +30,19 @@ class Meter:
         self.device = device
         self.names: list[str] = []
         self.watched: list[str] = []
-        self.sums: Tensor | None = None
-        self.first_bad: Tensor | None = None
-        self.steps: Tensor | None = None
+        self.num_terms = 0
+        self._held: _Held | None = None
 
     def tensors(self) -> list[Tensor]:
-        return [] if self.sums is None else [self.sums, self.first_bad, self.steps]
+        """What it writes to: nothing before the first step."""
+        return list(self._held or ())
 
     def reset(self) -> None:
         """Forget everything, in place: a captured step goes on writing to the same tensors."""
-        if self.sums is not None:
-            self.sums.zero_()
-            self.steps.zero_()
-            self.first_bad.fill_(_NEVER)
+        if self._held is not None:
+            self._held.sums.zero_()
+            self._held.steps.zero_()
+            self._held.first_bad.fill_(_NEVER)
 
     def add(self, terms: dict[str, Tensor], views: Views, watched: dict[str, Tensor]) -> None:
         values = {**terms}
@@ -41,20 +51,23 @@ class Meter:
             if logits is not None:
                 values[key] = (logits.detach().argmax(1) == views.labels).float().mean()
         row = torch.stack([v.float() for v in (*values.values(), *watched.values())])
-        if self.sums is None:
+        if self._held is None:
             self.names, self.num_terms, self.watched = list(values), len(terms), list(watched)
-            self.sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device)
-            self.first_bad = torch.full((len(row),), _NEVER, dtype=torch.int64, device=self.device)
-            self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        bad = torch.where(torch.isfinite(row), _NEVER, self.steps)
-        torch.minimum(self.first_bad, bad, out=self.first_bad)
-        self.sums[:-1] += torch.nan_to_num(row[: len(values)]).double() * size
-        self.sums[-1] += size
-        self.steps += 1
+            self._held = _Held(
+                torch.zeros(len(values) + 1, dtype=torch.float64, device=self.device),
+                torch.full((len(row),), _NEVER, dtype=torch.int64, device=self.device),
+                torch.zeros((), dtype=torch.int64, device=self.device),
+            )
+        sums, first_bad, steps = self._held
+        bad = torch.where(torch.isfinite(row), _NEVER, steps)
+        torch.minimum(first_bad, bad, out=first_bad)
+        sums[:-1] += torch.nan_to_num(row[: len(values)]).double() * size
+        sums[-1] += size
+        steps += 1
 
     def read(self) -> dict[str, float]:
         """Means per image since the last reset, with `loss` the sum of the terms; one host read."""
-        values = [0.0] if self.sums is None else self.sums.tolist()
+        values = [0.0] if self._held is None else self._held.sums.tolist()
         if not values[-1]:
             return {}
         means = {name: value / values[-1] for name, value in zip(self.names, values[:-1], strict=True)}
@@ -62,9 +75,9 @@ class Meter:
 
     def bad(self) -> tuple[int, str] | None:
         """Step (from 0, since the last reset) and name of the first term that was not finite, or None."""
-        if self.first_bad is None:
+        if self._held is None:
             return None
-        steps = dict(zip((*self.names, *self.watched), self.first_bad.tolist(), strict=True))
+        steps = dict(zip((*self.names, *self.watched), self._held.first_bad.tolist(), strict=True))
         looked_at = (*self.watched, *self.names[: self.num_terms])  # what went wrong first in the step comes first
-        name = min(looked_at, key=steps.get)
+        name = min(looked_at, key=steps.__getitem__)
         return None if steps[name] == _NEVER else (steps[name], name)

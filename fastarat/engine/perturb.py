@@ -18,11 +18,11 @@ class WeightPerturbation:
 
     def __init__(self, gamma: float, warmup: int) -> None:
         self.gamma, self.warmup = gamma, warmup
-        self._pushed: tuple[list[nn.Parameter], list[Tensor]] = ([], [])
+        self._pushed: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def push(self, model: nn.Module, companions: nn.Module, loss: Callable[[], Tensor], epoch: Tensor) -> None:
         """Perturb `model`. loss: the training loss, moving no statistic. epoch: 0-d, from 1, on the device."""
-        weights = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
+        weights: list[Tensor] = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
         buffers = list(companions.buffers())
         kept = [b.clone() for b in buffers]
         grads = torch.autograd.grad(loss(), weights)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from fastarat.checks import (
     within,
 )
 from fastarat.defenses import Defense, Views
-from fastarat.defenses.base import network_dtype
+from fastarat.defenses.base import network_dtype, total
 from fastarat.engine.graphs import PerShape, capture_mode, preserved
 from fastarat.engine.guards import BatchCheck, check_optimizer, check_terms, count_classes, tried, where
 from fastarat.engine.meter import Meter
@@ -38,10 +38,11 @@ from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, sp
 from fastarat.nets.models import set_kernels
 from fastarat.nets.taps import Taps, forward_with_features
 from fastarat.nets.winograd import set_winograd
-from fastarat.specs import Attack, BatchNormMode, Fast, none_left, spec_of
+from fastarat.specs import Attack, BatchNormMode, Fast, known, none_left, spec_of
 
 # Inductor must not wrap its own CUDA graphs inside ours.
-_INDUCTOR = {"triton.cudagraphs": False}
+_INDUCTOR: dict[str, Any] = {"triton.cudagraphs": False}
+_Module = TypeVar("_Module", bound=nn.Module)
 default_sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
@@ -57,7 +58,8 @@ class Forward:
 
     def __init__(self, model: nn.Module, precision: str, attack: Attack, generator: torch.Generator) -> None:
         self.model, self.precision, self.route, self.still = model, precision, route_of(model), False
-        self.num_steps, self.epsilon, self.generator = attack.num_steps, attack.epsilon, generator
+        self.num_steps, self.generator = attack.num_steps, generator
+        self.epsilon: float | Tensor = attack.epsilon
         dtype = network_dtype(model)
         self.progress = torch.zeros((), device=generator.device, dtype=dtype)
         self.epoch = torch.ones((), device=generator.device, dtype=dtype)
@@ -171,7 +173,9 @@ class TrainStep:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)
         self.attacker = Attacker(self.model, precision=fast.precision, fold=fast.fold_bn and self.spec.bn == "eval")
-        self.starts_exactly = fast.precision in HALF and attacks.starts_flat(self.spec.objective, self.spec.start)
+        self.starts_exactly = fast.precision in HALF and attacks.starts_flat(
+            known(self.spec.objective), known(self.spec.start)
+        )
         self._pgd = attacks.bound(self.spec, count=defense.counts_kappa, backend=kernels)
         self.perturbation = None if awp is None else WeightPerturbation(awp, awp_warmup)
         # bf16 has float32's range; only fp16 needs its loss scaled.
@@ -188,10 +192,11 @@ class TrainStep:
         if mode is not None:
             self._keep_lr_on_device()
 
-    def _laid_out(self, module: nn.Module, kernels: str) -> nn.Module:
+    def _laid_out(self, module: _Module, kernels: str) -> _Module:
         set_kernels(module, kernels)
         set_winograd(module, self.fast.winograd)
-        return module.to(memory_format=self.memory_format)
+        # torch's stubs of Module.to forget memory_format.
+        return module.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
 
     def _keep_lr_on_device(self) -> None:
         """A Python number would freeze into the graph."""
@@ -221,9 +226,7 @@ class TrainStep:
 
         if self.perturbation is not None and attacked is not None:
             still = self.forward.but(still=True)
-            self.perturbation.push(
-                self.model, self.companions, lambda: sum(terms_by(still)[0].values()), self.forward.epoch
-            )
+            self.perturbation.push(self.model, self.companions, lambda: total(terms_by(still)[0]), self.forward.epoch)
         terms, views = terms_by(self.forward)
         self.mark("forward")
         defense.backward(terms, self.model, self.scaler.scale, views)
@@ -288,7 +291,7 @@ class TrainStep:
             tried(self.defense, lambda: self._step(images, labels, self.eager_loss))
 
     @contextlib.contextmanager
-    def _undone(self):
+    def _undone(self) -> Iterator[None]:
         """Put every tensor the step changes, and every generator, back in place after the block."""
 
         def changed() -> list[Tensor]:
@@ -296,7 +299,7 @@ class TrainStep:
             optimizer = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
             return [*modules, *optimizer, *self.meter.tensors(), self.steps]
 
-        measured = self.meter.sums is not None
+        measured = bool(self.meter.tensors())
         try:
             with preserved(changed, self.device, [self.generator]):
                 yield

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastarat.kernels import why_not_conv_bias_relu, why_not_fold
 from fastarat.nets.models import FoldedConv, Network
+from fastarat.nets.winograd import Conv2d
+from fastarat.specs import known
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that store weights and activations in 16 bits, by name."""
@@ -69,8 +71,10 @@ class Attacker:
         self.model, self.network, self.precision = model, model, precision
         dtype = HALF.get(precision)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.folds = fold and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None
-        self._folded: dict[nn.Module, FoldedConv] = _folded_convs(model, dtype) if self.folds else {}
+        self._folded: dict[Conv2d, FoldedConv] = {}
+        if fold and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None:
+            self._folded = _folded_convs(model, dtype)
+        self.folds = bool(self._folded)
         taken = {id(conv.weight) for conv in self._folded}
         # BatchNorm's affine and biases stay the model's: casting them saves nothing.
         self._cast: dict[str, Tensor] = {
@@ -91,10 +95,10 @@ class Attacker:
         own = dict(self.model.named_parameters())
         if self._cast:
             torch._foreach_copy_(list(self._cast.values()), [own[name] for name in self._cast])
-        if self._folded:
+        if isinstance(self.model, Network) and self._folded:
             _fold(self.model, self._folded)
         weights = {id(own[name]): cast for name, cast in self._cast.items()}
-        self.network = _twin(self.model, weights, dict(self._folded))
+        self.network = _twin(self.model, weights, {**self._folded})
 
     def __call__(self, points: Tensor) -> Tensor:
         """points: float32 [B, C, H, W] -> logits [B, K]."""
@@ -109,13 +113,14 @@ def _twin(module: nn.Module, weights: dict[int, Tensor], made: dict[nn.Module, n
     if module not in made:
         # As torch.nn.DataParallel makes its replicas: a deep copy would copy tensors, and fail on hooked weights.
         twin = made[module] = module.__new__(type(module))
-        twin.__dict__ = module.__dict__.copy()
-        twin._parameters = {n: None if p is None else weights.get(id(p), p) for n, p in module._parameters.items()}
-        twin._modules = {n: None if m is None else _twin(m, weights, made) for n, m in module._modules.items()}
+        twin.__dict__ = module.__dict__ | {
+            "_parameters": {n: None if p is None else weights.get(id(p), p) for n, p in module._parameters.items()},
+            "_modules": {n: None if m is None else _twin(m, weights, made) for n, m in module._modules.items()},
+        }
     return made[module]
 
 
-def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[nn.Module, FoldedConv]:
+def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[Conv2d, FoldedConv]:
     """Convolutions that take up the BatchNorm after them, still empty, by the model's own ones."""
     # Two that are added up need one bias between them: the shortcut has none.
     bare = {shortcut for shortcut, _ in model.shortcuts()}
@@ -125,15 +130,15 @@ def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[nn.Module, 
     return {conv: FoldedConv(conv, dtype, conv not in bare, fused) for conv in convs}
 
 
-def _fold(model: Network, folded: dict[nn.Module, FoldedConv]) -> None:
+def _fold(model: Network, folded: dict[Conv2d, FoldedConv]) -> None:
     """Fold the "adv" branch's running statistics and affine; in float32 or wider, then rounded."""
-    biases = {}
+    biases: dict[Conv2d, Tensor] = {}
     for conv, bn in model.foldable():
         held = bn.branch_set("adv")
-        scale = held.weight * torch.rsqrt(held.running_var + bn.eps)
-        biases[conv] = held.bias - held.running_mean * scale
+        scale = held.weight * torch.rsqrt(known(held.running_var) + bn.eps)
+        biases[conv] = held.bias - known(held.running_mean) * scale
         folded[conv].weight.copy_(conv.weight * scale[:, None, None, None])
     for shortcut, conv in model.shortcuts():
         biases[conv] += biases.pop(shortcut)
     for conv, bias in biases.items():
-        folded[conv].bias.copy_(bias)
+        known(folded[conv].bias).copy_(bias)

@@ -9,7 +9,7 @@ own batch statistics, and the running statistics are updated in a stated order.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -243,7 +243,9 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
             "branch(model, ...) names no branch: write branch(model, 'adv'), or 'clean', 'adv' for [clean; adv]"
         )
     if other := [name for name in updates or () if name not in groups]:
-        raise UserError(f"updates={tuple(updates)}: {other[0]!r} is not among the branches named, {', '.join(groups)}")
+        raise UserError(
+            f"updates={tuple(updates or ())}: {other[0]!r} is not among the branches named, {', '.join(groups)}"
+        )
     for m in _layers(model):
         for name in groups:
             m.branch_set(name)
@@ -309,7 +311,9 @@ def _apply_updates(pending: list) -> None:
             torch._foreach_lerp_([s.running_var for s, *_ in entries], variances, momentum)
 
 
-def _convert(model: nn.Module, wanted, build) -> nn.Module:
+def _convert(
+    model: nn.Module, wanted: Callable[[nn.Module], bool], build: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
     if isinstance(model, _BatchNorm):
         return build(model) if wanted(model) else model
     for name, child in model.named_children():
@@ -330,7 +334,7 @@ def _rebuilt(old: nn.Module, branches: Sequence[str] | None, source: str | None 
             f"cannot convert {type(old).__name__}: its forward does more than BatchNorm; use nn.BatchNorm2d there"
         )
     dims = 1 if isinstance(old, (nn.BatchNorm1d, BatchNorm1d, SplitBatchNorm1d)) else 2
-    held = old.branch_set(source) if source else old
+    held = old.branch_set(source) if source and isinstance(old, BatchNorm2d) else old
     args = (old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
     if branches is None:
         new = _PLAIN[dims](*args)

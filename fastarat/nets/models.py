@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,9 @@ class FoldedConv(Conv2d):
     """
 
     def __init__(self, conv: Conv2d, dtype: torch.dtype, bias: bool, fused: bool) -> None:
-        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        super().__init__(*shape, bias=bias, device="meta")
+        # A cast, because torch declares tuples of any length.
+        kernel, stride, padding = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, conv.padding))
+        super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=bias, device="meta")
         self.weight = nn.Parameter(torch.empty_like(conv.weight, dtype=dtype), requires_grad=False)
         if bias:
             self.bias = nn.Parameter(self.weight.new_empty(conv.out_channels), requires_grad=False)
@@ -102,9 +104,13 @@ class BasicBlock(nn.Module):
         if stride != 1 or in_planes != planes:
             self.shortcut = nn.Sequential(Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
 
+    def projection(self) -> tuple[Conv2d, BatchNorm2d]:
+        """The layers of a shortcut that changes the shape; nn.Sequential does not know their types, hence the cast."""
+        return cast(tuple[Conv2d, BatchNorm2d], tuple(self.shortcut))
+
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
-        shortcut = _conv_norm_relu(*self.shortcut, x, "", None, relu=False) if len(self.shortcut) else x
+        shortcut = _conv_norm_relu(*self.projection(), x, "", None, relu=False) if len(self.shortcut) else x
         return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, shortcut)
 
 
@@ -148,13 +154,16 @@ class WideBlock(nn.Module):
 class _Stage(nn.Module):
     """WRN's key names put the blocks of a stage under `layer`."""
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layer = nn.Sequential(*blocks)
 
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, inside the model so that everything outside stays in pixel units."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -190,7 +199,7 @@ class Network(nn.Module):
             if isinstance(m, BasicBlock):
                 yield from ((m.conv1, m.bn1), (m.conv2, m.bn2))
                 if len(m.shortcut):
-                    yield (m.shortcut[0], m.shortcut[1])
+                    yield m.projection()
             elif isinstance(m, (PreActBlock, WideBlock)):
                 yield (m.conv1, m.bn2)
             elif isinstance(m, ResNet):
@@ -200,7 +209,7 @@ class Network(nn.Module):
         """Pairs of foldable convolutions whose BatchNorm outputs are added: the shortcut's, and the other."""
         for m in self.modules():
             if isinstance(m, BasicBlock) and len(m.shortcut):
-                yield m.shortcut[0], m.conv2
+                yield m.projection()[0], m.conv2
 
     def _input(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)
@@ -350,10 +359,10 @@ def build_model(
         model = WideResNet(int(wide[1]), int(wide[2]), num_classes, in_channels)
     else:
         model = MODELS[name](num_classes, in_channels)
-    if (mean is None) != (std is None):
-        raise UserError("normalisation needs both mean and std, or neither")
-    if mean is None:
+    if mean is None and std is None:
         return model
+    if mean is None or std is None:
+        raise UserError("normalisation needs both mean and std, or neither")
     normalize = Normalize(mean, std)
     if isinstance(model, Network):
         model.normalize = normalize

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastarat.errors import UserError, unknown
 
 PENULTIMATE = "penultimate"
+
+
+class Tapped(Protocol):
+    """A network that knows its own layers' names, and fills `Taps` by itself."""
+
+    tap_names: tuple[str, ...]
+
+    def tappable(self) -> list[str]: ...
 
 
 class Taps:
@@ -40,7 +50,8 @@ class Taps:
 
 def tap_names(model: nn.Module) -> tuple[str, ...]:
     """Return the layers AR-AT aligns by default in `model`: a built-in network's own, else the penultimate feature."""
-    return model.tap_names if _ours(model) else (PENULTIMATE,)
+    own = _own(model)
+    return (PENULTIMATE,) if own is None else own.tap_names
 
 
 def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -> Tensor:
@@ -50,7 +61,7 @@ def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -
     """
     if taps is not None and "" in taps.layers:  # the whole model, and what a network's own blocks leave unnamed
         raise unknown("feature layer", "", tappable(model))
-    if taps is None or _ours(model):
+    if taps is None or _own(model) is not None:
         logits = model(images) if taps is None else model(images, taps)
     else:
         hooks = [_hook(model, name, taps) for name in taps.layers]
@@ -65,16 +76,18 @@ def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -
     return logits
 
 
-def _ours(model: nn.Module) -> bool:
-    return hasattr(model, "tap_names")
+def _own(model: nn.Module) -> Tapped | None:
+    # A cast, and not a class that is asked for: torch.compile's wrapper, say, passes on what it does not have.
+    return cast(Tapped, model) if hasattr(model, "tap_names") else None
 
 
 def tappable(model: nn.Module) -> list[str]:
     """Names `Taps` can collect in `model`."""
-    return model.tappable() if _ours(model) else [n for n, _ in model.named_modules() if n] + [PENULTIMATE]
+    own = _own(model)
+    return own.tappable() if own is not None else [n for n, _ in model.named_modules() if n] + [PENULTIMATE]
 
 
-def _hook(model: nn.Module, name: str, taps: Taps):
+def _hook(model: nn.Module, name: str, taps: Taps) -> RemovableHandle:
     if name == PENULTIMATE:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
         if not linear:
@@ -83,4 +96,8 @@ def _hook(model: nn.Module, name: str, taps: Taps):
     modules = dict(model.named_modules())
     if name not in modules:
         raise unknown("feature layer", name, tappable(model))
-    return modules[name].register_forward_hook(lambda m, args, out: taps.record(name, out))
+
+    def record(module: nn.Module, args: tuple, out: Tensor) -> None:
+        taps.record(name, out)
+
+    return modules[name].register_forward_hook(record)

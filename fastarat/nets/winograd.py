@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor, nn
 
 # Below these, oneDNN's direct convolution is about as fast (measured on ResNet-18's layers, one thread).
