@@ -1,4 +1,4 @@
-# make demo: set up and run the main job. make test: set up and pass the tests. make lint: style. make docs: site/.
+# make demo: set up and run the main job. make test: set up and pass the tests. make lint: style and types. make docs: site/.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ test: setup
 		$(BIN)/python -m pytest -q -n 2 --durations=5
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright
 
 docs: setup
 	$(BIN)/python -m mkdocs build --strict --quiet

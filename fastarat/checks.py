@@ -281,10 +281,9 @@ def checked_length(key: str, value: Any, norm: Norm, *, shape: Sequence[int] | N
     highest = 1.0 if norm == "linf" else diagonal or math.inf
     if math.isfinite(number) and 0 < number <= highest:
         return value
-    far = f", and no two images of {' x '.join(map(str, size))} lie further apart"
-    units = (
-        f"{'' if norm == 'linf' else 'a length in '}pixel units{far if diagonal else ' where 1.0 is the full range'}"
-    )
+    units = "pixel units" if norm == "linf" else "a length in pixel units"
+    apart = f", and no two images of {' x '.join(map(str, size))} lie further apart"
+    units += apart if diagonal else " where 1.0 is the full range"
     # Nobody means -0.1/255 or inf/255; between 1 and 255 a budget is nearly always one in 1/255.
     usual = (8 if norm == "linf" else 128) // (4 if "step" in key else 1)
     mend = f"; write {number:g}/255" if 1 < number <= 255 else f", such as {usual}/255"

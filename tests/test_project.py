@@ -89,6 +89,7 @@ def test_wheel_and_sdist_work_outside_the_tree(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastarat/kernels/split_bn_triton.py" in names
     assert "fastarat/defenses/ar_at.py" in names
+    assert "fastarat/py.typed" in names
     assert not any(n.startswith(("tests", "benchmarks", "kernels")) for n in names)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as tar:
@@ -111,6 +112,17 @@ def test_wheel_and_sdist_work_outside_the_tree(tmp_path):
 def test_style(command):
     done = subprocess.run(
         [sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_types_are_clean():
+    done = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
