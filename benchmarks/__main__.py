@@ -319,7 +319,7 @@ def _run_ladder(record: dict[str, Any], setups: Sequence[Setup], _: Setup, args:
         except RuntimeError as error:  # a GPU that has failed once fails every later call as well
             traceback.print_exc()
             found["failed"] = first_line(error)
-        print(tables.ladder_summary(found), flush=True)
+        print(tables.rungs_of(found), flush=True)
         gc.collect()
     rungs = [r for found in record["results"] for r in (found, *found["rungs"])]
     return any("unequal" in r or "failed" in r for r in rungs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plain import STRUCTURE
-from fastarat.bench.bench import H200_BF16, cell
+from fastarat.bench.bench import cell, render
 from fastarat.bench.harness import FORMAT
 from fastarat.errors import UserError
 
@@ -122,69 +122,36 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in lines)
 
 
-def _memory(memory: dict[str, Any]) -> str:
-    return "-" if memory.get("peak_bytes") is None else f"{memory['peak_bytes'] / 2**20:,.0f} MiB"
-
-
-def _launched(launches: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in launches.items())
-
-
 def _bench(record: Record) -> str:
-    reference = "H200" in record["machine"]["device"]
-    header = ["step", "s per 50,000 images", "ms per step", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
-    rows = []
-    for r in record["results"]:
-        mfu = f"{r['mfu']['median']:.1%}"
-        if reference:
-            mfu += f" ({r['tflops']['median'] * 1e12 / H200_BF16:.1%} of 790 TFLOP/s)"
-        row = [r["what"], cell(r["epoch_s"]), cell(r["ms"]), cell(r["images_per_s"]), cell(r["tflops"]), mfu]
-        rows.append([*row, _memory(r["memory"]), _launched(r["launches"])])
-    header_phases = ["step", "phase", "ms"]
-    phases = [
-        [f"{r['defense']}, {r['phases_of']}", name, cell(q)]
-        for r in record["results"]
-        for name, q in r["phase_ms"].items()
-    ]
-    peaks = {r["peak"]["name"] for r in record["results"]}
     title = f"**Training loop, data included** (`fastarat bench`): {_where(record)}"
-    note = f"MFU is against {', '.join(sorted(peaks))} in the same run." if peaks else ""
-    return "\n\n".join([f"{title} {note}", _rows(header, rows), _rows(header_phases, phases)])
+    return f"{title}\n\n```\n{render(record)}\n```"
 
 
 def _ladder(record: Record) -> str:
-    parts = [f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"]
+    title = f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"
+    return "\n\n".join([title, *(rungs_of(found) for found in record["results"] if found.get("rungs"))])
+
+
+def rungs_of(found: dict[str, Any]) -> str:
+    """Return the rungs of one setup as a table."""
     header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
     header += [f"ratio to the {STRUCTURE}", "saves, ms", "predicted for an H200"]
-    for found in record["results"]:
-        if not found.get("rungs"):
-            continue
-        rows = []
-        for r in found["rungs"]:
+    rows = []
+    for r in found["rungs"]:
+        if "ms" not in r or "unequal" in r:
             state = _state(r) or (f"{cell(r['alone_ms'])}, not interleaved" if "alone_ms" in r else "")
-            if "ms" not in r or "unequal" in r:
-                rows.append([r["adds"], state, *["-"] * (len(header) - 2)])
-                continue
-            rows.append(
-                [
-                    r["adds"],
-                    cell(r["ms"]),
-                    cell(r["epoch_s"]),
-                    f"{r['images_per_s']:,.0f}",
-                    f"{r['tflops']:.3g}",
-                    f"{r['mfu']:.1%}",
-                    _memory(r["memory"]),
-                    _launched(r["launches"]),
-                    cell(r["ratio"]) if "ratio" in r else "-",
-                    cell(r["gain_ms"]) if "gain_ms" in r else "-",
-                    predicted(r["predicted"]) if "predicted" in r else "-",
-                ]
-            )
-        about = found["what"]
-        if "cost" in found:
-            about += f": {found['cost']['forwards']:g} forwards per image; MFU against {found['peak']['name']}"
-        parts += [f"{about}. Each rung keeps what the ones before it added.", _rows(header, rows)]
-    return "\n\n".join(parts)
+            rows.append([r["adds"], state, *["-"] * (len(header) - 2)])
+            continue
+        memory = r["memory"].get("peak_bytes")
+        row = [r["adds"], cell(r["ms"]), cell(r["epoch_s"]), f"{r['images_per_s']:,.0f}", f"{r['tflops']:.3g}"]
+        row += [f"{r['mfu']:.1%}", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"]
+        row.append(", ".join(f"{count:,} {kind}" for kind, count in r["launches"].items()))
+        row += [cell(r[key]) if key in r else "-" for key in ("ratio", "gain_ms")]
+        rows.append([*row, predicted(r["predicted"]) if "predicted" in r else "-"])
+    about = found.get("what", str(found["setup"])) + (f": failed: {found['failed']}" if "failed" in found else "")
+    if "cost" in found:
+        about += f": {found['cost']['forwards']:g} forwards per image; MFU against {found['peak']['name']}"
+    return f"{about}. Each rung keeps what the ones before it added.\n\n{_rows(header, rows)}"
 
 
 def _state(r: dict[str, Any]) -> str:
@@ -224,23 +191,6 @@ def summary(result: dict[str, Any]) -> str:
         + (f", memory {rises[0]} and {rises[1]}" if "-" not in rises else "")
         + (f", autotuning {info['autotuning_s']:.1f} s" if "autotuning_s" in info else "")
     )
-
-
-def ladder_summary(found: dict[str, Any]) -> str:
-    """One line per rung."""
-    lines = [found.get("what", str(found["setup"])) + (f": {found['failed']}" if "failed" in found else "")]
-    for r in found["rungs"]:
-        state = _state(r)
-        if "ms" in r:
-            state = f"{cell(r['ms'])} ms, {cell(r['epoch_s'])} s/epoch, {r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}"
-            if "ratio" in r:
-                state += f", {cell(r['ratio'])} times as fast as the {STRUCTURE}"
-            if "gain_ms" in r:
-                state += f", saves {cell(r['gain_ms'])} ms"
-            if "predicted" in r:
-                state += f" (predicted for an H200: {predicted(r['predicted'])})"
-        lines.append(f"  {r['name']:<14} {state}")
-    return "\n".join(lines)
 
 
 def read(path: Path) -> Record:

@@ -30,14 +30,6 @@ CASES, Case, Pairs, Setup, Work = (getattr(contestants, n) for n in ("CASES", "C
 TINY = Setup("resnet-small", 4, "cpu", "fp32", dry=True)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(*argv: str) -> int:
     return harness.main(argv)
 
@@ -56,9 +48,8 @@ def test_forward_flops_are_the_published_ones():
     assert contestants.STEP_FORWARDS == 26
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_released_structure_and_the_engine_take_the_same_step(precision):
-    for name, (found, limit) in gates.check_step(replace(TINY, precision=precision)).items():
+def test_the_released_structure_and_the_engine_take_the_same_step_in_bf16():
+    for name, (found, limit) in gates.check_step(replace(TINY, precision="bf16")).items():
         assert found <= limit, name
 
 
@@ -285,10 +276,12 @@ def test_phases_add_up_to_the_step(monkeypatch, tmp_path):
 
 
 def test_a_run_writes_what_its_numbers_depend_on_and_the_table_reads_it(tmp_path, capsys):
-    assert run("split-bn", "--dry", "--repeats", "3", "--threads", "1", "--out", str(tmp_path)) == 0
+    threads = torch.get_num_threads()
+    assert run("split-bn", "--dry", "--repeats", "3", "--threads", str(threads + 1), "--out", str(tmp_path)) == 0
+    assert torch.get_num_threads() == threads
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
-    assert record["machine"]["threads"] == 1
+    assert record["machine"]["threads"] == threads + 1
     assert record["machine"]["torch"] == torch.__version__
     assert record["machine"]["device"]
     assert {"python", "triton", "commit", "cores"} <= set(record["machine"])

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from costs import Backwards
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is run from a checkout, never installed
@@ -20,14 +19,6 @@ harness = importlib.import_module("benchmarks.__main__")
 gates = importlib.import_module("benchmarks.gates")
 rungs = importlib.import_module("benchmarks.rungs")
 tables = importlib.import_module("benchmarks.tables")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(defense: str, num_steps: int = 10) -> gates.Setup:
@@ -42,22 +33,8 @@ def run(*argv: object) -> int:
 def climbed(tmp_path_factory):
     """A dry ladder of TRADES, whose attack is in eval mode: every rung a CPU has."""
     out = tmp_path_factory.mktemp("ladder") / "l.json"
-    assert (
-        run(
-            "ladder",
-            "trades:resnet18:128",
-            "--dry",
-            "--device",
-            "cpu",
-            "--repeats",
-            "3",
-            "--threads",
-            "1",
-            "--out",
-            out,
-        )
-        == 0
-    )
+    argv = ["ladder", "trades:resnet18:128", "--dry", "--device", "cpu", "--repeats", "3", "--threads", "1"]
+    assert run(*argv, "--out", out) == 0
     return json.loads(out.read_text())
 
 
