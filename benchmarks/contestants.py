@@ -151,7 +151,11 @@ def _pgd10(setup: Setup) -> Pairs:
         info=_network_info(setup, step, flops, forwards) | {"mode": "train"},
         precision=setup.precision,
     )
-    base = Contestant("plain", lambda: partial(gates.plain_attack, loop, batch.images, batch.labels))
+    # From the images themselves: ours, too, is given the noisy batch and draws no noise.
+    options = {"epsilon": gates.EPSILON, "step_size": gates.STEP_SIZE, "num_steps": setup.num_steps}
+    noise = torch.zeros_like(batch.images)
+    network = loop.model.train()
+    base = Contestant("plain", lambda: partial(plain.pgd, network, *batch, noise=noise, **options))
     return Pairs(base, [fast], Work(forwards * flops * setup.batch_size, "FLOP"))
 
 
