@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,10 @@ def _run(args: argparse.Namespace, command: str) -> int:
     model = "resnet-small" if args.dry else args.model
     batch_size = args.batch_size or (4 if args.dry else 128 if device.type == "cuda" else 16)
     setup = Setup(model, batch_size, str(device), args.precision, args.dry)
-    # The trainer sets cuDNN's autotuning, and so does most research code; TF32 is PyTorch's default for convolutions.
-    with placed(device, args.threads), backend_flags(device, "tf32"):
+    # Both sides gain from cuDNN's autotuning: the trainer sets it, and so does most research code. A ladder runs as the
+    # trainer does; TF32 is PyTorch's default for convolutions, and the float32 forms of the checks switch it off.
+    autotuning = partial(torch.backends.cudnn.flags, enabled=True, benchmark=device.type == "cuda", allow_tf32=True)
+    with placed(device, args.threads), backend_flags(device, "tf32") if ladder else autotuning():
         if args.memory_of:
             pairs = CASES[names[0]].prepare(setup)
             one = pairs.plain if args.memory_of == "plain" else pairs.fast[0]

@@ -402,10 +402,16 @@ def test_the_released_structure_leads_the_tables_and_old_records_are_not_shown_a
         (["arat-step", "--model", "wrn-34-10"], "choose --model resnet18"),
         (["table"], "no file given"),
         (["table", "nowhere.json"], "not a result"),
+        (["ladder", "ar-at:resnet18"], "expected DEFENSE:MODEL:BATCH"),
+        (["ladder", "ar-at:resnet18:1"], "expected DEFENSE:MODEL:BATCH"),
+        (["ladder", "ar-tt:resnet18:8"], "did you mean 'ar-at'"),
+        (["ladder", "--repeats", "0"], "expected 1 or more"),
+        (["ladder", "--rounds", "3"], "unrecognized arguments"),
+        (["readme", "--readme", "nowhere.md"], "cannot read nowhere.md"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(argv, part, tmp_path, capsys):
-    if argv[0] != "table":
+    if argv[0] not in ("table", "readme"):
         argv = [*argv, "--out", str(tmp_path)]
     assert run(*argv) == 2
     error = capsys.readouterr().err
@@ -419,8 +425,9 @@ def test_list_names_every_case(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)
 
 
-def test_what_a_gpu_is_asked_first(tmp_path, capsys):
+def test_what_a_gpu_is_asked_first(monkeypatch, tmp_path, capsys):
     """On a CPU the graph is a fake one, and what needs cuDNN is skipped with its reason."""
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
     out = tmp_path / "first.json"
     assert run("first", "--dry", "--device", "cpu", "--threads", "1", "--repeats", "2", "--out", str(out)) == 0
     record = json.loads(out.read_text())

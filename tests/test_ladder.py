@@ -213,22 +213,3 @@ def test_the_readme_is_made_from_the_results(climbed, tmp_path, capsys):
 
 def test_the_repositorys_readme_is_up_to_date(capsys):
     assert run("readme", "--check") == 0, capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["ladder", "ar-at:resnet18"], "expected DEFENSE:MODEL:BATCH"),
-        (["ladder", "ar-at:resnet18:1"], "expected DEFENSE:MODEL:BATCH"),
-        (["ladder", "ar-tt:resnet18:8"], "did you mean 'ar-at'"),
-        (["ladder", "--repeats", "0"], "expected 1 or more"),
-        (["ladder", "--rounds", "3"], "unrecognized arguments"),
-        (["ladder", "--device", "tpu"], "expected auto, cpu, cuda"),
-        (["readme", "--readme", "nowhere.md"], "cannot read nowhere.md"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(argv, words, capsys):
-    assert run(*argv) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
