@@ -442,11 +442,6 @@ def test_what_a_gpu_is_asked_first(monkeypatch, tmp_path, capsys):
     assert "| the same step, eager |" in capsys.readouterr().out
 
 
-def test_nothing_new_starts_when_time_is_up(tmp_path, capsys):
-    assert run("split-bn", "--dry", "--budget", "-1", "--out", str(tmp_path)) == 0
-    assert "skipped: out of time" in capsys.readouterr().out
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_every_case_runs_on_cuda(tmp_path):
     assert run("--dry", "--device", "cuda", "--out", str(tmp_path)) == 0

@@ -144,6 +144,11 @@ def test_out_of_time_keeps_what_was_built_and_says_so(tmp_path):
     assert '"alone_ms"' in kept[0]
 
 
+def test_nothing_new_starts_when_time_is_up(tmp_path, capsys):
+    assert run("split-bn", "--dry", "--budget", "-1", "--out", tmp_path) == 0
+    assert "skipped: out of time" in capsys.readouterr().out
+
+
 def test_predictions_are_printed_beside_what_they_are_for():
     assert rungs.predictions_hold(gates.Setup.parse("trades:resnet18:128"))
     for other in ("at:resnet18:256", "at:wrn-34-10:128"):
