@@ -30,7 +30,7 @@ DEFENSES: dict[str, tuple[Defense, str | None]] = {
     "trades": (TRADES(), None),
 }
 """Name -> defense, and BatchNorm of its attack where it is not the defense's own."""
-PLAINEST = Fast(channels_last=False, kernels="plain", capture="off", fold_bn=False, winograd=False)
+PLAINEST = Fast(channels_last=False, kernels="plain", capture="off", fold_bn=False)
 """Our step with every fast path off."""
 
 

@@ -55,7 +55,7 @@ PREDICTED = {
     "fold": Predicted(14, 4.3, 4.3),
     "compile": Predicted(16, 0.05, 0.1),
 }
-_BUILT_FIRST = ("graph", "released", "bf16", "step", "triton", "fold", "channels-last", "winograd", "compile")
+_BUILT_FIRST = ("graph", "released", "bf16", "step", "triton", "fold", "channels-last", "compile")
 _COMPILING_S = 45
 
 
@@ -84,7 +84,6 @@ def rungs(setup: Setup) -> list[Rung]:
 
     add("step", "our step, eager: one forward on [clean; adv], no host reads")
     add("channels-last", "channels-last", channels_last=True)
-    add("winograd", "Winograd convolutions", "they are for a CPU" if cuda else "", winograd=True)
     able, why = bf16_support(setup.device)
     add("bf16", "bf16 with weights cast once per step", "" if able else why, precision="bf16")
     fused = "fused BN + add + ReLU, PGD update and stem gradient in Triton"

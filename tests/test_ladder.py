@@ -41,7 +41,7 @@ def climbed(tmp_path_factory):
 def test_a_ladder_times_every_rung_this_machine_has(climbed):
     (found,) = climbed["results"]
     names = [r["name"] for r in found["rungs"]]
-    assert names == ["released", "step", "channels-last", "winograd", "bf16", "triton", "graph", "fold", "compile"]
+    assert names == ["released", "step", "channels-last", "bf16", "triton", "graph", "fold", "compile"]
     timed = [r for r in found["rungs"] if "ms" in r]
     assert {"released", "step", "channels-last", "graph", "fold"} <= {r["name"] for r in timed}
     for r in found["rungs"]:

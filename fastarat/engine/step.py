@@ -37,7 +37,6 @@ from fastarat.nets.attacker import HALF, Attacker, autocast, frozen, mode_of
 from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, split_batchnorm
 from fastarat.nets.models import set_kernels
 from fastarat.nets.taps import Taps, forward_with_features
-from fastarat.nets.winograd import set_winograd
 from fastarat.specs import Attack, BatchNormMode, Fast, none_left, spec_of
 
 # Inductor must not wrap its own CUDA graphs inside ours.
@@ -190,7 +189,6 @@ class TrainStep:
 
     def _laid_out(self, module: nn.Module, kernels: str) -> nn.Module:
         set_kernels(module, kernels)
-        set_winograd(module, self.fast.winograd)
         return module.to(memory_format=self.memory_format)
 
     def _keep_lr_on_device(self) -> None:
