@@ -202,7 +202,7 @@ def bench(
         repeats=config.repeats or (20 if cuda else 5),
     )
     precision, note = usable_precision(config.precision, device)
-    with placed(device, config.threads), backend_flags(device, precision):
+    with placed(device, config.threads), backend_flags(device, precision), seeded_apart(device):
         record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
         for defense in defenses:
             record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
