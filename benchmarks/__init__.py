@@ -1,0 +1,1 @@
+"""What fastarat is measured against, and the command that does it; run from a checkout, never installed."""

@@ -27,7 +27,7 @@ out=${OUT:-$root/benchmarks/out}
 python=${PYTHON:-python3}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
-rm -f "$out"/{log.txt,summary.md,tests.xml,ladder.json,matrix.json,probe.json,bench.json,train.json}
+rm -f "$out"/{log.txt,summary.md,tests.xml,ladder.json,matrix.json,first.json,bench.json,train.json}
 log=$out/log.txt
 : >"$log"
 scratch=$(mktemp -d)
@@ -122,9 +122,9 @@ fi
 [ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
 
 if [ $dry = 1 ]; then
-  part probe 120 "$python" -m benchmarks probe --dry --threads 1 --out "$out/probe.json"
+  part first 120 "$python" -m benchmarks first --dry --threads 1 --out "$out/first.json"
 else
-  part probe 80 "$python" -m benchmarks probe --budget "$(soft 80)" --out "$out/probe.json"
+  part first 80 "$python" -m benchmarks first --budget "$(soft 80)" --out "$out/first.json"
 fi
 [ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
 
@@ -207,7 +207,7 @@ if train.exists():
     print()
 PY
   results=()
-  for name in ladder matrix bench probe; do
+  for name in ladder matrix bench first; do
     [ -s "$out/$name.json" ] && results+=("$out/$name.json")
   done
   [ ${#results[@]} -eq 0 ] || "$python" -m benchmarks table "${results[@]}"

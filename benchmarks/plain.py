@@ -96,9 +96,9 @@ class ResNet(nn.Module):
         return logits, [F.adaptive_avg_pool2d(F.relu(z), 1).flatten(1) for z in tapped]
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take the weights and statistics of a fastarat network, split into branches "clean" and "adv"."""
-        own = self.state_dict()
-        self.load_state_dict({key: state[shared_key(key)] for key in own})
+        """Take the weights and statistics of a fastarat network, split into branches "clean" and "adv" or not."""
+        names = {key: shared_key(key) for key in self.state_dict()}
+        self.load_state_dict({k: state[n if n in state else n.replace(".clean.", ".")] for k, n in names.items()})
 
 
 def shared_key(key: str) -> str:
@@ -206,6 +206,74 @@ class ARATLoop:
         self.total_loss += value * len(labels)
         mark("metrics")
         return value
+
+
+class SimpleLoop:
+    """AT and TRADES with the structure of released codes, on the adversarial branch alone.
+
+    Both attacks differentiate by the image alone, as TRADES' does; some AT codes make weight gradients as well.
+    trades: the attack is in eval mode and recomputes the clean logits at every step; the clean batch goes forward twice
+    in the loss. Otherwise AT: everything in `attack_mode`, "train" or "eval".
+    """
+
+    def __init__(
+        self,
+        model: ResNet,
+        *,
+        trades: bool,
+        attack_mode: str,
+        epsilon: float,
+        step_size: float,
+        num_steps: int,
+        beta: float = 6.0,
+    ) -> None:
+        self.model, self.trades, self.attack_mode, self.beta = model, trades, attack_mode, beta
+        self.epsilon, self.step_size, self.num_steps = epsilon, step_size, num_steps
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        self.total_loss, self.correct = 0.0, 0
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.model(images, "adv")
+
+    def attack(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> Tensor:
+        self.model.train(self.attack_mode == "train")
+        if start is None and self.trades:
+            start = images + 0.001 * torch.randn_like(images)
+        elif start is None:
+            start = torch.clamp(images + torch.empty_like(images).uniform_(-self.epsilon, self.epsilon), 0, 1)
+        adv = start.detach()
+        for _ in range(self.num_steps):
+            adv.requires_grad_()
+            with torch.enable_grad():
+                if self.trades:
+                    log_adv, clean = F.log_softmax(self.logits(adv), 1), F.softmax(self.logits(images), 1)
+                    loss = F.kl_div(log_adv, clean, reduction="sum")
+                else:
+                    loss = F.cross_entropy(self.logits(adv), labels)
+            grad = torch.autograd.grad(loss, [adv])[0]
+            adv = adv.detach() + self.step_size * torch.sign(grad.detach())
+            adv = torch.min(torch.max(adv, images - self.epsilon), images + self.epsilon)
+            adv = torch.clamp(adv, 0, 1)
+        return adv.detach()
+
+    def __call__(self, images: Tensor, labels: Tensor, start: Tensor | None = None) -> float:
+        adv = self.attack(images, labels, start)
+        self.model.train()
+        self.optimizer.zero_grad()
+        if self.trades:
+            logits = self.logits(images)
+            robust = F.kl_div(F.log_softmax(self.logits(adv), 1), F.softmax(self.logits(images), 1), reduction="sum")
+            loss = F.cross_entropy(logits, labels) + self.beta * robust / len(images)
+        else:
+            logits = self.logits(adv)
+            loss = F.cross_entropy(logits, labels)
+        if math.isnan(loss.item()):
+            raise FloatingPointError("the loss is NaN")
+        loss.backward()
+        self.optimizer.step()
+        self.total_loss += loss.item()
+        self.correct += (logits.argmax(1) == labels).sum().item()
+        return loss.item()
 
 
 class Images(torch.utils.data.Dataset):

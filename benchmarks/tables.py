@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plain import STRUCTURE
-from fastarat.bench import H200_BF16, cell
+from fastarat.bench.bench import cell, render
+from fastarat.bench.harness import FORMAT
 from fastarat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,21 +18,17 @@ OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 Record = dict[str, Any]
 
 
-def markdown(records: Sequence[Record], *, brief: bool = False) -> str:
-    """Return records of every kind as Markdown; median and, in brackets, quartiles. First what is held against others.
-
-    brief: leave out what only a person tuning the step wants.
-    """
+def markdown(records: Sequence[Record]) -> str:
+    """Return records of every kind as Markdown; median and, in brackets, quartiles. First the ratios."""
     of_kind: dict[str, list[Record]] = {}
     for record in records:
         of_kind.setdefault(record.get("kind", "pairs"), []).append(record)
-    unknown = set(of_kind) - {"pairs", "bench", "ladder", "probe"}
+    unknown = set(of_kind) - {"pairs", "bench", "ladder"}
     if unknown:
         raise UserError(f"a result is of kind {sorted(unknown)[0]!r}, which this version cannot read")
     parts = _pairs(of_kind.get("pairs", ()))
     parts += [_bench(r) for r in of_kind.get("bench", ())]
     parts += [_ladder(r) for r in of_kind.get("ladder", ())]
-    parts += [_probe(r, brief) for r in of_kind.get("probe", ())]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -93,10 +91,10 @@ def _pairs(records: Sequence[Record]) -> list[str]:
 
 
 def rate(value: float, unit: str) -> str:
-    """Format what is done per second: FLOP, bytes or images."""
+    """Format what is done per second: FLOP, bytes, images or kernels."""
     if unit == "FLOP":
         return f"{value / 1e12:.3g} TFLOP/s"
-    return f"{value / 1e9:.3g} GB/s" if unit == "byte" else f"{value:,.0f} images/s"
+    return f"{value / 1e9:.3g} GB/s" if unit == "byte" else f"{value:,.0f} {unit}s/s"
 
 
 def rise(result: dict[str, Any], side: str) -> str:
@@ -124,77 +122,43 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in lines)
 
 
-def _memory(memory: dict[str, Any]) -> str:
-    return "-" if memory.get("peak_bytes") is None else f"{memory['peak_bytes'] / 2**20:,.0f} MiB"
-
-
-def _launched(launches: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in launches.items())
-
-
 def _bench(record: Record) -> str:
-    reference = "H200" in record["machine"]["device"]
-    header = ["step", "s per 50,000 images", "ms per step", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
-    rows = []
-    for r in record["results"]:
-        mfu = f"{r['mfu']['median']:.1%}"
-        if reference:
-            mfu += f" ({r['tflops']['median'] * 1e12 / H200_BF16:.1%} of 790 TFLOP/s)"
-        row = [r["what"], cell(r["epoch_s"]), cell(r["ms"]), cell(r["images_per_s"]), cell(r["tflops"]), mfu]
-        rows.append([*row, _memory(r["memory"]), _launched(r["launches"])])
-    header_phases = ["step", "phase", "ms"]
-    phases = [
-        [f"{r['defense']}, {r['phases_of']}", name, cell(q)]
-        for r in record["results"]
-        for name, q in r["phase_ms"].items()
-    ]
-    peaks = {r["peak"]["name"] for r in record["results"]}
     title = f"**Training loop, data included** (`fastarat bench`): {_where(record)}"
-    note = f"MFU is against {', '.join(sorted(peaks))} in the same run." if peaks else ""
-    return "\n\n".join([f"{title} {note}", _rows(header, rows), _rows(header_phases, phases)])
+    return f"{title}\n\n```\n{render(record)}\n```"
 
 
 def _ladder(record: Record) -> str:
-    parts = [f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"]
+    title = f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"
+    return "\n\n".join([title, *(rungs_of(found) for found in record["results"] if found.get("rungs"))])
+
+
+def rungs_of(found: dict[str, Any]) -> str:
+    """Return the rungs of one setup as a table."""
     header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
     header += [f"ratio to the {STRUCTURE}", "saves, ms", "predicted for an H200"]
-    for found in record["results"]:
-        if not found.get("rungs"):
+    rows = []
+    for r in found["rungs"]:
+        if "ms" not in r or "unequal" in r:
+            state = _state(r) or (f"{cell(r['alone_ms'])}, not interleaved" if "alone_ms" in r else "")
+            rows.append([r["adds"], state, *["-"] * (len(header) - 2)])
             continue
-        rows = []
-        for r in found["rungs"]:
-            if "ms" not in r or "unequal" in r:
-                state = next((f"{key}: {r[key]}" for key in ("skipped", "failed") if key in r), "")
-                state = unequal(r) if "unequal" in r else state
-                if not state and "alone_ms" in r:
-                    state = f"{cell(r['alone_ms'])}, not interleaved"
-                rows.append([r["adds"], state, *["-"] * (len(header) - 2)])
-                continue
-            rows.append(
-                [
-                    r["adds"],
-                    cell(r["ms"]),
-                    cell(r["epoch_s"]),
-                    f"{r['images_per_s']:,.0f}",
-                    f"{r['tflops']:.3g}",
-                    f"{r['mfu']:.1%}",
-                    _memory(r["memory"]),
-                    _launched(r["launches"]),
-                    cell(r["ratio"]) if "ratio" in r else "-",
-                    cell(r["gain_ms"]) if "gain_ms" in r else "-",
-                    predicted(r["predicted"]) if "predicted" in r else "-",
-                ]
-            )
-        about = found["what"]
-        if "cost" in found:
-            about += f": {found['cost']['forwards']:g} forwards per image; MFU against {found['peak']['name']}"
-        parts += [f"{about}. Each rung keeps what the ones before it added.", _rows(header, rows)]
-    return "\n\n".join(parts)
+        memory = r["memory"].get("peak_bytes")
+        row = [r["adds"], cell(r["ms"]), cell(r["epoch_s"]), f"{r['images_per_s']:,.0f}", f"{r['tflops']:.3g}"]
+        row += [f"{r['mfu']:.1%}", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"]
+        row.append(", ".join(f"{count:,} {kind}" for kind, count in r["launches"].items()))
+        row += [cell(r[key]) if key in r else "-" for key in ("ratio", "gain_ms")]
+        rows.append([*row, predicted(r["predicted"]) if "predicted" in r else "-"])
+    about = found.get("what", str(found["setup"])) + (f": failed: {found['failed']}" if "failed" in found else "")
+    if "cost" in found:
+        about += f": {found['cost']['forwards']:g} forwards per image; MFU against {found['peak']['name']}"
+    return f"{about}. Each rung keeps what the ones before it added.\n\n{_rows(header, rows)}"
 
 
-def unequal(r: dict[str, Any]) -> str:
-    """Say what keeps a rung's times from being printed."""
-    return "NOT EQUAL: " + ", ".join(f"{name} {value:.3g}" for name, value in r["unequal"].items())
+def _state(r: dict[str, Any]) -> str:
+    """Say what keeps a contestant's times from being printed, if anything does."""
+    if "unequal" in r:
+        return "NOT EQUAL, not timed: " + ", ".join(f"{name} {value:.3g}" for name, value in r["unequal"].items())
+    return next((f"{key}: {r[key]}" for key in ("skipped", "failed") if key in r), "")
 
 
 def predicted(p: dict[str, Any]) -> str:
@@ -205,22 +169,43 @@ def predicted(p: dict[str, Any]) -> str:
     return f"{value} ms (item {p['item']}{': ' + p['note'] if p['note'] else ''})"
 
 
-def _probe(record: Record, brief: bool) -> str:
-    from benchmarks.probe import line
+def summary(result: dict[str, Any]) -> str:
+    """Say the outcome of one pair in a line (one per phase for phases)."""
+    name = f"{result['case']:<16}"
+    if state := _state(result):
+        return f"{name} {state}"
+    if "phase_ms" in result:
+        return "\n".join(
+            f"{name} {side}: " + ", ".join(f"{phase} {q['median']:.1f} ms" for phase, q in by.items())
+            for side, by in result["phase_ms"].items()
+        )
+    info, ratio, fast, plain = result["info"], result["ratio"], result["ms"]["fast"], result["ms"]["plain"]
+    share = result.get("share_of_ceiling", {}).get("fast")
+    rises = [rise(result, side) for side in ("plain", "fast")]
+    return (
+        f"{name} {info.get('baseline', 'baseline')} {plain['median']:.3f} ms, "
+        f"fastarat {info.get('precision', '')} {fast['median']:.3f} ms, "
+        f"ratio {ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}), "
+        f"{rate(result['rate']['fast'], result['work']['unit'])}"
+        + (f", {share:.0%} of {result['ceiling']['name']}" if share else "")
+        + (f", memory {rises[0]} and {rises[1]}" if "-" not in rises else "")
+        + (f", autotuning {info['autotuning_s']:.1f} s" if "autotuning_s" in info else "")
+    )
 
-    parts = [f"**The pieces** (`python -m benchmarks probe`): {_where(record)}"]
-    rows = []
-    for found in record["results"]:
-        if found.get("skipped") or found.get("failed"):
-            rows.append([found["probe"], found.get("skipped") or f"failed: {found['failed']}"])
-        for number, row in enumerate(found.get("rows", ())):
-            if brief and ("count" in row or (found["probe"] == "profile" and number)):
-                continue
-            rows.append([found["probe"], line(row)])
-    return "\n\n".join([*parts, _rows(["probe", "result"], rows)])
+
+def read(path: Path) -> Record:
+    """Read a result file. Raises: UserError for anything else, or another format."""
+    try:
+        record = json.loads(path.read_text())
+        found = record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a result of this harness ({type(error).__name__})") from error
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, this harness reads {FORMAT}")
+    return record
 
 
-def readme(argv: Sequence[str], read: Callable[[Path], Record]) -> int:
+def readme(argv: Sequence[str]) -> int:
     """Run `python -m benchmarks readme`: put the tables of the result files between a page's markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
@@ -240,7 +225,7 @@ def readme(argv: Sequence[str], read: Callable[[Path], Record]) -> int:
         raise UserError(f"{args.readme} needs the lines {OPEN} and {CLOSE} once each, in this order")
     before, rest = text.split(OPEN)
     after = rest.split(CLOSE)[1]
-    body = f"\n{markdown(records, brief=True)}\n" if records else "\n"
+    body = f"\n{markdown(records)}\n" if records else "\n"
     new = f"{before}{OPEN}{body}{CLOSE}{after}"
     if args.check:
         print("up to date" if new == text else f"{args.readme} is not what {args.results} gives")

@@ -15,7 +15,6 @@ from fastarat.engine.step import TrainStep
 from fastarat.evaluation import attack_title
 from fastarat.kernels import why_not_triton
 from fastarat.nets.batchnorm import BatchNorm2d
-from fastarat.nets.winograd import qualifies
 from fastarat.released import card_rows
 from fastarat.schedules import counted, in_words, recipe_of
 from fastarat.specs import known
@@ -177,14 +176,11 @@ def _device_name(device: torch.device) -> str:
 def _fast_paths(config: Config, step: TrainStep) -> dict[str, str]:
     layers = sum(isinstance(m, BatchNorm2d) for m in step.model.modules())
     why = "asked for plain" if config.kernels == "plain" else why_not_triton(step.device)
-    wide = any(map(qualifies, step.model.modules()))
-    winograd = wide and step.device.type == "cpu" and step.fast.precision == "fp32" and config.channels_last
     on = {
         "channels-last": config.channels_last,
         "one forward for [clean; adv]": config.defense.needs_clean,
         "input gradients only in the attack": config.defense.attacks,
         "BatchNorm folded into the attack's convolutions": step.attacker.folds,
-        "Winograd convolutions": winograd,
         "compiled loss": config.compile_loss,
         "fake capture": not step.why_eager and config.capture == "fake",
         "step captured as one CUDA graph": not step.why_eager and config.capture != "fake",

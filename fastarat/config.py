@@ -24,6 +24,10 @@ _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
 
 
+# Settings that configs saved by older versions hold; none of them changed a number beyond rounding.
+_GONE = ("winograd",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """SGD and its schedule. Unset fields follow the recipe."""
@@ -244,6 +248,8 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
     built: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if cls is Config and name in _GONE:
+            continue
         if name not in known:
             raise UserError(
                 f"{source}: unknown key '{where}{key}'{nearest(name, known) or '.'} "

@@ -80,7 +80,6 @@ class Fast:
     )
     compile_loss: bool = setting(False, "torch.compile the loss")
     fold_bn: bool = setting(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
-    winograd: bool = setting(True, "on a CPU, Winograd convolutions where they are faster")
 
     def __post_init__(self) -> None:
         settle(self)

@@ -14,48 +14,42 @@ import pytest
 import torch
 from costs import Backwards
 
+from fastarat.bench.bench import forward_flops
+from fastarat.bench.harness import Clock, Contestant
 from fastarat.nets.models import build_model
+from fastarat.specs import Fast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is run from a checkout, never installed
-cases = importlib.import_module("benchmarks.cases")
+gates = importlib.import_module("benchmarks.gates")
+contestants = importlib.import_module("benchmarks.contestants")
 harness = importlib.import_module("benchmarks.__main__")
 plain = importlib.import_module("benchmarks.plain")
 tables = importlib.import_module("benchmarks.tables")
-CASES, Case, Pair, Size, Work = cases.CASES, cases.Case, cases.Pair, cases.Size, cases.Work
+CASES, Case, Pairs, Setup, Work = (getattr(contestants, n) for n in ("CASES", "Case", "Pairs", "Setup", "Work"))
 
-TINY = Size("resnet-small", 4, "cpu", "fp32", dry=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+TINY = Setup("resnet-small", 4, "cpu", "fp32", dry=True)
 
 
 def run(*argv: str) -> int:
     return harness.main(argv)
 
 
-def constant_pair(difference: float) -> Pair:
-    return Pair(
-        lambda: sum(range(10_000)), lambda: sum(range(20_000)), lambda: {"x": (difference, 0.1)}, Work(1, "image"), {}
-    )
+def constant_pair(difference: float) -> Pairs:
+    fast = Contestant("fast", lambda: lambda: sum(range(10_000)), lambda: {"x": (difference, 0.1)})
+    return Pairs(Contestant("plain", lambda: lambda: sum(range(20_000))), [fast], Work(1, "image"))
 
 
 def test_forward_flops_are_the_published_ones():
     images = torch.zeros(1, 3, 32, 32)
-    assert cases.forward_flops(build_model("resnet18", num_classes=10), images) == pytest.approx(1.111e9, rel=1e-3)
+    assert forward_flops(build_model("resnet18", num_classes=10), images) == pytest.approx(1.111e9, rel=1e-3)
     # By hand: a 3x3 convolution 3 -> 2 on 5x5, then 50 -> 4; two operations per product, biases not counted.
     small = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(50, 4))
-    assert cases.forward_flops(small, torch.zeros(1, 3, 5, 5)) == 2 * (25 * 2 * 27 + 50 * 4)
-    assert cases.STEP_FORWARDS == 26
+    assert forward_flops(small, torch.zeros(1, 3, 5, 5)) == 2 * (25 * 2 * 27 + 50 * 4)
+    assert contestants.STEP_FORWARDS == 26
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_released_structure_and_the_engine_take_the_same_step(precision):
-    for name, (found, limit) in cases._check_step(replace(TINY, precision=precision)).items():
+def test_the_released_structure_and_the_engine_take_the_same_step_in_bf16():
+    for name, (found, limit) in gates.check_step(replace(TINY, precision="bf16")).items():
         assert found <= limit, name
 
 
@@ -63,20 +57,20 @@ def test_the_bf16_band_is_held_against_enough_images(monkeypatch):
     """BatchNorm over two rows magnifies rounding: more images are compared than are timed."""
     compared = []
 
-    def differences(size: Size, *, double: bool, **options: int) -> dict[str, float]:
-        compared.append((double, size.batch_size))
-        return dict.fromkeys(cases._QUANTITIES, 0.0)
+    def differences(setup: Setup, *, double: bool, **options: int) -> dict[str, float]:
+        compared.append((double, setup.batch_size))
+        return dict.fromkeys(gates.QUANTITIES, 0.0)
 
-    monkeypatch.setattr(cases, "_step_differences", differences)
-    cases._check_step(Size("resnet18", 2, "cpu", "bf16"))
-    cases._check_step(Size("resnet18", 2, "cpu", "fp32"))
-    cases._check_step(Size("resnet18", 64, "cpu", "bf16"))
+    monkeypatch.setattr(gates, "step_differences", differences)
+    gates.check_step(Setup("resnet18", 2, "cpu", "bf16"))
+    gates.check_step(Setup("resnet18", 2, "cpu", "fp32"))
+    gates.check_step(Setup("resnet18", 64, "cpu", "bf16"))
     assert [n for double, n in compared if not double] == [16, 16, 2, 2, 64, 64]
 
 
 def test_the_released_structure_and_the_engine_take_the_same_three_steps_in_float64():
     """Each from equal weights, momentum each side's own; the predictors and the loss of the engine are float32."""
-    found = cases._step_differences(TINY, double=True, num_steps=cases.NUM_STEPS, steps=3)
+    found = gates.step_differences(TINY, double=True, num_steps=gates.NUM_STEPS, steps=3)
     assert found.pop("adversarial pixels that differ by more than 1e-5, share") == 0
     for name, value in found.items():
         assert value < 1e-4, name
@@ -84,9 +78,9 @@ def test_the_released_structure_and_the_engine_take_the_same_three_steps_in_floa
 
 def released_backwards() -> Backwards:
     """What the first contestant of arat-step, as the harness gets it, asks of autograd in one step."""
-    (pair,) = CASES["arat-step"].prepare(TINY)
+    step = CASES["arat-step"].prepare(TINY).plain.build()
     with Backwards() as counted:
-        pair.plain()
+        step()
     return counted
 
 
@@ -112,25 +106,25 @@ def test_counting_notices_an_attack_that_makes_weight_gradients(monkeypatch):
 
 def test_the_released_structures_attack_changes_its_callers_batch_and_taps_features(monkeypatch):
     """The noise is added in place, and is the centre; every one of the attack's forwards pools the tapped features."""
-    twins = cases._twins(TINY)
-    images, given = twins.images_nchw.clone(), twins.images_nchw
-    noise = torch.empty_like(images).uniform_(-cases.EPSILON, cases.EPSILON)
+    loop, (given, labels) = gates.released_loop(TINY), gates.random_batch(TINY)
+    images = given.clone()
+    noise = torch.empty_like(images).uniform_(-gates.EPSILON, gates.EPSILON)
     pooled = []
     pool = plain.F.adaptive_avg_pool2d
     monkeypatch.setattr(plain.F, "adaptive_avg_pool2d", lambda x, size: pooled.append(x) or pool(x, size))
-    weights = {name: p.detach().clone() for name, p in twins.loop.model.named_parameters()}
-    budget = {"epsilon": cases.EPSILON, "step_size": cases.STEP_SIZE}
-    adv = plain.pgd(twins.loop.model.train(), images, twins.labels, num_steps=10, noise=noise, **budget)
+    weights = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    budget = {"epsilon": gates.EPSILON, "step_size": gates.STEP_SIZE}
+    adv = plain.pgd(loop.model.train(), images, labels, num_steps=10, noise=noise, **budget)
     assert torch.equal(images, given + noise)
     assert not adv.requires_grad
-    assert (adv - images.clamp(0, 1)).abs().max() <= cases.EPSILON + 1e-6
-    assert (adv - given).abs().max() > 1.2 * cases.EPSILON
+    assert (adv - images.clamp(0, 1)).abs().max() <= gates.EPSILON + 1e-6
+    assert (adv - given).abs().max() > 1.2 * gates.EPSILON
     assert 0 <= adv.min() <= adv.max() <= 1
-    assert len(pooled) == 10 * (1 + len(twins.loop.predictors))
-    for name, p in twins.loop.model.named_parameters():
+    assert len(pooled) == 10 * (1 + len(loop.predictors))
+    for name, p in loop.model.named_parameters():
         assert p.grad is None, name
         assert torch.equal(p, weights[name]), name
-    updates = {name: int(b) for name, b in twins.loop.model.named_buffers() if name.endswith("num_batches_tracked")}
+    updates = {name: int(b) for name, b in loop.model.named_buffers() if name.endswith("num_batches_tracked")}
     assert {n for name, n in updates.items() if ".adv." in name} == {10}
     assert {n for name, n in updates.items() if ".clean." in name} == {0}
 
@@ -139,18 +133,17 @@ def test_the_harness_gives_the_released_structure_a_new_batch_at_every_step(monk
     seen = []
     loop = plain.ARATLoop.__call__
     monkeypatch.setattr(plain.ARATLoop, "__call__", lambda self, images, *a, **k: seen.append(images.clone()) or loop(self, images, *a, **k))  # fmt: skip
-    (pair,) = CASES["arat-step"].prepare(TINY)
-    pair.plain()
-    pair.plain()
+    step = CASES["arat-step"].prepare(TINY).plain.build()
+    step()
+    step()
     assert torch.equal(*seen)
 
 
 def break_twins(monkeypatch, broken: str, factor: float) -> None:
-    twins = cases._twins
+    right = gates.released_loop
 
     def wrong(*args, **options):
-        made = twins(*args, **options)
-        loop = made.loop
+        loop = right(*args, **options)
         if broken in ("step_size", "gamma"):
             setattr(loop, broken, factor * getattr(loop, broken))
         elif broken == "lr":
@@ -161,35 +154,35 @@ def break_twins(monkeypatch, broken: str, factor: float) -> None:
             for module in loop.model.modules():
                 if isinstance(module, plain.DualBatchNorm2d):
                     module.clean = module.adv
-        return made
+        return loop
 
-    monkeypatch.setattr(cases, "_twins", wrong)
+    monkeypatch.setattr(gates, "released_loop", wrong)
 
 
 @pytest.mark.parametrize("broken", ["step_size", "gamma", "branch", "weight_decay"])
 def test_the_step_check_notices_a_wrong_loop(monkeypatch, broken):
     break_twins(monkeypatch, broken, 1.01)
-    found = cases._check_step(TINY)
+    found = gates.check_step(TINY)
     assert any(value > limit for value, limit in found.values())
 
 
 def test_the_released_structure_moves_a_real_loss():
-    twins = cases._twins(TINY, num_steps=1)
-    losses = [twins.loop(twins.images_nchw.clone(), twins.labels) for _ in range(8)]
+    loop, (images, labels) = gates.released_loop(TINY, 1), gates.random_batch(TINY)
+    losses = [loop(images.clone(), labels) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert twins.loop.total_loss == pytest.approx(4 * sum(losses))
+    assert loop.total_loss == pytest.approx(4 * sum(losses))
 
 
 @pytest.mark.parametrize("broken", ["gamma", "step_size", "lr", "branch"])
 def test_the_bf16_band_notices_a_wrong_loop(monkeypatch, broken):
     break_twins(monkeypatch, broken, 1.1 if broken == "gamma" else 1.5)
-    found = cases._check_step(replace(TINY, precision="bf16"))
+    found = gates.check_step(replace(TINY, precision="bf16"))
     assert any(value > limit for name, (value, limit) in found.items() if name.startswith("bf16"))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "loader-ffcv"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("loader-ffcv", "conv-relu")])
 def test_every_pair_is_equal(name):
-    for pair in CASES[name].prepare(TINY):
+    for pair in CASES[name].prepare(TINY).fast:
         for quantity, (found, limit) in pair.check().items():
             assert found <= limit, quantity
 
@@ -206,15 +199,18 @@ def allocated_at_most(call) -> int:
 
 
 def test_a_step_needs_no_more_memory_than_the_released_structure():
-    twins = cases._twins(cases.Size("resnet18", 16, "cpu", "fp32"), num_steps=1)
-    ours = allocated_at_most(lambda: twins.step(twins.images, twins.labels))
-    theirs = allocated_at_most(lambda: twins.loop(twins.images_nchw.clone(), twins.labels))
+    setup = Setup("resnet18", 16, "cpu", "fp32", num_steps=1)
+    step, loop = gates.engine_step(setup, Fast(capture="off")), gates.released_loop(setup)
+    batch = gates.random_batch(setup)
+    images = batch.laid_out(channels_last=True)
+    ours = allocated_at_most(lambda: step(images, batch.labels))
+    theirs = allocated_at_most(lambda: loop(batch.images.clone(), batch.labels))
     assert theirs > 150e6
     assert ours <= theirs
 
 
 def test_an_unequal_pair_is_not_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(CASES, "broken", Case("broken", "", lambda size: [constant_pair(float("nan"))]))
+    monkeypatch.setitem(CASES, "broken", Case("broken", "", lambda setup: constant_pair(float("nan"))))
     assert run("broken", "--dry", "--out", str(tmp_path)) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
     (result,) = json.loads(next(tmp_path.iterdir()).read_text())["results"]
@@ -223,22 +219,20 @@ def test_an_unequal_pair_is_not_timed(monkeypatch, tmp_path, capsys):
 
 def test_numbers_follow_from_the_samples(monkeypatch):
     order = []
-    times = {
-        "plain": iter([9, 9, 9, 8.0, 2.0, 6.0]),
-        "fast": iter([9, 9, 9, 2.0, 1.0, 4.0]),
-        "bf16": iter([9, 9, 9, 1.0, 1.0, 2.0]),
-    }
+    # Once to size the sample, then three rounds.
+    times = {"plain": iter([9, 8.0, 2.0, 6.0]), "fast": iter([9, 2.0, 1.0, 4.0]), "bf16": iter([9, 1.0, 1.0, 2.0])}
 
     def clock(self, call, calls):
         order.append(call())
         return next(times[order[-1]])
 
-    pair = replace(constant_pair(0.0), fast=lambda: "fast", plain=lambda: "plain", work=Work(6.0, "image"))
-    monkeypatch.setattr(harness.Clock, "__call__", clock)
-    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}, {}])
-    missing, second = cases.Unavailable("not today"), replace(pair, fast=lambda: "bf16", plain=lambda: "not called")
-    measured = harness.measure(Case("made", "", lambda size: [pair, missing, second]), TINY, repeats=3)
-    assert order[9:] == ["plain", "fast", "bf16", "fast", "bf16", "plain", "bf16", "plain", "fast"]
+    monkeypatch.setattr(Clock, "__call__", clock)
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
+    ones = {name: Contestant(name, lambda name=name: lambda: name) for name in times}
+    missing = Contestant("fp16", lambda: None, skipped="not today")
+    pairs = Pairs(ones["plain"], [ones["fast"], missing, ones["bf16"]], Work(6.0, "image"))
+    measured = harness.measure(Case("made", "", lambda setup: pairs), TINY, repeats=3)
+    assert order[3:] == ["fast", "bf16", "plain", "bf16", "plain", "fast", "plain", "fast", "bf16"]
     found, skipped, other = measured
     assert skipped == {"case": "made", "skipped": "not today"}
     assert other["samples_s"] == {"fast": [1.0, 1.0, 2.0], "plain": [8.0, 2.0, 6.0], "ceiling": []}
@@ -250,9 +244,25 @@ def test_numbers_follow_from_the_samples(monkeypatch):
     assert found["rate"]["fast"] == 3.0
 
 
+def test_a_contestant_that_fails_leaves_the_others(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("no call today\nand more")
+
+    pairs = constant_pair(0.0)
+    pairs = pairs._replace(fast=[*pairs.fast, Contestant("second", broken)])
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
+    first, second = harness.measure(Case("made", "", lambda setup: pairs), TINY)
+    assert "ms" in first
+    assert second["failed"] == "RuntimeError: no call today"
+    assert tables.summary(second).endswith("failed: RuntimeError: no call today")
+    pairs = pairs._replace(plain=Contestant("plain", broken), fast=pairs.fast[:1])
+    (alone,) = harness.measure(Case("made", "", lambda setup: pairs), TINY)
+    assert alone["failed"] == "baseline: RuntimeError: no call today"
+
+
 def test_short_calls_are_repeated_within_a_sample(monkeypatch):
-    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}])
-    (found,) = harness.measure(Case("made", "", lambda size: [constant_pair(0.0)]), TINY, repeats=2)
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
+    (found,) = harness.measure(Case("made", "", lambda setup: constant_pair(0.0)), TINY, repeats=2)
     for side, calls in found["calls_per_sample"].items():
         assert calls * statistics.median(found["samples_s"][side]) > 0.002
 
@@ -266,10 +276,12 @@ def test_phases_add_up_to_the_step(monkeypatch, tmp_path):
 
 
 def test_a_run_writes_what_its_numbers_depend_on_and_the_table_reads_it(tmp_path, capsys):
-    assert run("split-bn", "--dry", "--repeats", "3", "--threads", "1", "--out", str(tmp_path)) == 0
+    threads = torch.get_num_threads()
+    assert run("split-bn", "--dry", "--repeats", "3", "--threads", str(threads + 1), "--out", str(tmp_path)) == 0
+    assert torch.get_num_threads() == threads
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
-    assert record["machine"]["threads"] == 1
+    assert record["machine"]["threads"] == threads + 1
     assert record["machine"]["torch"] == torch.__version__
     assert record["machine"]["device"]
     assert {"python", "triton", "commit", "cores"} <= set(record["machine"])
@@ -292,10 +304,10 @@ def test_a_run_writes_what_its_numbers_depend_on_and_the_table_reads_it(tmp_path
 
 @pytest.mark.parametrize("able", [True, False])
 def test_one_command_measures_float32_and_bf16_against_the_released_structure(able, monkeypatch, tmp_path, capsys):
-    if not able or not cases.bf16_support("cpu")[0]:
+    if not able or not contestants.bf16_support("cpu")[0]:
         # A process of its own measures memory, and asks the machine itself.
-        monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}, {}])
-    monkeypatch.setattr(cases, "bf16_support", lambda device: (able, "the CPU of this test"))
+        monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
+    monkeypatch.setattr(contestants, "bf16_support", lambda device: (able, "the CPU of this test"))
     argv = ["arat-step", "--dry", "--device", "cpu", "--threads", "1", "--out"]
     assert run(*argv, str(tmp_path)) == 0
     printed = capsys.readouterr().out
@@ -331,8 +343,8 @@ def test_one_command_measures_float32_and_bf16_against_the_released_structure(ab
 
 
 def test_steps_are_timed_in_at_least_seven_rounds_unless_told(monkeypatch):
-    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}])
-    case = CASES["arat-step"]._replace(prepare=lambda size: [constant_pair(0.0)])
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
+    case = CASES["arat-step"]._replace(prepare=lambda setup: constant_pair(0.0))
     (found,) = harness.measure(case, replace(TINY, dry=False))
     assert found["repeats"] == len(found["samples_s"]["plain"]) >= 7
 
@@ -390,10 +402,16 @@ def test_the_released_structure_leads_the_tables_and_old_records_are_not_shown_a
         (["arat-step", "--model", "wrn-34-10"], "choose --model resnet18"),
         (["table"], "no file given"),
         (["table", "nowhere.json"], "not a result"),
+        (["ladder", "ar-at:resnet18"], "expected DEFENSE:MODEL:BATCH"),
+        (["ladder", "ar-at:resnet18:1"], "expected DEFENSE:MODEL:BATCH"),
+        (["ladder", "ar-tt:resnet18:8"], "did you mean 'ar-at'"),
+        (["ladder", "--repeats", "0"], "expected 1 or more"),
+        (["ladder", "--rounds", "3"], "unrecognized arguments"),
+        (["readme", "--readme", "nowhere.md"], "cannot read nowhere.md"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(argv, part, tmp_path, capsys):
-    if argv[0] != "table":
+    if argv[0] not in ("table", "readme"):
         argv = [*argv, "--out", str(tmp_path)]
     assert run(*argv) == 2
     error = capsys.readouterr().err
@@ -407,6 +425,24 @@ def test_list_names_every_case(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)
 
 
+def test_what_a_gpu_is_asked_first(monkeypatch, tmp_path, capsys):
+    """On a CPU the graph is a fake one, and what needs cuDNN is skipped with its reason."""
+    monkeypatch.setattr(harness, "_peak_memory", lambda *args: [{}] * len(args[-1]))
+    out = tmp_path / "first.json"
+    assert run("first", "--dry", "--device", "cpu", "--threads", "1", "--repeats", "2", "--out", str(out)) == 0
+    record = json.loads(out.read_text())
+    captured, conv, gap = record["results"]
+    assert record["kind"] == "pairs"
+    assert captured["info"]["autotuning_s"] > -1
+    assert captured["equality"]
+    assert conv == {"case": "conv-relu", "skipped": "cudnn_convolution_relu needs a GPU"}
+    assert gap["rate"]["fast"] == pytest.approx(100 / statistics.median(gap["samples_s"]["fast"]))
+    capsys.readouterr()
+    assert run("table", str(out)) == 0
+    assert "| the same step, eager |" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_every_case_runs_on_cuda(tmp_path):
     assert run("--dry", "--device", "cuda", "--out", str(tmp_path)) == 0
+    assert run("first", "--dry", "--device", "cuda", "--out", str(tmp_path)) == 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["machine", "tests", "ladder", "bench", "probe", "train", "matrix"]
+PARTS = ["machine", "tests", "ladder", "bench", "first", "train", "matrix"]
 
 
 def run(out: Path, *argv: str) -> subprocess.CompletedProcess:
@@ -26,13 +26,13 @@ def test_the_dry_run_leaves_all_its_results(tmp_path):
     files = {p.name for p in out.iterdir()}
     assert len(files) <= 8
     assert all(p.is_file() and re.fullmatch(r"[A-Za-z0-9._-]+", p.name) for p in out.iterdir())
-    assert files == {"log.txt", "summary.md", "tests.xml", "ladder.json", "matrix.json", "probe.json", "bench.json", "train.json"}  # fmt: skip
+    assert files == {"log.txt", "summary.md", "tests.xml", "ladder.json", "matrix.json", "first.json", "bench.json", "train.json"}  # fmt: skip
     summary = (out / "summary.md").read_text()
     assert re.findall(r"^\| (\w+) \| done \|", summary, re.MULTILINE) == PARTS
     assert re.search(r"Tests: [1-9]\d* passed, 0 failed", summary)
     assert "dry run" in summary
     assert "random images: accuracies mean nothing" in summary
-    for name, kind in (("ladder", "ladder"), ("matrix", "ladder"), ("probe", "probe"), ("bench", "bench")):
+    for name, kind in (("ladder", "ladder"), ("matrix", "ladder"), ("first", "pairs"), ("bench", "bench")):
         record = json.loads((out / f"{name}.json").read_text())
         assert record["kind"] == kind
         assert record["results"]
@@ -43,7 +43,7 @@ def test_the_dry_run_leaves_all_its_results(tmp_path):
 def test_a_failing_part_is_recorded_and_the_rest_goes_on(tmp_path):
     """A Python that refuses to run tests: the tests fail, all other parts run, and the exit code says so."""
     out, fake = tmp_path / "out", tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*fastarat.cli*|*"benchmarks ladder"*|*"benchmarks probe"*) exit 3;; esac\nexec {sys.executable} "$@"\n')  # fmt: skip
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*fastarat.cli*|*"benchmarks ladder"*|*"benchmarks first"*) exit 3;; esac\nexec {sys.executable} "$@"\n')  # fmt: skip
     fake.chmod(0o755)
     environment = os.environ | {"OUT": str(out), "PYTHON": str(fake)}
     command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--dry"]

@@ -268,7 +268,7 @@ def test_a_bool_is_no_number_and_is_a_bool():
         assert coerce(value, bool, "x") is True
 
 
-SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold_bn", "winograd")]
+SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold_bn")]
 SWITCHES += [(evaluated, "tf32"), (pgd_class, "count"), (pgd_function, "count")]
 
 

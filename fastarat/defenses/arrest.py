@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked, random_start
-from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of
+from fastarat.defenses.base import Defense, Passes, Run, Settings, Views, network_dtype, part_of
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
 from fastarat.nets.models import Network
@@ -108,6 +108,9 @@ class ARREST(Defense):
         else:
             replay = f"images turned by more than {self.phi:g} degrees"
         return {**super().describe(norm), "standard network": str(self.teacher), "noisy replay": replay}
+
+    def passes(self) -> Passes:
+        return Passes(1 if self.phi is None else 2, 1, 1)  # noisy replay looks at the clean representations
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         lam = self.lam

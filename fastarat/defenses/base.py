@@ -94,6 +94,15 @@ class Run(Protocol):
         ...
 
 
+class Passes(NamedTuple):
+    """Batches of B images that a training pass, the attack apart, sends forward and back; those of a teacher."""
+
+    forwards: int
+    backwards: int
+    teacher_forwards: int = 0
+    teacher_backwards: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What, beside a defense's own fields, decides whether a run is as released; the defaults are most releases'.
@@ -230,6 +239,11 @@ class Defense:
         """Values that mean in such a run what leaving the setting out means, by its dotted name."""
         return {}
 
+    def passes(self) -> Passes:
+        """Return what the training pass needs; a defense whose forward or backward is its own says so here."""
+        batches = 2 if self.needs_clean else 1
+        return Passes(batches, batches)
+
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1].
 
@@ -310,6 +324,7 @@ class Defense:
 __all__ = [
     "Attacked",
     "Defense",
+    "Passes",
     "Run",
     "Settings",
     "Views",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import conflict_aware, cross_entropy
 
@@ -47,6 +47,9 @@ class CAAT(Defense):
                 "0.4 (--batch-size 1024 --optim.lr 0.4)",
             )
         return (*found, "the release replaces NaN in the gradient by 0, which hides a diverged run: left out")
+
+    def passes(self) -> Passes:
+        return Passes(2, 2)
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
         # Two forwards, so that each gradient goes back through its own half only.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of, total
+from fastarat.defenses.base import Defense, Passes, Run, Settings, Views, network_dtype, part_of, total
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
 from fastarat.nets.batchnorm import branch
@@ -195,6 +195,10 @@ class CURE(Defense):
         begin = f"the standard run {self.pretrained}" if self.pretrained else f"{self.warmup_epochs} natural epochs"
         masks = f"mode {self.mode}, {self.p:.0%} of each tensor, alpha {self.alpha:g}"
         return {**super().describe(norm), "starts from": begin, "gradient mask": masks}
+
+    def passes(self) -> Passes:
+        # The score takes a gradient of each loss; the slow copy sees both halves.
+        return Passes(2, 2 if self.mode == "rgp" else 4, 2)
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         maskable(model, self.mode)

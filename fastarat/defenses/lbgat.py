@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastarat import losses
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
 from fastarat.nets.batchnorm import BatchNorm2d, grouped_batchnorm, set_backend
 from fastarat.nets.models import Normalize, build_model
 
@@ -81,6 +81,10 @@ class LBGAT(Defense):
         teacher = self.teacher or "resnet18-lbgat (resnet-small for images under 32 pixels)"
         stopped = ", without the MSE's gradient" if self.detach_teacher else ""
         return {**super().describe(norm), "natural network": f"{teacher}, trained alongside{stopped}, unused at test"}
+
+    def passes(self) -> Passes:
+        # Without the KL the clean batch only moves running statistics.
+        return Passes(2, 2 if self.beta else 1, 1, 1)
 
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         return nn.ModuleDict({"teacher": natural_network(self.teacher, model, example)})

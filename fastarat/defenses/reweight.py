@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
 from fastarat.defenses.gairat import burn_in_ends, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, done_weights, instance_kl, vir_weights
@@ -90,6 +90,9 @@ class VIR(Defense):
         begin = "77 of 115, scaled" if self.begin_epoch is None else str(self.begin_epoch)
         numbers = ", ".join(f"{k} {v:g}" for k, v in self.constants().items())
         return {**super().describe(norm), "vulnerability weights": f"mode {self.mode}, {numbers}, from epoch {begin}"}
+
+    def passes(self) -> Passes:
+        return super().passes() if self.needs_clean else Passes(2, 1)  # the clean logits only make weights
 
     def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
         extra = {"weighted": reached(run, self.begin_epoch, 77, 115)}

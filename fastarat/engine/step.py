@@ -37,7 +37,6 @@ from fastarat.nets.attacker import HALF, Attacker, autocast, frozen, mode_of
 from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, split_batchnorm
 from fastarat.nets.models import set_kernels
 from fastarat.nets.taps import Taps, forward_with_features
-from fastarat.nets.winograd import set_winograd
 from fastarat.specs import Attack, BatchNormMode, Fast, known, none_left, spec_of
 
 # Inductor must not wrap its own CUDA graphs inside ours.
@@ -194,7 +193,6 @@ class TrainStep:
 
     def _laid_out(self, module: _Module, kernels: str) -> _Module:
         set_kernels(module, kernels)
-        set_winograd(module, self.fast.winograd)
         # torch's stubs of Module.to forget memory_format.
         return module.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
 

@@ -17,8 +17,9 @@ from tqdm.notebook import tqdm_notebook
 
 from fastarat.checks import Budget, check_images, check_labels, coerce, whole
 from fastarat.data import Loader, Split, make_loader
-from fastarat.device import float32_flags
+from fastarat.device import float32_flags, seeded_apart
 from fastarat.errors import UserError, unknown
+from fastarat.nets.attacker import frozen
 from fastarat.nets.batchnorm import branch as use_branch
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -162,26 +163,22 @@ class Task:
                 raise UserError(f"{name} is {p.dtype}: evaluation is in float32; call model.float() before evaluating")
         home = device_of(model)
         modes = [(m, m.training) for m in model.modules()]
-        frozen = [(p, p.requires_grad) for p in model.parameters()]
         try:
             with (
                 torch.inference_mode(False),
-                torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+                seeded_apart(self.device),
                 torch.autocast(self.device.type, enabled=False),
                 float32_flags(self.tf32),
                 use_branch(model, self.branch),
+                frozen(model),
             ):
                 if self.device != home:
                     model.to(self.device)
                 model.eval()
-                for p, _ in frozen:
-                    p.requires_grad_(False)
                 yield
         finally:
             for m, training in modes:
                 m.training = training
-            for p, requires_grad in frozen:
-                p.requires_grad_(requires_grad)
             if self.device != home:
                 model.to(home)
 

@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastarat.kernels import why_not_conv_bias_relu, why_not_fold
 from fastarat.nets.models import FoldedConv, Network
-from fastarat.nets.winograd import Conv2d
 from fastarat.specs import known
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +70,7 @@ class Attacker:
         self.model, self.network, self.precision = model, model, precision
         dtype = HALF.get(precision)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._folded: dict[Conv2d, FoldedConv] = {}
+        self._folded: dict[nn.Conv2d, FoldedConv] = {}
         if fold and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None:
             self._folded = _folded_convs(model, dtype)
         self.folds = bool(self._folded)
@@ -120,7 +119,7 @@ def _twin(module: nn.Module, weights: dict[int, Tensor], made: dict[nn.Module, n
     return made[module]
 
 
-def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[Conv2d, FoldedConv]:
+def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[nn.Conv2d, FoldedConv]:
     """Convolutions that take up the BatchNorm after them, still empty, by the model's own ones."""
     # Two that are added up need one bias between them: the shortcut has none.
     bare = {shortcut for shortcut, _ in model.shortcuts()}
@@ -130,9 +129,9 @@ def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[Conv2d, Fol
     return {conv: FoldedConv(conv, dtype, conv not in bare, fused) for conv in convs}
 
 
-def _fold(model: Network, folded: dict[Conv2d, FoldedConv]) -> None:
+def _fold(model: Network, folded: dict[nn.Conv2d, FoldedConv]) -> None:
     """Fold the "adv" branch's running statistics and affine; in float32 or wider, then rounded."""
-    biases: dict[Conv2d, Tensor] = {}
+    biases: dict[nn.Conv2d, Tensor] = {}
     for conv, bn in model.foldable():
         held = bn.branch_set("adv")
         scale = held.weight * torch.rsqrt(known(held.running_var) + bn.eps)

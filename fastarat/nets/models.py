@@ -19,23 +19,22 @@ from fastarat.errors import UserError, unknown
 from fastarat.kernels import conv_bias_relu, stem_applies, stem_conv
 from fastarat.nets.batchnorm import BatchNorm2d, set_backend
 from fastarat.nets.taps import PENULTIMATE, Taps
-from fastarat.nets.winograd import Conv2d
 
 
-class FoldedConv(Conv2d):
+class FoldedConv(nn.Conv2d):
     """A convolution that has absorbed the BatchNorm after it: it adds the residual and applies the ReLU itself.
 
     Its tensors are `Attacker`'s to fill. fused: whether cuDNN does bias, residual and ReLU in the convolution's call.
     """
 
-    def __init__(self, conv: Conv2d, dtype: torch.dtype, bias: bool, fused: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, bias: bool, fused: bool) -> None:
         # A cast, because torch declares tuples of any length.
         kernel, stride, padding = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, conv.padding))
         super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=bias, device="meta")
         self.weight = nn.Parameter(torch.empty_like(conv.weight, dtype=dtype), requires_grad=False)
         if bias:
             self.bias = nn.Parameter(self.weight.new_empty(conv.out_channels), requires_grad=False)
-        self.winograd, self.fused, self.backend = conv.winograd, fused, getattr(conv, "backend", "plain")
+        self.fused, self.backend = fused, getattr(conv, "backend", "plain")
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.fused and relu:
@@ -48,7 +47,7 @@ class FoldedConv(Conv2d):
 
 
 def _conv_norm_relu(
-    conv: Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
+    conv: nn.Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
 ) -> Tensor:
     """Convolution, BN, optional residual add, ReLU; the first two are one where an attacker has folded BN."""
     if isinstance(conv, FoldedConv):
@@ -65,7 +64,7 @@ def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residua
     return F.relu(y if residual is None else y + residual)
 
 
-class Stem(Conv2d):
+class Stem(nn.Conv2d):
     """A network's first convolution, 3x3: on a GPU in half precision its input gradient has a kernel of its own."""
 
     backend = "auto"
@@ -96,17 +95,17 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn1 = BatchNorm2d(planes)
-        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), BatchNorm2d(planes))
 
-    def projection(self) -> tuple[Conv2d, BatchNorm2d]:
+    def projection(self) -> tuple[nn.Conv2d, BatchNorm2d]:
         """The layers of a shortcut that changes the shape; nn.Sequential does not know their types, hence the cast."""
-        return cast(tuple[Conv2d, BatchNorm2d], tuple(self.shortcut))
+        return cast(tuple[nn.Conv2d, BatchNorm2d], tuple(self.shortcut))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
@@ -120,11 +119,11 @@ class PreActBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = BatchNorm2d(in_planes)
-        self.conv1 = Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn2 = BatchNorm2d(planes)
-        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(Conv2d(in_planes, planes, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _norm_relu(self.bn1, x, f"{name}.bn1", taps)
@@ -139,10 +138,10 @@ class WideBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = BatchNorm2d(in_planes)
-        self.conv1 = Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn2 = BatchNorm2d(planes)
-        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.convShortcut = Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out = _norm_relu(self.bn1, x, f"{name}.relu1", taps)
@@ -193,7 +192,7 @@ class Network(nn.Module):
         names = [n for n, m in self.named_modules() if isinstance(m, BatchNorm2d) and "shortcut" not in n]
         return [*(n for n in names if n != "bn1"), PENULTIMATE]
 
-    def foldable(self) -> Iterator[tuple[Conv2d, BatchNorm2d]]:
+    def foldable(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
         """Pairs of a convolution and the BatchNorm that follows it directly."""
         for m in self.modules():
             if isinstance(m, BasicBlock):
@@ -205,7 +204,7 @@ class Network(nn.Module):
             elif isinstance(m, ResNet):
                 yield (m.conv1, m.bn1)
 
-    def shortcuts(self) -> Iterator[tuple[Conv2d, Conv2d]]:
+    def shortcuts(self) -> Iterator[tuple[nn.Conv2d, nn.Conv2d]]:
         """Pairs of foldable convolutions whose BatchNorm outputs are added: the shortcut's, and the other."""
         for m in self.modules():
             if isinstance(m, BasicBlock) and len(m.shortcut):

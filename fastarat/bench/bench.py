@@ -1,0 +1,391 @@
+"""`fastarat bench`: time by phase, TFLOP/s, share of the machine's own rate and memory of a training step.
+
+The loop that is timed is the trainer's (resident loader, augmentation, step) on random images.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastarat.bench.harness import (
+    Ceiling,
+    Clock,
+    Marks,
+    Race,
+    launches,
+    matmul_ceiling,
+    opened,
+    peak_memory,
+    placed,
+    quartiles,
+    race,
+    race_phases,
+    warmed,
+)
+from fastarat.checks import Precision, settle
+from fastarat.config import from_dict, resolve_defense
+from fastarat.data import Augment, Batch, Loader, Split, make_loader
+from fastarat.defenses import Defense
+from fastarat.device import backend_flags, pick_device, seeded_apart, usable_precision
+from fastarat.engine.step import TrainStep
+from fastarat.errors import UserError
+from fastarat.kernels import why_not_triton
+from fastarat.nets.models import build_model
+from fastarat.runs import load_start
+from fastarat.specs import Attack, Fast, setting
+
+EPOCH_IMAGES = 50_000
+"""Images of the epoch that times are given for: CIFAR-10's training set."""
+H200_BF16 = 790e12
+"""Dense bf16 matrix rate to expect of an H200, FLOP/s: a constant to hold results against, not measured here."""
+_PHASES = ("data", "attack", "forward", "backward", "optimiser", "metrics")
+
+
+class Cost(NamedTuple):
+    """Work a method needs per image, in forward passes F of the trained network, and of its teacher if it has one.
+
+    A backward to the input counts 1 F, one that also makes weight gradients 2 F. Only what the method needs: work that
+    an implementation wastes earns no credit. The attack's last input gradient reaches the stem; the training pass's
+    stem gradient to the image, which nobody needs, is 0.3 % of a ResNet-18 and is counted all the same.
+    """
+
+    attack: float
+    training: float
+    teacher: float
+    formula: str
+
+    @property
+    def forwards(self) -> float:
+        """F per image of the trained network."""
+        return self.attack + self.training
+
+
+def cost_of(
+    defense: Defense, *, num_steps: int = 10, num_restarts: int = 1, objective: str | None = None, awp: bool = False
+) -> Cost:
+    """Count what a step of `defense` needs per image.
+
+    K attack steps are 2K (a forward and an input gradient each), times the restarts, of which each then also costs a
+    forward to be compared; "kl" takes one forward for the clean logits. The training pass is 3 per batch that is sent
+    forward and back. So AT is 2K + 3 = 23, AR-AT and MART 2K + 6 = 26, TRADES 2K + 1 + 6 = 27 for K = 10. What the
+    training pass takes is the defense's own word, `Defense.passes`.
+    """
+    forwards, backwards, teacher_forwards, teacher_backwards = defense.passes()
+    restarts = f"{num_restarts} x " if num_restarts > 1 else ""
+    terms = []
+    attack = 0
+    if defense.attacks:
+        attack = num_restarts * 2 * num_steps
+        terms.append(f"{restarts}2 x {num_steps} attack")
+        if (objective or defense.objective) == "kl":
+            attack += 1
+            terms.append("1 clean logits")
+        if num_restarts > 1:
+            attack += num_restarts
+            terms.append(f"{num_restarts} to compare the restarts")
+    training = forwards + 2 * backwards
+    terms.append(f"{forwards} forward + 2 x {backwards} backward")
+    if awp and defense.attacks:
+        training *= 2
+        terms.append("the same for AWP")
+    teacher = teacher_forwards + 2 * teacher_backwards
+    return Cost(attack, training, teacher, " + ".join(terms) + (f" (+ {teacher} of the teacher)" if teacher else ""))
+
+
+def forward_flops(model: nn.Module, images: Tensor) -> int:
+    """Count multiplications and additions of `model`'s convolutions and linear layers on `images`, by hooks."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * module.weight[0].numel()
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [m.register_forward_hook(count) for m in layers]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def step_flops(step: TrainStep, example: Tensor, *, objective: str | None = None) -> tuple[float, Cost, int]:
+    """Return FLOP per image of a training step by `cost_of`, that cost, and FLOP of one forward.
+
+    example: float32 [1, C, H, W].
+    """
+    cost = cost_of(
+        step.defense,
+        num_steps=step.spec.num_steps,
+        num_restarts=step.spec.num_restarts,
+        objective=objective or step.spec.objective,
+        awp=step.perturbation is not None,
+    )
+    # Copies: hooks and mode changes must not touch the network that is timed.
+    flops = forward_flops(copy.deepcopy(step.model), example)
+    teachers = [m for m in step.companions.children() if any(isinstance(c, nn.Conv2d) for c in m.modules())]
+    of_teachers = sum(forward_flops(copy.deepcopy(m), example) for m in teachers) if cost.teacher else 0
+    return cost.forwards * flops + cost.teacher * of_teachers, cost, flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Fast):
+    """What `bench` measures. Fields that `Config` has too mean the same."""
+
+    defense: str = setting("ar-at", "defenses, comma-separated, as in fastarat train")
+    model: str = setting("resnet18", "network, as in fastarat train")
+    batch_size: int | None = setting(None, "images per step (default: 128; 16 on a CPU)")
+    image_size: int = setting(32, "pixels of each side of the random images")
+    num_classes: int = setting(10, "classes")
+    precision: Precision | None = setting(None, "default: bf16 on a GPU, fp32 on a CPU")
+    amp: bool | None = setting(None, "short for --precision bf16, where the hardware has it; --no-amp for fp32")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N")
+    awp: float | None = setting(
+        None, "gamma_w of adversarial weight perturbation, a share of each weight's norm, such as 0.005", "(0, 1)"
+    )
+    repeats: int | None = setting(None, "samples (default: 20; 5 on a CPU)")
+    steps: int | None = setting(None, "steps per sample (default: half a second's worth)")
+    threads: int | None = setting(None, "CPU threads of PyTorch (default: its own choice)")
+    attack: Attack = field(default_factory=Attack)
+
+    def fast(self, precision: str) -> Fast:
+        """The `Fast` among these fields, in `precision`."""
+        return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)} | {"precision": precision})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attack, dict):
+            object.__setattr__(self, "attack", from_dict(self.attack, Attack, "attack.", "bench"))
+        settle(self)
+        least = {"batch_size": 2, "image_size": 1, "repeats": 1, "steps": 1, "threads": 1, "num_classes": 2}
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
+
+
+def bench(
+    config: BenchConfig | None = None,
+    defenses: Sequence[Defense] | None = None,
+    *,
+    command: str = "",
+    on_result: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Measure training steps on random images.
+
+    Args:
+        config: default `BenchConfig()`: AR-AT, ResNet-18, 32x32.
+        defenses: replace those `config` names.
+        command: kept in the record.
+        on_result: called with the record so far after each defense.
+    Returns: the record: machine, config, and per defense all samples, medians and quartiles.
+    Raises: UserError for what cannot be measured.
+    """
+    config = config or BenchConfig()
+    if defenses is None:
+        defenses = [resolve_defense(name.strip())() for name in config.defense.split(",")]
+    device = pick_device(config.device)
+    cuda = device.type == "cuda"
+    config = dataclasses.replace(
+        config,
+        batch_size=config.batch_size or (128 if cuda else 16),
+        precision=asked_precision(config, cuda=cuda),
+        repeats=config.repeats or (20 if cuda else 5),
+    )
+    precision, note = usable_precision(config.precision, device)
+    with placed(device, config.threads), backend_flags(device, precision), seeded_apart(device):
+        record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
+        for defense in defenses:
+            record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
+            on_result(record)
+    return record
+
+
+def asked_precision(config: BenchConfig, *, cuda: bool) -> Precision:
+    """Return the precision asked for: `--amp` turns fp32 into bf16 and nothing else, as in `fastarat train`."""
+    if config.amp and config.precision in (None, "fp32"):
+        return "bf16"
+    return config.precision or ("bf16" if cuda and config.amp is None else "fp32")
+
+
+def random_split(count: int, shape: tuple[int, int, int], num_classes: int) -> Split:
+    """Return random uint8 images and labels as a training split. shape: (C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, *shape[1:], shape[0]), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(num_classes, (count,), generator=generator)
+    return Split(pixels, labels, torch.arange(count), shape)
+
+
+def make_step(config: BenchConfig, defense: Defense, device: torch.device, precision: str) -> TrainStep:
+    """Build the step that `config` describes, the same weights each time; its batch size and precision are not read."""
+    with seeded_apart(device):
+        torch.manual_seed(0)
+        model = build_model(config.model, num_classes=config.num_classes, image_size=config.image_size).to(device)
+        load_start(defense, model)
+        example = torch.empty(2, 3, config.image_size, config.image_size)
+        fast = config.fast(precision)
+        return TrainStep(model, defense, example, attack=config.attack, fast=fast, awp=config.awp)
+
+
+def _forever(loader: Loader) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+def _measured(config: BenchConfig, defense: Defense, device: torch.device, precision: str) -> dict[str, Any]:
+    clock, size = Clock(device), config.batch_size
+    split = random_split(size * (64 if device.type == "cuda" else 4), (3, *[config.image_size] * 2), config.num_classes)
+    batches = _forever(
+        make_loader(
+            split,
+            batch_size=size,
+            device=device,
+            kind="resident",
+            shuffle=True,
+            augment=Augment(4, True),
+            drop_last=True,
+        )
+    )
+    step = None
+
+    def build() -> Callable[[], None]:
+        nonlocal step
+        step = make_step(config, defense, device, precision)
+        return once
+
+    def once() -> None:
+        batch = next(batches)
+        step.set_lr(0.01)
+        step.forward.progress.fill_(0.5)
+        step(batch.images, batch.labels)
+
+    _, warmup_s = warmed(build, device)
+    ceiling = matmul_ceiling(device)
+    options = {"rounds": config.repeats, "shortest_s": 0.5, "calls_per_sample": config.steps}
+    timed = race({"loop": once}, clock, ceilings=[ceiling], **options)
+    found = {
+        "precision": precision,
+        "captured": not step.why_eager,
+        "why_eager": step.why_eager,
+        "fast_paths": _fast_paths(config, step, device),
+        "repeats": config.repeats,
+        "steps_per_sample": timed.calls["loop"],
+        "warmup_s": warmup_s,
+        "memory": peak_memory(once, device),
+        "launches": launches(once, device),
+        "data_samples_s": [clock(lambda: next(batches), 4) for _ in range(config.repeats + 1)][1:],
+    }
+    found["phase_samples_s"], found["phases_of"] = phase_samples(config, defense, device, precision)
+    flops, cost, forward = step_flops(step, torch.zeros(1, *split.shape, device=device))
+    found["cost"] = cost._asdict() | {"forwards": cost.forwards, "forward_flop": forward, "flop_per_image": flops}
+    name = defense.name or type(defense).__name__
+    what = f"{name}, {config.model}, {size} images {config.image_size}x{config.image_size}, "
+    what += f"PGD-{config.attack.num_steps}, {precision}"
+    return {"defense": name, "what": what, **found, **_numbers(found, timed, ceiling, flops * size, size)}
+
+
+def _numbers(found: dict[str, Any], timed: Race, ceiling: Ceiling, work: float, size: int) -> dict[str, Any]:
+    """What follows from the samples. work: FLOP of a step."""
+    loop, matmul = timed.samples["loop"], timed.samples[ceiling.name]
+    phases = {"data": found["data_samples_s"], **found["phase_samples_s"]}
+    return {
+        "samples_s": {"loop": loop, "matmul": matmul},
+        "ms": quartiles(loop, 1e3),
+        "epoch_s": quartiles(loop, EPOCH_IMAGES / size),
+        "images_per_s": quartiles([size / s for s in loop]),
+        "tflops": quartiles([work / s / 1e12 for s in loop]),
+        "peak": {"name": ceiling.name, "tflops": quartiles([ceiling.amount / s / 1e12 for s in matmul])},
+        "mfu": timed.share("loop", work, ceiling),
+        "phase_ms": {name: quartiles(v, 1e3) for name, v in phases.items()},
+    }
+
+
+def phase_samples(
+    config: BenchConfig, defense: Defense, device: torch.device, precision: str
+) -> tuple[dict[str, list[float]], str]:
+    """Time the phases of a step like the measured one, each of its marks a node of the graph if it is captured."""
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (config.batch_size, 3, config.image_size, config.image_size)
+    images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(config.num_classes, shape[:1], generator=generator, device=device)
+    reason = ""
+    for capture in dict.fromkeys((config.capture, "off")):
+        step = make_step(dataclasses.replace(config, capture=capture), defense, device, precision)
+        step.mark = marks = Marks(device)
+        try:
+            found = race_phases({"step": (lambda step=step: step(images, labels), marks)}, rounds=config.repeats)
+        except (RuntimeError, UserError) as error:
+            if capture == "off":
+                raise
+            reason = f" (marks inside the graph failed: {str(error).splitlines()[0]})"
+            continue
+        samples = {phase: s for phase, s in found["step"].items() if phase != "attack" or defense.attacks}
+        return samples, ("the same step uncaptured" + reason) if step.why_eager else "the captured step"
+    raise AssertionError("an eager step has phases")
+
+
+def _fast_paths(config: BenchConfig, step: TrainStep, device: torch.device) -> list[str]:
+    found = ["channels-last"] if config.channels_last else []
+    if config.kernels != "plain" and why_not_triton(device) is None:
+        found.append("Triton kernels")
+    if step.attacker.folds:
+        found.append("BatchNorm folded in the attack")
+    if not step.why_eager:
+        found.append("fake capture" if config.capture == "fake" else "one CUDA graph")
+    if config.compile_loss:
+        found.append("compiled loss")
+    return found
+
+
+def render(record: dict[str, Any]) -> str:
+    """Return a record of `bench` as a table for a terminal: medians, and quartiles in brackets."""
+    where = record["machine"]
+    lines = [
+        f"{where['device']}, torch {where['torch']}"
+        + ("" if "driver_version" in where else f", {where['threads']} threads")
+        + f"; {record['data']}",
+    ]
+    for r in record["results"]:
+        rows = {
+            "": r["what"],
+            "precision": r["precision_note"],
+            "fast paths": ", ".join(r["fast_paths"]) or "none",
+            "captured": "yes" if r["captured"] else f"no: {r['why_eager']}",
+            f"epoch of {EPOCH_IMAGES:,} images": cell(r["epoch_s"]) + " s",
+            "step": cell(r["ms"]) + " ms, data included",
+            "images/s": cell(r["images_per_s"]),
+            "work": f"{r['cost']['forwards']:g} forwards per image = {r['cost']['formula']}; "
+            f"{r['cost']['flop_per_image'] / 1e9:.3g} GFLOP",
+            "TFLOP/s": cell(r["tflops"]),
+            "machine's rate": f"{cell(r['peak']['tflops'])} TFLOP/s, {r['peak']['name']}, in the same run",
+            "MFU": f"{r['mfu']['median']:.1%} ({r['mfu']['q1']:.1%} to {r['mfu']['q3']:.1%})",
+            "phases": f"of {r['phases_of']}",
+            **{f"  {name}": cell(r["phase_ms"][name]) + " ms" for name in _PHASES if name in r["phase_ms"]},
+            "peak memory": "not measured"
+            if r["memory"]["peak_bytes"] is None
+            else f"{r['memory']['peak_bytes'] / 2**20:,.0f} MiB ({r['memory']['method']})",
+            "per step": ", ".join(f"{n:,} {kind}" for kind, n in r["launches"].items()),
+            "before the first timed step": f"{r['warmup_s']:.1f} s (building, compiling, autotuning, capturing)",
+        }
+        if "H200" in where["device"]:
+            rows["share of 790 TFLOP/s"] = f"{r['tflops']['median'] * 1e12 / H200_BF16:.1%} (an H200's usual rate)"
+        width = max(map(len, rows))
+        lines += ["", *(f"{key:<{width}}  {value}" for key, value in rows.items())]
+    return "\n".join(lines)
+
+
+def cell(q: dict[str, float]) -> str:
+    """Format quartiles: median (q1 to q3), with as many digits as they deserve."""
+    style = ",.0f" if abs(q["median"]) >= 100 else ".3g"
+    return f"{q['median']:{style}} ({q['q1']:{style}} to {q['q3']:{style}})"
