@@ -17,8 +17,6 @@ Objective = Literal["ce", "kl", "cw"]
 BatchNormMode = Literal["eval", "train", "train-frozen"]
 Backend = Literal["auto", "triton", "plain"]
 Capture = Literal["auto", "on", "off", "fake"]
-
-
 _T = TypeVar("_T")
 
 

@@ -17,8 +17,8 @@ from fastarat.checks import settle
 from fastarat.specs import Attack
 
 _Companion = TypeVar("_Companion", bound=nn.Module)
+# None in a tensor's place: a loss reads only what its own forward has put there, and there it is a tensor.
 _UNSET: Any = None
-"""A view that this defense's forward does not make: a loss reads what its own forward made, to it all are tensors."""
 
 
 class Views(NamedTuple):
