@@ -21,7 +21,7 @@ from benchmarks.gates import IMAGE_SIZE, NUM_CLASSES, Setup, Unavailable, engine
 from fastarat.bench.bench import forward_flops
 from fastarat.bench.harness import Clock, Contestant, Equality, Marks
 from fastarat.data import Augment, Split, beton, make_loader
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.engine.graphs import capture
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError

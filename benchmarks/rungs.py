@@ -12,7 +12,7 @@ from fastarat.kernels import why_not_fold, why_not_triton
 from benchmarks import gates, plain
 from benchmarks.gates import PLAINEST, Setup, engine_step, released_loop
 from fastarat.bench.harness import Call, Clock, Contestant, launches, peak_memory, quartiles
-from fastarat.doctor import bf16_support
+from fastarat.device import bf16_support
 from fastarat.specs import Fast
 
 MATRIX = [

@@ -1,4 +1,4 @@
-"""Projected gradient descent as pure functions: randomness, BN mode and precision all come from the caller.
+"""PGD for everybody: the functions of `fastarat.ascent` with their inputs checked, and `PGD` on a network.
 
 Source: Madry et al., ICLR 2018 (L-infinity PGD); the starts are those of each method's released code.
 """
@@ -9,89 +9,34 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastarat import ascent
+from fastarat.ascent import OBJECTIVES, Attacked, Maximised, bound, craft, starts_flat
 from fastarat.checks import (
-    Norm,
     check_classes,
     check_images,
     check_labels,
     check_logits,
     check_pixels,
-    checked_budget,
-    checked_length,
-    coerce,
     input_channels,
     logits_of,
-    named,
-    shown,
-    whole,
-    wide,
 )
 from fastarat.device import readable, waits
 from fastarat.errors import UserError
-from fastarat.kernels import interpreting, pgd_update, why_not_triton
 from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of
-from fastarat.specs import Attack, Backend, Start, known, none_left, spec_of
+from fastarat.specs import Attack, Start, checked_backend, none_left, spec_of
+from fastarat.values import Norm, checked_budget, checked_length, coerce, named, shown, whole
 
-
-class Attacked(NamedTuple):
-    """Result of an attack.
-
-    images: float32 [B, C, H, W], within epsilon of the centre and within [0, 1].
-    kappa: int64 [B], steps whose current point (before that step) was still classified correctly, or None.
-    objective: float [], what was maximised, summed over images and steps, or None. Where it is not finite the attack
-        has stood still at some step, since a NaN has no sign: a caller that does not look trains on weak attacks.
-    """
-
-    images: Tensor
-    kappa: Tensor | None
-    objective: Tensor | None = None
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Per-image cross-entropy. logits: float [B, K]; target: int64 [B]. Returns float32 [B]."""
-    return F.cross_entropy(wide(logits), target, reduction="none")
-
-
-def kl(logits: Tensor, target: Tensor) -> Tensor:
-    """Per-image KL(p_target || p). logits, target: float [B, K], target a constant. Returns float32 [B]."""
-    log_target = F.log_softmax(wide(target), 1)
-    return (log_target.exp() * (log_target - F.log_softmax(wide(logits), 1))).sum(1)
-
-
-def margin(logits: Tensor, target: Tensor) -> Tensor:
-    """Per-image largest wrong logit minus the true one (Carlini and Wagner, 2017). Returns float32 [B]."""
-    logits = wide(logits)
-    true = logits.gather(1, target[:, None]).squeeze(1)
-    is_true = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-    return logits.masked_fill(is_true, -torch.inf).amax(1) - true
-
-
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "kl": kl, "cw": margin}
-
-
-def objective_of(objective: str | Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the per-image loss an attack maximises, by name ("ce", "kl", "cw") or as given."""
-    name = objective_name(objective)
-    return name if callable(name) else OBJECTIVES[name]
+__all__ = ["PGD", "Attacked", "objective_name", "pgd", "random_start", "strongest"]
 
 
 def objective_name(objective: str | Callable) -> str | Callable:
     """Return the canonical name of an objective, or the function given. Raises: UserError for an unknown name."""
     return objective if callable(objective) else named("objective", objective, tuple(OBJECTIVES))
-
-
-def checked_backend(key: str, backend: str, device: torch.device) -> str:
-    """Return a kernel backend's canonical name. Raises: UserError for an unknown one, or Triton where it is not."""
-    backend = named(key, backend, Backend.__args__)
-    if backend == "triton" and not interpreting() and (reason := why_not_triton(device)) is not None:
-        raise UserError(f"{key}=triton cannot be had here: {reason}; write {key}=auto")
-    return backend
 
 
 def random_start(
@@ -117,17 +62,7 @@ def random_start(
     kind, norm = named("start", kind, Start.__args__), named("norm", norm, Norm.__args__)
     check_images(images)
     epsilon = checked_length("epsilon", epsilon, norm, shape=images.shape)
-    if kind == "none":
-        return images.clone()
-    if kind in ("l2", "uniform") and (norm == "l2" or kind == "l2"):
-        direction = _like(images).normal_(generator=generator)
-        length = torch.rand(images.shape[0], 1, 1, 1, device=images.device, generator=generator) * epsilon
-        return (images + direction * (length / _norm(direction))).clamp_(0, 1)
-    if kind in ("uniform", "uniform-unclamped"):
-        noise = _like(images).uniform_(-1, 1, generator=generator)
-        start = noise.mul_(epsilon).add_(images)
-        return start.clamp_(0, 1) if kind == "uniform" else start
-    return _like(images).normal_(generator=generator).mul_(1e-3).add_(images)
+    return ascent.draw_start(images, epsilon=epsilon, kind=kind, norm=norm, generator=generator)
 
 
 def pgd(
@@ -177,35 +112,21 @@ def pgd(
     if start.shape != images.shape:
         raise UserError(f"start is {list(start.shape)}, images {list(images.shape)}: expected one shape")
     _check_target(target, objective, images)
-    kappa = None
     if count:
         check_labels(labels, images)
-        kappa = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
-    points, losses = start.detach(), []
-    for _ in range(num_steps):
-        logits, loss, grad = _gradient(forward, points, target, objective)
-        losses.append(loss)
-        if kappa is not None:
-            kappa += logits.argmax(1) == labels
-        step = pgd_update if norm == "linf" else _l2_update
-        points = step(points, grad, images, epsilon=epsilon, step_size=step_size, backend=backend).detach()
-    return Attacked(points, kappa, torch.stack(losses).sum() if losses else None)
+    options = {"epsilon": epsilon, "step_size": step_size, "num_steps": num_steps, "norm": norm}
+    options |= {"objective": objective, "count": count, "backend": backend}
+    # One's own objective may want something else of one's own forward than logits.
+    checked = forward if callable(objective) else partial(_checked_logits, forward, target, objective)
+    return ascent.ascend(checked, images, labels, target, start, **options)
 
 
-def _gradient(
-    forward: Callable[[Tensor], Tensor], points: Tensor, target: Tensor, objective: str | Callable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at `points`, the summed objective, and its gradient by the points."""
-    points = points.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = forward(points)
-        if not callable(objective):  # one's own may want something else of one's own forward
-            check_logits(logits, points)
-        if objective == "kl" and target.shape != logits.shape:
-            raise UserError(f"target is {list(target.shape)}, the logits {list(logits.shape)}: expected one shape")
-        loss = objective_of(objective)(logits, target).sum()
-    (grad,) = torch.autograd.grad(loss, points)
-    return logits.detach(), loss.detach(), grad
+def _checked_logits(forward: Callable[[Tensor], Tensor], target: Tensor, objective: str, points: Tensor) -> Tensor:
+    logits = forward(points)
+    check_logits(logits, points)
+    if objective == "kl" and target.shape != logits.shape:
+        raise UserError(f"target is {list(target.shape)}, the logits {list(logits.shape)}: expected one shape")
+    return logits
 
 
 def _check_target(target: Tensor, objective: str | Callable, images: Tensor) -> None:
@@ -222,7 +143,7 @@ def strongest(
     forward: Callable[[Tensor], Tensor],
     attacks: Sequence[Callable[[], Attacked]],
     target: Tensor,
-    objective: str | Callable[[Tensor, Tensor], Tensor] = "ce",
+    objective: str | Maximised = "ce",
 ) -> Attacked:
     """Run several restarts and keep, image by image, the point of largest objective (one more forward each).
 
@@ -230,92 +151,15 @@ def strongest(
     Raises: UserError without attacks, for an unknown objective or a target of another type or shape.
     """
     objective = objective_name(objective)
-    loss_of = objective_of(objective)
     if not attacks:
         raise UserError("strongest got no attacks: expected at least one, such as a bound `pgd`")
 
-    def tried(attack: Callable[[], Attacked]) -> tuple[Attacked, Tensor]:
+    def checked(attack: Callable[[], Attacked]) -> Attacked:
         result = attack()
         _check_target(target, objective, result.images)
-        with torch.no_grad():
-            return result, loss_of(forward(result.images), target)
+        return result
 
-    (kept, fewest, maximised), best = tried(attacks[0])
-    objectives = [maximised]
-    for attack in attacks[1:]:
-        (images, kappa, maximised), loss = tried(attack)
-        objectives.append(maximised)
-        better = (loss > best)[:, None, None, None]
-        kept, best = torch.where(better, images, kept), torch.maximum(best, loss)
-        fewest = None if kappa is None or fewest is None else torch.minimum(kappa, fewest)
-    sums = [value for value in objectives if value is not None]
-    return Attacked(kept, fewest, torch.stack(sums).sum() if len(sums) == len(attacks) else None)
-
-
-def starts_flat(objective: str | Callable, start: str) -> bool:
-    """Whether an attack begins where half precision sees no gradient but rounding: KL a thousandth from its minimum.
-
-    A first step in float32 (on a GPU, in TF32) leaves the place; from there on half precision attacks as well.
-    """
-    return objective == "kl" and start == "gaussian"
-
-
-def first_then(first: Callable[[Tensor], Tensor], rest: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a forward that is `first` when it is called for the first time, and `rest` from then on."""
-    forwards = itertools.chain((first,), itertools.repeat(rest))
-    return lambda points: next(forwards)(points)
-
-
-def craft(
-    attack: Attack,
-    logits: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    run: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Attacked],
-    exact: Callable[[Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
-) -> Attacked:
-    """Attack once: what is climbed away from, a random start, `run`, and of several restarts the strongest.
-
-    Args:
-        attack: with start and objective set.
-        logits: points -> logits [B, K], the network as the attack sees it.
-        images, labels: as in `pgd`.
-        run: (forward, target, start) -> Attacked, a bound `pgd` or a defense's own attack.
-        exact: in full precision what `logits` is not, for an attack that `starts_flat`: it takes the first step, and
-            makes the clean logits of its KL.
-        generator: of the random start.
-    """
-    first = logits if exact is None else exact
-    target = labels
-    kind: Start = known(attack.start)
-    if attack.objective == "kl":
-        with torch.no_grad():
-            target = first(images)
-
-    def once() -> Attacked:
-        start = random_start(images, epsilon=attack.epsilon, kind=kind, norm=attack.norm, generator=generator)
-        return run(logits if first is logits else first_then(first, logits), target, start)
-
-    if attack.num_restarts == 1:
-        return once()
-    return strongest(logits, [once] * attack.num_restarts, target, known(attack.objective))
-
-
-def bound(attack: Attack, *, count: bool = False, backend: str = "auto") -> partial[Attacked]:
-    """Return `pgd` with what `attack` says bound: a function (forward, images, labels, target, start)."""
-    attack = attack.stepping()
-    return partial(
-        pgd,
-        epsilon=attack.epsilon,
-        step_size=known(attack.step_size),
-        num_steps=attack.num_steps,
-        objective=attack.objective or "ce",
-        norm=attack.norm,
-        count=count,
-        backend=backend,
-    )
+    return ascent.strongest(forward, [partial(checked, attack) for attack in attacks], target, objective)
 
 
 class PGD:
@@ -410,27 +254,3 @@ class PGD:
                 exact=partial(checked, self.model) if self._starts_exactly else None,
                 generator=self.generator,
             )
-
-
-def _l2_update(
-    points: Tensor,
-    grad: Tensor,
-    centre: Tensor,
-    *,
-    epsilon: float | Tensor,
-    step_size: float | Tensor,
-    backend: str,
-) -> Tensor:
-    """`pgd_update`'s twin in the other norm, of which there is one kind: `backend` is not read."""
-    grad = grad.float()
-    moved = points + grad * (step_size / (_norm(grad) + 1e-10)) - centre
-    length = _norm(moved)
-    moved = moved * torch.clamp(epsilon / length.clamp_min(1e-12), max=1.0)
-    return (centre + moved).clamp_(0, 1)
-
-
-_like = partial(torch.empty_like, dtype=torch.float32, requires_grad=False)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)

@@ -59,8 +59,8 @@ class _Parser(argparse.ArgumentParser):
 
         A flag that is not given has no value at all: a YAML file's or a saved run's then stands.
         """
-        from fastarat.checks import hints_of
         from fastarat.defenses import ARAT, Defense
+        from fastarat.values import hints_of
 
         title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
         if issubclass(cls, Defense) and cls.name:
@@ -195,10 +195,10 @@ def _train(parser: _Parser, argv: list[str]) -> int:
 
 def _eval(parser: _Parser, argv: list[str]) -> int:
     from fastarat.card import accuracy_name
-    from fastarat.checks import checked_budget, checked_seed
     from fastarat.device import pick_device
     from fastarat.evaluation import check_writable, evaluate, parse_attacks
     from fastarat.runs import WEIGHTS, Run, check_branch, load_network
+    from fastarat.values import checked_budget, checked_seed
 
     parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
     parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
@@ -271,9 +271,9 @@ def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Co
 
 def _compare(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
-    from fastarat.checks import coerce
     from fastarat.compare import compare
     from fastarat.tuning import parse_tune
+    from fastarat.values import coerce
 
     parser.add_argument("--defenses", required=True, help="comma-separated, of " + ", ".join(c.DEFENSES) + ", or "
                         "FILE.py:CLASS; NAME+swa averages weights")  # fmt: skip
@@ -326,9 +326,9 @@ def _report(parser: _Parser, argv: list[str]) -> int:
 
 
 def _import(parser: _Parser, argv: list[str]) -> int:
-    from fastarat.checks import coerce
     from fastarat.interchange import import_checkpoint
     from fastarat.runs import Run
+    from fastarat.values import coerce
 
     parser.add_argument("file", help="checkpoint (.pt, .pth, .safetensors); no code in it is run")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder to make")

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import yaml
 
-from fastarat.checks import coerce, hints_of, settle, shown
 from fastarat.data import SETS
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
 from fastarat.specs import Attack, Fast, setting
+from fastarat.values import coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastarat.checks import check_same, wide
+from fastarat.checks import check_same
 from fastarat.errors import UserError, unknown
 from fastarat.specs import known
 
@@ -24,6 +24,11 @@ Align = Literal["x->y", "y->x", "x->y,y->x", "x<->y"]
 Distance = Literal["cos", "mse", "kl"]
 WeightKind = Literal["tanh", "sigmoid", "discrete"]
 _TINY = 1e-30  # least divisor: above float32's smallest normal number, so that 0 / _TINY is 0 and not NaN
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x as it is when it is float64, and as float32 otherwise: nothing is summed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def cosine_distance(moving: Tensor, target: Tensor) -> Tensor:

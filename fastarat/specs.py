@@ -9,8 +9,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from fastarat.checks import EPSILON, Norm, Precision, checked_budget, settle
+import torch
+
 from fastarat.errors import UserError, nearest
+from fastarat.kernels import interpreting, why_not_triton
+from fastarat.values import EPSILON, Norm, Precision, checked_budget, named, settle
 
 Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
 Objective = Literal["ce", "kl", "cw"]
@@ -102,3 +105,11 @@ def none_left(options: dict[str, Any], who: str, *specs: type) -> None:
     for name in options:
         known = [f.name for cls in specs for f in dataclasses.fields(cls)]
         raise UserError(f"{who} takes no {name!r}{nearest(name, known) or '.'} Known: {', '.join(known)}.")
+
+
+def checked_backend(key: str, backend: str, device: torch.device) -> str:
+    """Return a kernel backend's canonical name. Raises: UserError for an unknown one, or Triton where it is not."""
+    backend = named(key, backend, Backend.__args__)
+    if backend == "triton" and not interpreting() and (reason := why_not_triton(device)) is not None:
+        raise UserError(f"{key}=triton cannot be had here: {reason}; write {key}=auto")
+    return backend

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastarat
-from fastarat.attacks import OBJECTIVES, PGD, kl, margin, pgd, random_start, strongest
+from fastarat.ascent import OBJECTIVES, kl, margin
+from fastarat.attacks import PGD, pgd, random_start, strongest
 
 
 def linear_model() -> tuple[nn.Module, torch.Tensor]:

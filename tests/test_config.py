@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 import fastarat
-from fastarat.checks import coerce
 from fastarat.config import Config, OptimConfig, from_dict, merge, to_dict
 from fastarat.schedules import RECIPES, ends_at, in_words, lr_at, recipe_of
 from fastarat.specs import Attack
+from fastarat.values import coerce
 
 
 def test_round_trip_through_yaml():

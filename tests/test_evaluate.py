@@ -17,13 +17,13 @@ from tqdm import tqdm
 from tqdm.notebook import tqdm_notebook
 
 from fastarat.attacks import pgd
-from fastarat.checks import checked_budget
 from fastarat.data import Split, make_loader
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, adversarial_examples, collect, evaluate, parse_attacks, wilson
 from fastarat.evaluation.autoattack import build_ensemble
 from fastarat.evaluation.task import Task, share
 from fastarat.nets.batchnorm import SplitBatchNorm2d
+from fastarat.values import checked_budget
 
 SHAPE = (3, 6, 6)
 

@@ -19,11 +19,12 @@ ROOT = Path(__file__).parent.parent
 # or those below.
 LAYERS = [
     {"errors", "kernels"},
-    {"device"},
-    {"checks", "files"},
-    {"specs", "schedules", "doctor"},
-    {"nets", "data"},
-    {"attacks", "losses"},
+    {"device", "files"},
+    {"values"},
+    {"checks", "specs", "schedules", "doctor"},
+    {"nets", "data", "losses"},
+    {"ascent"},
+    {"attacks"},
     {"defenses"},
     {"config", "engine"},
     {"evaluation"},

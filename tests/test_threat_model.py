@@ -19,11 +19,12 @@ import fastarat
 from fastarat import UserError, attacks, losses, specs
 from fastarat.attacks import PGD, pgd, random_start, strongest
 from fastarat.bench import BenchConfig
-from fastarat.checks import check_images, coerce, named, settle, within
+from fastarat.checks import check_images
 from fastarat.config import Config, EvalConfig, OptimConfig, SwaConfig, from_dict, to_dict
 from fastarat.device import readable
 from fastarat.evaluation import adversarial_examples, evaluate
 from fastarat.specs import Attack
+from fastarat.values import coerce, named, settle, within
 
 K = 4
 

@@ -29,7 +29,6 @@ from fastarat.bench.harness import (
     race_phases,
     warmed,
 )
-from fastarat.checks import Precision, settle
 from fastarat.config import from_dict, resolve_defense
 from fastarat.data import Augment, Batch, Loader, Split, make_loader
 from fastarat.defenses import Defense
@@ -40,6 +39,7 @@ from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
 from fastarat.runs import load_start
 from fastarat.specs import Attack, Fast, setting
+from fastarat.values import Precision, settle
 
 EPOCH_IMAGES = 50_000
 """Images of the epoch that times are given for: CIFAR-10's training set."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastarat.attacks import Attacked, random_start
+from fastarat.ascent import Attacked, draw_start
 from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of
 from fastarat.losses import Align, Distance, ar_at_invariance, wide
 from fastarat.nets.models import Network, build_model
@@ -189,7 +189,7 @@ class ARAT(Defense):
     ) -> Tensor:
         if not self._noisy(norm):
             return images
-        return random_start(images, epsilon=epsilon, kind="uniform-unclamped", generator=generator)
+        return draw_start(images, epsilon=epsilon, kind="uniform-unclamped", generator=generator)
 
     def before_epoch(self, companions: nn.ModuleDict, probe: Callable[[str, int], Tensor], epoch: int) -> None:
         if self.balance == "auto":

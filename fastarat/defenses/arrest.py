@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastarat.attacks import Attacked, random_start
+from fastarat.ascent import Attacked, draw_start
 from fastarat.defenses.base import Defense, Passes, Run, Settings, Views, network_dtype, part_of
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
@@ -127,7 +127,7 @@ class ARREST(Defense):
                 turned = angular_distance(z_clean, z_std) * 180 > self.phi
                 if self.nr_batch:
                     turned = (turned.float().mean() > self.tau).expand_as(turned)
-                noisy = random_start(images, epsilon=run.epsilon, kind="uniform", generator=run.generator)
+                noisy = draw_start(images, epsilon=run.epsilon, kind="uniform", generator=run.generator)
                 inputs = torch.where(turned[:, None, None, None], noisy, inputs)
         logits, (z,) = run(inputs, "adv", layers=(PENULTIMATE,))
         return run.views(

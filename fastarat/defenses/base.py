@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastarat.attacks import Attacked, random_start
-from fastarat.checks import settle
+from fastarat.ascent import Attacked
 from fastarat.specs import Attack
+from fastarat.values import settle
 
 _Companion = TypeVar("_Companion", bound=nn.Module)
 # None in a tensor's place: a loss reads only what its own forward has put there, and there it is a tensor.
@@ -331,6 +331,5 @@ __all__ = [
     "as_typed",
     "network_dtype",
     "part_of",
-    "random_start",
     "total",
 ]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastarat.attacks import Attacked
+from fastarat.ascent import Attacked
 from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import conflict_aware, cross_entropy

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastarat.attacks import Attacked
+from fastarat.ascent import Attacked
 from fastarat.defenses.base import Defense, Passes, Run, Settings, Views, network_dtype, part_of, total
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance

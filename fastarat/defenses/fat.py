@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastarat.attacks import Attacked
+from fastarat.ascent import Attacked
 from fastarat.defenses.base import Defense, Run, Settings, Views
 from fastarat.defenses.gairat import GAIRAT, reached, released_epochs, stretched
 from fastarat.errors import UserError

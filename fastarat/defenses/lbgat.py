@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat import losses
-from fastarat.attacks import Attacked
+from fastarat.ascent import Attacked
 from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
 from fastarat.nets.batchnorm import BatchNorm2d, grouped_batchnorm, set_backend
 from fastarat.nets.models import Normalize, build_model

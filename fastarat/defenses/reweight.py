@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastarat.attacks import Attacked
+from fastarat.ascent import Attacked
 from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
 from fastarat.defenses.gairat import burn_in_ends, reached, released_epochs, stretched
 from fastarat.errors import UserError

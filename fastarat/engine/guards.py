@@ -11,19 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastarat.checks import (
-    check_classes,
-    check_images,
-    check_labels,
-    check_no_probabilities,
-    check_pixels,
-    logits_of,
-    shown,
-)
-from fastarat.defenses import Defense
-from fastarat.device import check_device, readable, switched, waits
+from fastarat.checks import check_no_probabilities, logits_of
+from fastarat.defenses.base import Defense
+from fastarat.device import switched
 from fastarat.errors import UserError
 from fastarat.nets.attacker import mode_of
+from fastarat.values import shown
 
 
 def _file(defense: Defense) -> str:
@@ -101,30 +94,3 @@ def count_classes(model: nn.Module, images: Tensor) -> int:
         logits = logits_of(model, images, model)
         check_no_probabilities(logits)
         return logits.shape[1]
-
-
-class BatchCheck:
-    """Raises UserError for a batch that is not what a step takes; a GPU's values are read once per shape."""
-
-    def __init__(self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: str) -> None:
-        self.device = next(model.parameters()).device
-        self.channels, self.num_classes, self.defense = channels, num_classes, defense
-        self.needs_two = any(isinstance(m, nn.BatchNorm1d) for m in companions.modules())
-        self.seen: set[torch.Size] = set()
-
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        check_images(images, channels=self.channels)
-        check_labels(labels, images)
-        if images.shape[1] != self.channels:
-            raise UserError(f"images have {images.shape[1]} channels, the example had {self.channels}")
-        check_device(self.device, images=images, labels=labels)
-        if len(images) == 1 and self.needs_two:
-            raise UserError(
-                f"images are a batch of one: BatchNorm in what {self.defense} trains beside the model needs at least "
-                "2 images; leave a last batch of one out, drop_last=True"
-            )
-        if (waits(images) and images.shape in self.seen) or not readable(images):
-            return
-        check_pixels(images)
-        check_classes(labels, self.num_classes)
-        self.seen.add(images.shape)

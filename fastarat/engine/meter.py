@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastarat.defenses import Views
+from fastarat.defenses.base import Views
 
 _NEVER = 2**62
 
@@ -32,6 +32,11 @@ class Meter:
         self.watched: list[str] = []
         self.num_terms = 0
         self._held: _Held | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether a step has been measured, ever."""
+        return self._held is not None
 
     def tensors(self) -> list[Tensor]:
         """What it writes to: nothing before the first step."""

@@ -15,21 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastarat import attacks
-from fastarat.checks import (
-    check_images,
-    checked_budget,
-    checked_seed,
-    coerce,
-    input_channels,
-    shown,
-    whole,
-    within,
-)
-from fastarat.defenses import Defense, Views
-from fastarat.defenses.base import network_dtype, total
+from fastarat.ascent import Attacked, bound, craft, starts_flat
+from fastarat.checks import BatchCheck, check_images, input_channels
+from fastarat.defenses.base import Defense, Views, network_dtype, total
 from fastarat.engine.graphs import PerShape, capture_mode, preserved
-from fastarat.engine.guards import BatchCheck, check_optimizer, check_terms, count_classes, tried, where
+from fastarat.engine.guards import check_optimizer, check_terms, count_classes, tried, where
 from fastarat.engine.meter import Meter
 from fastarat.engine.perturb import WeightPerturbation
 from fastarat.errors import UserError
@@ -37,7 +27,8 @@ from fastarat.nets.attacker import HALF, Attacker, autocast, frozen, mode_of
 from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, split_batchnorm
 from fastarat.nets.models import set_kernels
 from fastarat.nets.taps import Taps, forward_with_features
-from fastarat.specs import Attack, BatchNormMode, Fast, known, none_left, spec_of
+from fastarat.specs import Attack, BatchNormMode, Fast, checked_backend, known, none_left, spec_of
+from fastarat.values import checked_budget, checked_seed, coerce, shown, whole, within
 
 # Inductor must not wrap its own CUDA graphs inside ours.
 _INDUCTOR: dict[str, Any] = {"triton.cudagraphs": False}
@@ -156,7 +147,7 @@ class TrainStep:
         self.defense, self.fast, self.spec = defense, fast, defense.completed(asked)
         self.device = next(model.parameters()).device
         self.memory_format = torch.channels_last if fast.channels_last else torch.contiguous_format
-        kernels = attacks.checked_backend("kernels", fast.kernels, self.device)
+        kernels = checked_backend("kernels", fast.kernels, self.device)
         if defense.splits and not branches_of(model):
             model = split_batchnorm(model)
         self.model = self._laid_out(grouped_batchnorm(model), kernels)
@@ -172,10 +163,8 @@ class TrainStep:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)
         self.attacker = Attacker(self.model, precision=fast.precision, fold=fast.fold_bn and self.spec.bn == "eval")
-        self.starts_exactly = fast.precision in HALF and attacks.starts_flat(
-            known(self.spec.objective), known(self.spec.start)
-        )
-        self._pgd = attacks.bound(self.spec, count=defense.counts_kappa, backend=kernels)
+        self.starts_exactly = fast.precision in HALF and starts_flat(known(self.spec.objective), known(self.spec.start))
+        self._pgd = bound(self.spec, count=defense.counts_kappa, backend=kernels)
         self.perturbation = None if awp is None else WeightPerturbation(awp, awp_warmup)
         # bf16 has float32's range; only fp16 needs its loss scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fast.precision == "fp16")
@@ -187,8 +176,9 @@ class TrainStep:
             self.loss = torch.compile(self.eager_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
         why_not = defense.why_eager or ("the fp16 loss scale is read on the host" if fast.precision == "fp16" else "")
         mode, self.why_eager = capture_mode(fast.capture, self.device, self.optimizer, why_not)
-        self._run = PerShape(self._step, mode, generators=(self.generator,), around=self._undone)
+        self._run: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._step
         if mode is not None:
+            self._run = PerShape(self._step, mode, generators=(self.generator,), around=self._undone)
             self._keep_lr_on_device()
 
     def _laid_out(self, module: _Module, kernels: str) -> _Module:
@@ -219,7 +209,8 @@ class TrainStep:
         def terms_by(forward: Forward) -> tuple[dict[str, Tensor], Views]:
             views = defense.forward(forward, self.companions, images, labels, attacked)
             terms = (loss or self.loss)(views)
-            check_terms(terms, f"{where(defense)}.loss")  # no value is read
+            if not self.meter.started:  # the first terms are told of the rest; no value is read
+                check_terms(terms, f"{where(defense)}.loss")
             return terms, views
 
         if self.perturbation is not None and attacked is not None:
@@ -250,14 +241,14 @@ class TrainStep:
 
     def attack(
         self, images: Tensor, labels: Tensor, *, attacker: Attacker | None = None, bn: BatchNormMode | None = None
-    ) -> attacks.Attacked:
+    ) -> Attacked:
         """Craft adversarial images for `images` (the defense's clean batch, float32 [B, C, H, W]).
 
         attacker: of another network than the step's. bn: BatchNorm during the attack, default this step's. The model
         is left in the mode it was in.
         """
         attacker, bn = attacker or self.attacker, bn or self.spec.bn
-        route, updates = route_of(attacker.model), () if bn == "train-frozen" else None
+        route, updates = attacker.route, () if bn == "train-frozen" else None
 
         def by(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             def logits(points: Tensor) -> Tensor:
@@ -266,16 +257,14 @@ class TrainStep:
 
             return logits
 
-        def run(forward: Callable, target: Tensor, start: Tensor) -> attacks.Attacked:
+        def run(forward: Callable, target: Tensor, start: Tensor) -> Attacked:
             return self.defense.attack(self._pgd, forward, images, labels, target, start, run=self.forward)
 
         # Before the twin is made: it takes over the modes, and the parameters that it shares.
         with mode_of(attacker.model, bn != "eval"), frozen(attacker.model):
             attacker.refresh()
             exact = by(attacker.model) if self.starts_exactly else None
-            return attacks.craft(
-                self.spec, by(attacker), images, labels, run=run, exact=exact, generator=self.generator
-            )
+            return craft(self.spec, by(attacker), images, labels, run=run, exact=exact, generator=self.generator)
 
     def rehearse(self, num_classes: int, shape: tuple[int, int, int]) -> None:
         """Run one step on two random images and undo it, so that a mistake in a defense shows before any training.
@@ -340,9 +329,9 @@ class TrainStep:
             getattr(self, name).load_state_dict(state[name])
         lay_out_state(self.optimizer)
         self.steps.copy_(state["steps"])
-        if self._run.mode is not None:
+        if isinstance(self._run, PerShape):
             self._keep_lr_on_device()
-        self._run.clear()  # loading replaced the optimiser's tensors
+            self._run.clear()  # loading replaced the optimiser's tensors
 
 
 def lay_out_state(optimizer: torch.optim.Optimizer) -> None:

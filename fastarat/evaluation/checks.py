@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.checks import (
-    Budget,
     check_classes,
     check_images,
     check_labels,
@@ -18,10 +17,10 @@ from fastarat.checks import (
     check_pixels,
     input_channels,
     logits_of,
-    shown,
 )
 from fastarat.errors import UserError
 from fastarat.evaluation.task import Entry, Task
+from fastarat.values import Budget, shown
 
 PERTURBATION_TOLERANCE = 1e-6
 # Trained robust networks lose 2 to 5 points from PGD-20 to AutoAttack; from 2 on PGD alone misleads.

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.attacks import pgd, random_start
-from fastarat.checks import EPSILON, Norm, checked_budget, checked_seed, coerce, input_channels, whole
+from fastarat.checks import input_channels
 from fastarat.device import pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, plan, version_of
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
 from fastarat.evaluation.task import Entry, Task, collect, device_of, parse_attacks, share
 from fastarat.files import write_atomic
+from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
 
 @dataclass(frozen=True)

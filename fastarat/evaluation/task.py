@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from fastarat.checks import Budget, check_images, check_labels, coerce, whole
+from fastarat.checks import check_images, check_labels
 from fastarat.data import Loader, Split, make_loader
 from fastarat.device import float32_flags, seeded_apart
 from fastarat.errors import UserError, unknown
 from fastarat.nets.attacker import frozen
 from fastarat.nets.batchnorm import branch as use_branch
+from fastarat.values import Budget, coerce, whole
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Members of AutoAttack's standard version, in their order."""

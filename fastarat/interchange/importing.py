@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastarat.checks import checked_budget
 from fastarat.errors import UserError, nearest
 from fastarat.files import check_kind, load_tensors, write_text
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.runs import Run
+from fastarat.values import checked_budget
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 _PREFIX = re.compile(r"(module|model|net|network|_orig_mod|1)\.")

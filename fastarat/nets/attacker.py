@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastarat.kernels import why_not_conv_bias_relu, why_not_fold
+from fastarat.nets.batchnorm import route_of
 from fastarat.nets.models import FoldedConv, Network
 from fastarat.specs import known
 
@@ -68,6 +69,7 @@ class Attacker:
 
     def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False) -> None:
         self.model, self.network, self.precision = model, model, precision
+        self.route = route_of(model)
         dtype = HALF.get(precision)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._folded: dict[nn.Conv2d, FoldedConv] = {}

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.card import pixels
-from fastarat.checks import Norm
 from fastarat.config import Config
 from fastarat.data import Dataset, Split
 from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, attack_title
 from fastarat.nets.batchnorm import branch
 from fastarat.runs import Run, dataset_of, load_network
+from fastarat.values import Norm
 
 NUM_STEPS = 20
 
