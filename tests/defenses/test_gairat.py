@@ -1,12 +1,11 @@
 """GAIRAT against a slow transcription that counts kappa image by image, and its weights by hand."""
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import EPSILON, STEP, STEPS, Moment, base_net, drawn, sgd, three_steps
+from literal import EPSILON, STEP, STEPS, Moment, Transcription, base_net, drawn, three_steps
 
 import fastarat
 from fastarat.defenses import GAIRAT
@@ -14,13 +13,11 @@ from fastarat.losses import gairat_weights
 from fastarat.nets.models import WideResNet
 
 
-class Literal:
+class Literal(Transcription):
     """One image at a time: x + U clamped, K steps in eval mode, kappa of the points before each step; then omega CE."""
 
     def __init__(self, net, defense):
-        self.net, self.d = copy.deepcopy(net), defense
-        self.sgd = sgd(self.net.parameters())
-        self.generator = torch.Generator().manual_seed(11)
+        super().__init__(net, defense)
         self.kappas = []
 
     def attack(self, x, y, center):
@@ -56,10 +53,7 @@ class Literal:
         self.net.train()
         losses = F.cross_entropy(self.net(adv.double()), y, reduction="none")
         loss = sum(w * one for w, one in zip(self.weights(kappas), losses, strict=True)) / len(x)
-        self.sgd.zero_grad()
-        loss.backward()
-        self.sgd.step()
-        return loss.item(), adv
+        return self.learn(loss), adv
 
 
 @pytest.mark.parametrize(
@@ -156,61 +150,6 @@ def test_infinite_lam_is_plain_adversarial_training(kind):
     assert gairat_weights(kappa, 10, torch.tensor(math.inf), kind).tolist() == [1, 1, 1]
 
 
-def views(weighted=True, lam=-1.0, dtype=torch.float32):
-    torch.manual_seed(0)
-    extra = {"weighted": torch.tensor(weighted), "lam": torch.tensor(lam)}
-    logits = torch.randn(5, 4, dtype=dtype, requires_grad=True)
-    kappa, labels = torch.tensor([0, 2, 5, 8, 10]), torch.tensor([0, 1, 2, 3, 0])
-    return fastarat.Views(labels, logits_adv=logits, kappa=kappa, num_steps=10, extra=extra)
-
-
-def test_burn_in_is_plain_adversarial_training():
-    v = views(weighted=False)
-    assert GAIRAT().loss(v)["ce_adv"].item() == pytest.approx(F.cross_entropy(v.logits_adv, v.labels).item(), rel=1e-6)
-    v = views(weighted=True)
-    assert GAIRAT().loss(v)["ce_adv"].item() != pytest.approx(F.cross_entropy(v.logits_adv, v.labels).item(), rel=1e-2)
-
-
-def test_gradients_by_finite_differences():
-    v = views(dtype=torch.float64)
-
-    def loss(logits):
-        return GAIRAT().loss(v._replace(logits_adv=logits))["ce_adv"]
-
-    assert torch.autograd.gradcheck(loss, v.logits_adv)
-
-
-def test_loss_is_float32_inside():
-    v = views()
-    assert GAIRAT().loss(v._replace(logits_adv=v.logits_adv.bfloat16()))["ce_adv"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", ["tanh", "discrete"])
-def test_loss_compiles_whole(kind):
-    defense, v = GAIRAT(kind=kind), views()
-    compiled = torch.compile(defense.loss, fullgraph=True, backend="aot_eager")(v)
-    torch.testing.assert_close(compiled, defense.loss(v))
-
-
-@pytest.mark.parametrize(
-    ("epochs", "wide", "options", "first"),
-    [
-        (100, False, {}, 31),
-        (120, True, {}, 60),
-        (20, False, {}, 7),
-        (200, False, {}, 61),
-        (240, True, {}, 119),
-        (100, False, {"begin_epoch": 60}, 60),
-        (20, False, {"begin_epoch": 1}, 1),
-    ],
-)
-def test_burn_in_ends_at(epochs, wide, options, first):
-    model = WideResNet(10, 1, 4) if wide else None
-    assert Moment(first, epochs, model=model).extra(GAIRAT(**options))["weighted"]
-    if first > 1:
-        assert not Moment(first - 1, epochs, step=390, model=model).extra(GAIRAT(**options))["weighted"]
-
-
 def test_lambda_schedules():
     wide = WideResNet(10, 1, 4)
 
@@ -227,25 +166,7 @@ def test_lambda_schedules():
     assert [lam(e, **linear) for e in (1, 51, 91)] == pytest.approx([9, 4, 0])
 
 
-def test_options_are_checked():
-    for lam_max in (None, math.inf):
-        with pytest.raises(fastarat.UserError, match="lam-max 10"):
-            GAIRAT(lam_schedule="linear", lam_max=lam_max)
-    with pytest.raises(fastarat.UserError, match="count from 1"):
-        GAIRAT(begin_epoch=0)
-    with pytest.raises(fastarat.UserError, match="did you mean 'tanh'"):
-        gairat_weights(torch.tensor([0]), 10, 0.0, "tan")
+def test_one_step_has_no_half():
     with pytest.raises(fastarat.UserError, match="at least 2 attack steps, got 1"):
         gairat_weights(torch.tensor([0]), 1)
     assert gairat_weights(torch.tensor([0, 1]), 1, kind="discrete").tolist() == pytest.approx([4 / 3, 2 / 3])
-
-
-def test_defaults_are_the_released_ones():
-    assert (GAIRAT().lam, GAIRAT().kind, GAIRAT.recipe, GAIRAT.released_budget) == (
-        -1,
-        "tanh",
-        "gairat",
-        (0.031, 0.007),
-    )
-    assert (GAIRAT.objective, GAIRAT.start, GAIRAT.attack_bn) == ("ce", "uniform", "eval")
-    assert "31 of 100" in GAIRAT().describe("linf")["kappa weights"]
