@@ -28,14 +28,6 @@ from fastarat.nets.batchnorm import SplitBatchNorm2d
 SHAPE = (3, 6, 6)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Shorten every attack of AutoAttack, in the official call and in ours alike."""
