@@ -116,14 +116,6 @@ def test_the_cosine_is_the_threshold_exactly_below_it(threshold):
     assert seen == {True, False}
 
 
-def test_per_tensor_rule_is_the_rule_of_each_tensor():
-    g = torch.Generator().manual_seed(0)
-    clean, adv = ([torch.randn(s, generator=g) for s in ((3, 4), (7,))] for _ in range(2))
-    alone = [conflict_aware([c], [a], 0.5)[0] for c, a in zip(clean, adv, strict=True)]
-    torch.testing.assert_close(conflict_aware(clean, adv, 0.5, per_tensor=True), alone)
-    assert not torch.allclose(conflict_aware(clean, adv, 0.5)[0], alone[0])
-
-
 def test_degenerate_gradients_stay_finite():
     zero, some = [torch.zeros(3)], [torch.tensor([1.0, 2.0, 3.0])]
     assert torch.equal(conflict_aware(zero, some, 0.9)[0], some[0])

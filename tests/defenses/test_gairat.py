@@ -124,14 +124,6 @@ def test_weights_by_hand():
     torch.testing.assert_close(odd[1] / odd[0], torch.tensor(math.exp(-10)), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["tanh", "sigmoid", "discrete"])
-def test_weights_fall_with_kappa_and_have_mean_one(kind):
-    weights = gairat_weights(torch.arange(11), 10, -1.0, kind)
-    assert (weights.diff() < 0).all()
-    assert weights.mean().item() == pytest.approx(1)
-    assert weights.dtype == torch.float32
-
-
 def test_weights_at_the_extremes():
     """Float32 tanh rounds near -1; kappa 10 with lam -1 is (tanh(-6) + 1)/2 = 6.1442e-6, kept to its last digits."""
     weights = gairat_weights(torch.tensor([0, 10]), 10, -1.0).double()
