@@ -36,6 +36,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def cifar_dir(tmp_path, monkeypatch) -> Path:
+    from archives import place_cifar
+
+    return place_cifar(tmp_path / "data", monkeypatch).parent
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    from archives import FOLDER, draw_folder
+
+    return draw_folder(tmp_path / "pets", FOLDER)
+
+
 @pytest.fixture(scope="session")
 def ffcv():
     """FFCV's parts; without FFCV the test is skipped, or fails where FASTARAT_REQUIRE_FFCV=1."""
