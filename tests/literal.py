@@ -41,11 +41,6 @@ def sgd(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(list(parameters), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def drawn(x: Tensor) -> Tensor:
-    """Memory for noise: a generator fills memory in order, and the step's batches are channels-last."""
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 class Transcription:
     """A released loop: its network `net` in plain PyTorch, SGD and noise; `__call__` is a step as `three_steps` wants."""
 
@@ -57,13 +52,17 @@ class Transcription:
     def begin(self, step: fastarat.TrainStep) -> None:
         """Take over what `step` drew by chance."""
 
+    def noise(self, x: Tensor, gaussian: bool = False) -> Tensor:
+        """Of the ball, or 0.001 N(0, 1). A generator fills memory in order, and the step's batches are channels-last."""
+        memory = torch.empty_like(x, memory_format=torch.channels_last)
+        if gaussian:
+            return 0.001 * memory.normal_(generator=self.generator)
+        return EPSILON * memory.uniform_(-1, 1, generator=self.generator)
+
     def slow_attack(self, x: Tensor, y: Tensor, *, start: str, objective: str) -> Tensor:
         """PGD of the released codes, in eval mode; "kl" recomputes the clean prediction at every step, as they do."""
         net = self.net.eval()
-        if start == "gaussian":
-            adv = x + 0.001 * drawn(x).normal_(generator=self.generator)
-        else:
-            adv = (x + EPSILON * drawn(x).uniform_(-1, 1, generator=self.generator)).clamp(0, 1)
+        adv = x + self.noise(x, gaussian=True) if start == "gaussian" else (x + self.noise(x)).clamp(0, 1)
         for _ in range(STEPS):
             adv.requires_grad_()
             logits = net(adv.double())
@@ -171,6 +170,7 @@ def saved(folder, model: nn.Module, defense: str = "standard") -> str:
 
 def small_step(defense, **options) -> fastarat.TrainStep:
     model = fastarat.build_model("resnet-small", num_classes=CLASSES)
+    load_start(defense, model)
     return fastarat.TrainStep(model, defense, torch.empty(2, 3, 8, 8), **{"epsilon": EPSILON, "num_steps": 2} | options)
 
 

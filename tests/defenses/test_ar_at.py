@@ -6,19 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import (
-    CLASSES,
-    EPSILON,
-    STEP,
-    STEPS,
-    Transcription,
-    assert_same,
-    drawn,
-    sgd,
-    small_step,
-    some_batch,
-    three_steps,
-)
+from literal import CLASSES, EPSILON, STEP, STEPS, Transcription, assert_same, sgd, small_step, some_batch, three_steps
 from torch import nn
 
 import fastarat
@@ -76,7 +64,7 @@ class Literal(Transcription):
 
     def attack(self, bx, by):
         x = bx.detach()
-        noise = drawn(x).uniform_(-1, 1, generator=self.generator) * EPSILON
+        noise = self.noise(x)
         if self.d.center == "noisy":
             x.add_(noise)  # the alias: the caller's batch changes
             adv = x.clone()

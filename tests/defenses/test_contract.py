@@ -16,7 +16,7 @@ from fastarat.schedules import lr_at, recipe_of
 LOSSES = {
     # the defense; the logits that its loss moves by all of their gradient; lam, where the loss reads it
     "trades": (TRADES(), ("clean", "adv"), {}),
-    "mart": (MART(), (), {}),  # by finite differences in its own file, far from ties
+    "mart": (MART(), ("clean", "adv"), {}),  # far from ties, where the most likely wrong class changes
     "lbgat": (LBGAT(), ("adv", "logits_teacher"), {}),
     "lbgat with the KL": (LBGAT(beta=6.0), ("clean", "adv", "logits_teacher"), {}),
     "gairat": (GAIRAT(), ("adv",), {"lam": -1.0}),
