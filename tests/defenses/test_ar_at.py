@@ -241,3 +241,6 @@ def test_alignment_values_and_gradients():
     assert grads["y->x"][0] is None
     for side in (0, 1):
         torch.testing.assert_close(grads["x<->y"][side], 2 * grads["x->y,y->x"][side])
+    for option, words in (("align", "x->y"), ("distance", "cos")):
+        with pytest.raises(fastarat.UserError, match=words):
+            ar_at_invariance(a, b, **{option: "x-y"})

@@ -190,6 +190,8 @@ def test_cards_say(defense, row, words):
 def test_a_run_or_a_checkpoint_of_a_standard_network_is_the_start(kind, tmp_path):
     standard = base_net()
     folder = saved(tmp_path / "std", Double(standard))
+    with pytest.raises(fastarat.UserError, match="is not loaded into this model"):
+        fastarat.TrainStep(Double(base_net()), kind(**{kind.starts_from: folder}), torch.empty(2, 3, 8, 8))
     for path in (folder, f"{folder}/last.safetensors"):
         step = step_of(kind(**{kind.starts_from: path}), base_net(seed=9))
         assert_same(step.model.net, standard, "student")

@@ -123,10 +123,8 @@ def test_three_steps_equal_the_transcription(options, updates, tmp_path):
     literal = Literal(net, defense)
     # Another start than the natural network's: it must not matter.
     step = three_steps(defense, Residual().double(), literal)
-    revision = step.companions["revision"].network.net
-    assert_same(revision, literal.rev, "revision")
+    assert_same(step.companions["revision"].network.net, literal.rev, "revision")
     assert literal.updates == updates
-    assert step.model.net.bn1.num_batches_tracked == revision.bn1.num_batches_tracked == 6
     assert {"block.conv1.weight"} <= set(literal.zeroed)
     assert literal.zeroed["block.conv1.weight"] == pytest.approx(defense.p, abs=0.01)
 

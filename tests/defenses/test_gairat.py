@@ -157,7 +157,9 @@ def test_lambda_schedules():
     assert [lam(e, **linear) for e in (1, 51, 91)] == pytest.approx([9, 4, 0])
 
 
-def test_one_step_has_no_half():
+def test_options_of_the_weights_are_checked():
+    with pytest.raises(fastarat.UserError, match="did you mean 'tanh'"):
+        gairat_weights(torch.tensor([0]), 10, 0.0, "tan")
     with pytest.raises(fastarat.UserError, match="at least 2 attack steps, got 1"):
         gairat_weights(torch.tensor([0]), 1)
     assert gairat_weights(torch.tensor([0, 1]), 1, kind="discrete").tolist() == pytest.approx([4 / 3, 2 / 3])
