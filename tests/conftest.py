@@ -1,12 +1,16 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; the variable is read when a kernel is defined."""
 
 import os
+import sys
+from pathlib import Path
 
 # Two workers of one thread each beat two threads: the tests' tensors are small, and spinning threads starve each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run from a checkout, never installed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -30,6 +34,20 @@ def _cudnn_flags():
 def device() -> torch.device:
     """Where kernels run: compiled on the GPU when there is one, interpreted on the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def cifar_dir(tmp_path, monkeypatch) -> Path:
+    from archives import place_cifar
+
+    return place_cifar(tmp_path / "data", monkeypatch).parent
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    from archives import FOLDER, draw_folder
+
+    return draw_folder(tmp_path / "pets", FOLDER)
 
 
 @pytest.fixture(scope="session")

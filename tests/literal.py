@@ -1,4 +1,4 @@
-"""What the literal transcriptions of defenses share: a tiny float64 network, a slow attack, and the comparison."""
+"""What the tests of defenses share: for transcriptions a tiny network, a slow attack and the comparison; small steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastarat
 from fastarat import attacks
-from fastarat.runs import load_start
+from fastarat.runs import Run, load_start
 
 EPSILON, STEP, STEPS, BATCH, CLASSES = 0.1, 0.03, 3, 6, 4
 
@@ -41,30 +41,46 @@ def sgd(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(list(parameters), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def drawn(x: Tensor) -> Tensor:
-    """Memory for noise: a generator fills memory in order, and the step's batches are channels-last."""
-    return torch.empty_like(x, memory_format=torch.channels_last)
+class Transcription:
+    """A released loop: its network `net` in plain PyTorch, SGD and noise; `__call__` is a step as `three_steps` wants."""
 
+    def __init__(self, net: nn.Module, defense) -> None:
+        self.net, self.d = copy.deepcopy(net), defense
+        self.sgd = sgd(self.net.parameters())
+        self.generator = torch.Generator().manual_seed(11)
 
-def slow_attack(net: nn.Module, x: Tensor, y: Tensor, generator, *, start: str, objective: str) -> Tensor:
-    """PGD of the released codes, in eval mode; "kl" recomputes the clean prediction at every step, as they do."""
-    net.eval()
-    if start == "gaussian":
-        adv = x + 0.001 * drawn(x).normal_(generator=generator)
-    else:
-        adv = (x + EPSILON * drawn(x).uniform_(-1, 1, generator=generator)).clamp(0, 1)
-    for _ in range(STEPS):
-        adv.requires_grad_()
-        logits = net(adv.double())
-        if objective == "kl":
-            loss = F.kl_div(F.log_softmax(logits, 1), F.softmax(net(x.double()), 1).detach(), reduction="sum")
-        else:
-            loss = F.cross_entropy(logits, y)
-        (grad,) = torch.autograd.grad(loss, adv)
-        adv = adv.detach() + STEP * grad.sign()
-        adv = torch.min(torch.max(adv, x - EPSILON), x + EPSILON).clamp(0, 1)
-    net.train()
-    return adv
+    def begin(self, step: fastarat.TrainStep) -> None:
+        """Take over what `step` drew by chance."""
+
+    def noise(self, x: Tensor, gaussian: bool = False) -> Tensor:
+        """Of the ball, or 0.001 N(0, 1). A generator fills memory in order, and the step's batches are channels-last."""
+        memory = torch.empty_like(x, memory_format=torch.channels_last)
+        if gaussian:
+            return 0.001 * memory.normal_(generator=self.generator)
+        return EPSILON * memory.uniform_(-1, 1, generator=self.generator)
+
+    def slow_attack(self, x: Tensor, y: Tensor, *, start: str, objective: str) -> Tensor:
+        """PGD of the released codes, in eval mode; "kl" recomputes the clean prediction at every step, as they do."""
+        net = self.net.eval()
+        adv = x + self.noise(x, gaussian=True) if start == "gaussian" else (x + self.noise(x)).clamp(0, 1)
+        for _ in range(STEPS):
+            adv.requires_grad_()
+            logits = net(adv.double())
+            if objective == "kl":
+                loss = F.kl_div(F.log_softmax(logits, 1), F.softmax(net(x.double()), 1).detach(), reduction="sum")
+            else:
+                loss = F.cross_entropy(logits, y)
+            (grad,) = torch.autograd.grad(loss, adv)
+            adv = adv.detach() + STEP * grad.sign()
+            adv = torch.min(torch.max(adv, x - EPSILON), x + EPSILON).clamp(0, 1)
+        net.train()
+        return adv
+
+    def learn(self, loss: Tensor) -> float:
+        self.sgd.zero_grad()
+        loss.backward()
+        self.sgd.step()
+        return loss.item()
 
 
 def spied(defense):
@@ -101,11 +117,12 @@ def assert_same(module: nn.Module, reference: nn.Module, what: str) -> None:
 def three_steps(defense, net: nn.Module, literal, epochs=(1, 1, 1)) -> fastarat.TrainStep:
     """Run our step and `literal(images, labels) -> (loss, adversarial images)` side by side and compare.
 
-    literal.net: its network, as trained so far, in plain PyTorch. epochs: in which epoch of 100 each step is done,
+    literal.net: its network, as trained so far, with the keys of ours. epochs: in which epoch of 100 each step is done,
     which the transcription reads from its own `epoch`.
     """
     spy, seen = spied(defense)
     step = step_of(spy, net)
+    literal.begin(step)
     g = torch.Generator().manual_seed(0)
     logits, target = torch.randn(2, 5, 4, generator=g, dtype=torch.float64).unbind()
     by_hand = (target.softmax(1) * (target.log_softmax(1) - logits.log_softmax(1))).sum(1)
@@ -116,7 +133,9 @@ def three_steps(defense, net: nn.Module, literal, epochs=(1, 1, 1)) -> fastarat.
         step.forward.progress.fill_((epoch - 1) / 100)
         literal.epoch = epoch
         images, labels = torch.rand(BATCH, 3, 8, 8, generator=g), torch.randint(CLASSES, (BATCH,), generator=g)
+        kept = images.clone()
         terms = step(images, labels)
+        assert torch.equal(images, kept), "the caller's batch must not change"
         loss, adv = literal(images, labels)
         torch.testing.assert_close(seen[-1], adv, rtol=0, atol=0)
         assert sum(t.item() for t in terms.values()) == pytest.approx(loss, rel=1e-12)
@@ -141,3 +160,31 @@ class Moment:
         """What `defense.forward` hands to the loss beside the logits."""
         images, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
         return defense.forward(self, nn.ModuleDict(), images, labels, attacks.Attacked(images, labels)).extra
+
+
+def saved(folder, model: nn.Module, defense: str = "standard") -> str:
+    """A run folder that holds `model` as trained with `defense`."""
+    Run.create(folder).save_weights("last", model.state_dict(), {"defense": defense})
+    return str(folder)
+
+
+def small_step(defense, **options) -> fastarat.TrainStep:
+    model = fastarat.build_model("resnet-small", num_classes=CLASSES)
+    load_start(defense, model)
+    return fastarat.TrainStep(model, defense, torch.empty(2, 3, 8, 8), **{"epsilon": EPSILON, "num_steps": 2} | options)
+
+
+def some_batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.rand(size, 3, 8, 8), torch.randint(CLASSES, (size,))
+
+
+def some_views(dtype: torch.dtype = torch.float32, **extra) -> fastarat.Views:
+    """What the losses of defenses without features read, of five images; all logits ask for gradients."""
+    torch.manual_seed(0)
+    names = ("clean", "adv", "logits_teacher", "slow_clean", "slow_adv")
+    drawn = {name: torch.randn(5, CLASSES, dtype=dtype).requires_grad_() for name in names}
+    return fastarat.Views(
+        torch.tensor([0, 1, 2, 3, 0]), logits_clean=drawn.pop("clean"), logits_adv=drawn.pop("adv"),
+        kappa=torch.tensor([0, 2, 5, 8, 10]), num_steps=10,
+        extra=drawn | {name: torch.as_tensor(value) for name, value in ({"weighted": True} | extra).items()},
+    )  # fmt: skip

@@ -25,16 +25,6 @@ from fastarat.data import derive_seed, load_dataset
 from fastarat.errors import UserError
 
 
-@pytest.fixture
-def cifar_dir(tmp_path, monkeypatch) -> Path:
-    return place_cifar(tmp_path / "data", monkeypatch).parent
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return draw_folder(tmp_path / "pets", FOLDER)
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_archive_is_parsed(name, tmp_path, monkeypatch):
     place_cifar(tmp_path / "data", monkeypatch, name)

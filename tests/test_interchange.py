@@ -426,21 +426,27 @@ def test_corrupt_and_missing_files(tmp_path):
     assert not any((tmp_path / "run").iterdir())
 
 
-def run_of(folder, net, name, *, branches=(), normalized=False, size=32, dataset="cifar10"):
-    """A run folder as training leaves it, of a network that stands for a trained one."""
+def trained(folder, name="wrn-10-1", *, split=True, normalized=False, size=32, dataset="cifar10"):
+    """A network that stands for a trained one, and its run folder as training leaves it."""
+    given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]} if normalized else {}
+    net = build_model(name, num_classes=3, **given)
+    net = lived(fastarat.split_batchnorm(net) if split else net)
     meta = {"model": name, "num_classes": 3, "in_channels": 3, "image_size": size, "normalized": normalized,
-            "branches": list(branches), "defense": "ar-at", "dataset": dataset, "classes": ["a", "b", "c"],
-            "epsilon": 8 / 255, "norm": "linf", "epoch": 5}  # fmt: skip
-    run = Run.create(folder)
-    run.save_weights("last", net.state_dict(), meta)
+            "branches": ["clean", "adv"] if split else [], "defense": "ar-at", "dataset": dataset,
+            "classes": ["a", "b", "c"], "epsilon": 8 / 255, "norm": "linf", "epoch": 5}  # fmt: skip
+    Run.create(folder).save_weights("last", net.state_dict(), meta)
     write_yaml(Config(dataset=dataset, model=name, data_dir=str(folder.parent / "data")), folder / "config.yaml")
-    return folder
+    return net, folder
 
 
-def wide(split=True, normalized=False, name="wrn-10-1"):
-    mean = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]} if normalized else {}
-    net = build_model(name, num_classes=3, **mean)
-    return lived(fastarat.split_batchnorm(net) if split else net)
+def loaded(file, literal=lambda: Wide(classes=3)):
+    """An ordinary network with the exported weights, and the normalisation beside them, or (0, 1)."""
+    weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    named = [(weights.pop(mean), weights.pop(std)) for mean, std in (("normalize.mean", "normalize.std"), ("mu", "sigma"))
+             if mean in weights]  # fmt: skip
+    plain = literal().eval()
+    plain.load_state_dict(weights)
+    return plain, *(named or [(0, 1)])[0]
 
 
 @pytest.mark.parametrize("branch", ["adv", "clean"])
@@ -450,14 +456,10 @@ def wide(split=True, normalized=False, name="wrn-10-1"):
      ("preactresnet18", lambda: ResNet18(3, block=PreActBlock))],
 )  # fmt: skip
 def test_state_dicts_load_into_an_ordinary_network(tmp_path, name, literal, branch):
-    ours = wide(name=name)
-    run = run_of(tmp_path / "run", ours, name, branches=("clean", "adv"), size=16)
+    ours, run = trained(tmp_path / "run", name, size=16)
     for format in ("safetensors", "torch"):
-        file = export(run, tmp_path / f"out.{format}", format=format, branch=branch)
-        weights = torch.load(file, weights_only=True) if format == "torch" else load_file(file)
-        plain = literal()
-        plain.load_state_dict(weights)
-        assert same(logits(plain.eval()), logits(ours, branch))
+        plain, *_ = loaded(export(run, tmp_path / f"out.{format}", format=format, branch=branch), literal)
+        assert same(logits(plain), logits(ours, branch))
         assert not same(logits(plain), logits(ours, "clean" if branch == "adv" else "adv"))
     again, meta, _ = load_network(tmp_path / "out.safetensors")
     assert (meta["branches"], meta["exported_branch"]) == ([], branch)
@@ -465,10 +467,8 @@ def test_state_dicts_load_into_an_ordinary_network(tmp_path, name, literal, bran
 
 
 def test_unsplit_network_and_its_only_branch(tmp_path):
-    ours = wide(split=False)
-    run = run_of(tmp_path / "run", ours, "wrn-10-1")
-    plain = Wide(classes=3).eval()
-    plain.load_state_dict(torch.load(export(run, tmp_path / "a.pt", format="torch"), weights_only=True))
+    ours, run = trained(tmp_path / "run", split=False)
+    plain, *_ = loaded(export(run, tmp_path / "a.pt", format="torch"))
     assert same(logits(plain), logits(ours))
     with pytest.raises(UserError, match=r"it has adv .this network has one BatchNorm set"):
         export(run, tmp_path / "b.pt", format="torch", branch="clean")
@@ -478,21 +478,17 @@ def test_unsplit_network_and_its_only_branch(tmp_path):
 
 
 def test_normalisation_is_exported_under_names_a_network_without_it_refuses(tmp_path):
-    ours = wide(normalized=True)
-    run = run_of(tmp_path / "run", ours, "wrn-10-1", branches=("clean", "adv"), normalized=True)
-    weights = torch.load(export(run, tmp_path / "a.pt", format="torch"), weights_only=True)
+    ours, run = trained(tmp_path / "run", normalized=True)
+    file = export(run, tmp_path / "a.pt", format="torch")
     with pytest.raises(RuntimeError, match=r"normalize\.mean"):
-        Wide(classes=3).load_state_dict(weights)
-    mean, std = weights.pop("normalize.mean"), weights.pop("normalize.std")
-    plain = Wide(classes=3).eval()
-    plain.load_state_dict(weights)
+        Wide(classes=3).load_state_dict(torch.load(file, weights_only=True))
+    plain, mean, std = loaded(file)
     assert same(logits(plain, images=(IMAGES - mean) / std), logits(ours, "adv"))
 
 
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    ours = wide(normalized=True)
-    run = run_of(tmp_path / "run", ours, "wrn-10-1", branches=("clean", "adv"), normalized=True)
+    ours, run = trained(tmp_path / "run", normalized=True)
     file = export(run, tmp_path / "out.onnx", format="onnx", branch="clean")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(("out", ".out"))] == ["out.onnx"]
     session = onnxruntime.InferenceSession(str(file))
@@ -504,7 +500,7 @@ def test_onnx(tmp_path):
 
 
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
-    run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
+    _, run = trained(tmp_path / "run", split=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'fastarat\[onnx\]'"):
         export(run, tmp_path / "a.onnx", format="onnx")
@@ -514,34 +510,24 @@ def test_onnx_without_its_packages(tmp_path, monkeypatch):
 @pytest.mark.parametrize("normalized", [False, True])
 def test_robustbench_file_and_entry(tmp_path, monkeypatch, normalized):
     place_cifar(tmp_path / "data", monkeypatch)
-    ours = wide(normalized=normalized)
-    run = run_of(tmp_path / "run", ours, "wrn-10-1", branches=("clean", "adv"), normalized=normalized)
+    ours, run = trained(tmp_path / "run", normalized=normalized)
     record = {"settings": {"branch": "adv", "norm": "linf", "epsilon": 8 / 255, "limit": None}, "num_images": 30,
               "accuracy": {"clean_acc": 0.8412, "robust_acc_aa": 0.4901}}  # fmt: skip
     (run / "eval.json").write_text(json.dumps(record))
     file = export(run, tmp_path / "out" / "entry.pt", format="robustbench", num_images=20)
-    weights = torch.load(file, weights_only=True)
-    plain, images = Wide(classes=3).eval(), torch.rand(4, 3, 32, 32)
-    if normalized:
-        mu, sigma = weights.pop("mu"), weights.pop("sigma")
-        assert mu.shape == sigma.shape == (1, 3, 1, 1)
-        plain.load_state_dict(weights)
-        assert same(logits(plain, images=(images - mu) / sigma), logits(ours, "adv", images))
-    else:
-        plain.load_state_dict(weights)
-        assert same(logits(plain, images=images), logits(ours, "adv", images))
+    (plain, mu, sigma), images = loaded(file), torch.rand(4, 3, 32, 32)
+    assert np.shape(mu) == np.shape(sigma) == ((1, 3, 1, 1) if normalized else ())
+    assert same(logits(plain, images=(images - mu) / sigma), logits(ours, "adv", images))
     text = file.with_suffix(".md").read_text()
     for words in ("**Paper title**: FILL IN", "WideResNet(depth=10, widen_factor=1, num_classes=3)", "Linf",
                   "8/255", "84.12% on 30 images (the whole test set)", "49.01%", "**Additional training data**: no",
                   "`entry.pt`", hashlib.sha256(file.read_bytes()).hexdigest(), "logits on 20 test images"):  # fmt: skip
         assert words in text, words
     assert ("`mu`" in text) == normalized
-    with pytest.raises(UserError, match="exists already"):
-        export(run, tmp_path / "out" / "entry.pt", format="robustbench")
 
 
 def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
-    run = run_of(tmp_path / "run", wide(False), "wrn-10-1")
+    _, run = trained(tmp_path / "run", split=False)
     meta = {**load_network(run)[1], "exported_branch": "adv"}
 
     def numbers(**changes):
@@ -562,25 +548,23 @@ def test_robustbench_entry_takes_no_number_of_something_else(tmp_path):
 
 
 def test_robustbench_refuses_what_has_no_class_there(tmp_path):
-    small = run_of(tmp_path / "small", build_model("resnet-small", num_classes=3), "resnet-small")
-    with pytest.raises(UserError, match="no class for resnet-small"):
-        export(small, tmp_path / "a.pt", format="robustbench")
-    tiny = run_of(tmp_path / "tiny", wide(False), "wrn-10-1", size=16)
-    with pytest.raises(UserError, match="32x32"):
-        export(tiny, tmp_path / "a.pt", format="robustbench")
-    digits = run_of(tmp_path / "digits", wide(False), "wrn-10-1", dataset="digits")
-    with pytest.raises(UserError, match=r"digits has images \[1, 8, 8\]"):
-        export(digits, tmp_path / "a.pt", format="robustbench")
-    file = export(digits, tmp_path / "plain.safetensors")
-    with pytest.raises(UserError, match="names no data set"):
-        export(file, tmp_path / "a.pt", format="robustbench")
+    made = {
+        "no class for resnet-small": trained(tmp_path / "small", "resnet-small", split=False),
+        "32x32": trained(tmp_path / "tiny", split=False, size=16),
+        r"digits has images \[1, 8, 8\]": trained(tmp_path / "digits", split=False, dataset="digits"),
+    }
+    runs = {words: run for words, (_, run) in made.items()}
+    runs["names no data set"] = export(tmp_path / "digits", tmp_path / "plain.safetensors")
+    for words, run in runs.items():
+        with pytest.raises(UserError, match=words):
+            export(run, tmp_path / "a.pt", format="robustbench")
     assert not (tmp_path / "a.pt").exists()
     assert not (tmp_path / "a.md").exists()
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch"])
 def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
-    run = run_of(tmp_path / "run", wide(), "wrn-10-1", branches=("clean", "adv"))
+    _, run = trained(tmp_path / "run")
     rebuilt = exporting.rebuilt
 
     def altered(weights, meta):
@@ -591,11 +575,10 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, format):
     monkeypatch.setattr(exporting, "rebuilt", altered)
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)
-    monkeypatch.setattr(exporting, "rebuilt", rebuilt)
+    monkeypatch.undo()
     # The wrong set's weights are caught too: the reference is the run's own network, not the copy written.
-    monkeypatch.setattr(
-        exporting, "single_branch", lambda model, name: fastarat.nets.batchnorm.single_branch(model, "clean")
-    )
+    single_branch = exporting.single_branch
+    monkeypatch.setattr(exporting, "single_branch", lambda model, name: single_branch(model, "clean"))
     with pytest.raises(UserError, match="logits differ"):
         export(run, tmp_path / "a.pt", format=format)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from costs import Backwards
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is run from a checkout, never installed
-harness = importlib.import_module("benchmarks.__main__")
-gates = importlib.import_module("benchmarks.gates")
-rungs = importlib.import_module("benchmarks.rungs")
-tables = importlib.import_module("benchmarks.tables")
+from benchmarks import __main__ as harness
+from benchmarks import gates, rungs, tables
 
 
 def tiny(defense: str, num_steps: int = 10) -> gates.Setup:
@@ -29,13 +23,22 @@ def run(*argv: object) -> int:
     return harness.main([str(a) for a in argv])
 
 
+def ladder(out, *argv: object, code: int = 0) -> dict:
+    """The record of a dry ladder, which ends with this exit code."""
+    assert run("ladder", *argv, "--dry", "--device", "cpu", "--out", out) == code
+    return json.loads(out.read_text())
+
+
+def rungs_of_a_bad_ladder(out) -> dict[str, dict]:
+    (found,) = ladder(out, "at:resnet18:128", "--repeats", "1", code=1)["results"]
+    return {r["name"]: r for r in found["rungs"]}
+
+
 @pytest.fixture(scope="module")
 def climbed(tmp_path_factory):
     """A dry ladder of TRADES, whose attack is in eval mode: every rung a CPU has."""
     out = tmp_path_factory.mktemp("ladder") / "l.json"
-    argv = ["ladder", "trades:resnet18:128", "--dry", "--device", "cpu", "--repeats", "3", "--threads", "1"]
-    assert run(*argv, "--out", out) == 0
-    return json.loads(out.read_text())
+    return ladder(out, "trades:resnet18:128", "--repeats", "3", "--threads", "1")
 
 
 def test_a_ladder_times_every_rung_this_machine_has(climbed):
@@ -98,16 +101,12 @@ def test_the_equality_check_notices_a_wrong_loop(monkeypatch, broken):
     assert any(value > limit for value, limit in found.values())
 
 
-def is_step(fast) -> bool:
-    return fast == gates.PLAINEST
-
-
 def test_an_unequal_rung_is_not_timed_and_fails_the_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gates, "check_rung", lambda setup, fast: {"x": (float("nan"), 1.0)} if is_step(fast) else {})
-    out = tmp_path / "l.json"
-    assert run("ladder", "at:resnet18:128", "--dry", "--device", "cpu", "--repeats", "1", "--out", out) == 1
+    monkeypatch.setattr(
+        gates, "check_rung", lambda setup, fast: {"x": (float("nan"), 1.0)} if fast == gates.PLAINEST else {}
+    )
+    found = rungs_of_a_bad_ladder(out := tmp_path / "l.json")
     assert "NOT EQUAL" in capsys.readouterr().out
-    found = {r["name"]: r for r in json.loads(out.read_text())["results"][0]["rungs"]}
     assert "samples_s" not in found["step"]
     gain = found["released"]["samples_s"][0] - found["channels-last"]["samples_s"][0]
     assert found["channels-last"]["gain_ms"]["median"] == pytest.approx(1e3 * gain)
@@ -125,9 +124,7 @@ def test_a_failing_rung_leaves_the_others(monkeypatch, tmp_path):
         return right(setup, fast)
 
     monkeypatch.setattr(rungs, "engine_step", built)
-    out = tmp_path / "l.json"
-    assert run("ladder", "at:resnet18:128", "--dry", "--device", "cpu", "--repeats", "1", "--out", out) == 1
-    found = {r["name"]: r for r in json.loads(out.read_text())["results"][0]["rungs"]}
+    found = rungs_of_a_bad_ladder(tmp_path / "l.json")
     assert found["graph"]["failed"] == "RuntimeError: no graphs today"
     assert "ms" in found["channels-last"]
 
@@ -176,9 +173,7 @@ def test_every_full_ladder_begins_with_the_released_structure_and_its_attack_mak
 
 def test_no_ratio_is_given_to_a_released_loop_that_is_unequal(monkeypatch, tmp_path):
     monkeypatch.setattr(gates, "check_rung", lambda setup, fast: {} if fast else {"x": (1.0, 0.0)})
-    out = tmp_path / "l.json"
-    assert run("ladder", "at:resnet18:128", "--dry", "--device", "cpu", "--repeats", "1", "--out", out) == 1
-    assert not any("ratio" in r for r in json.loads(out.read_text())["results"][0]["rungs"])
+    assert not any("ratio" in r for r in rungs_of_a_bad_ladder(tmp_path / "l.json").values())
 
 
 def test_rungs_add_one_thing_at_a_time():

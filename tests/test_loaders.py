@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import FOLDER, TEST, TRAIN, draw_folder, place_cifar
+from archives import TEST, TRAIN, place_cifar
 from PIL import Image
 
 from fastarat.data import Augment, augment, beton, default_augment, info, load_dataset, loaders, make_loader, prepare
@@ -20,14 +20,8 @@ from fastarat.errors import UserError
 
 
 @pytest.fixture
-def cifar(tmp_path, monkeypatch):
-    place_cifar(tmp_path / "data", monkeypatch)
-    return load_dataset("cifar10", data_dir=tmp_path / "data")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return draw_folder(tmp_path / "pets", FOLDER)
+def cifar(cifar_dir):
+    return load_dataset("cifar10", data_dir=cifar_dir)
 
 
 @pytest.fixture(scope="session")

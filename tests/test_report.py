@@ -36,8 +36,6 @@ EPSILON = 0.2
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of AR-AT, evaluated, whose name needs escaping, and a run of AT, not evaluated."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
     paths = []
     for name, defense in (("_ar|at <b>&$x$", ARAT()), ("at", AT())):
@@ -49,8 +47,7 @@ def trained(tmp_path_factory):
     model, *_ = load_network(paths[0])
     test = load_dataset("digits").test
     evaluate(model, test, "clean,pgd-2-2", epsilon=8 / 255, limit=20, progress=False).save(paths[0] / "eval.json")
-    yield paths
-    torch.set_num_threads(threads)
+    return paths
 
 
 @pytest.fixture

@@ -1,40 +1,29 @@
 """AR-AT against a slow literal transcription: separate forwards, two BatchNorms, in-place noise, float64."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from literal import CLASSES, EPSILON, STEP, STEPS, Transcription, assert_same, sgd, small_step, some_batch, three_steps
 from torch import nn
 
 import fastarat
 from fastarat.losses import ar_at_invariance
 
-EPSILON, STEP, STEPS = 0.1, 0.03, 3
 
+class TwoBN(nn.BatchNorm2d):
+    """A plain BatchNorm for x' and a second one, `clean`, for x; the same twice when shared."""
 
-class Double(nn.Module):
-    """Runs a float64 network on float32 images, so that only the attack's update is single precision."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x.double())
-
-
-class TwoBN(nn.Module):
-    def __init__(self, bn: nn.Module, shared: bool) -> None:
-        super().__init__()
-        self.adv = copy.deepcopy(bn)
-        self.clean = self.adv if shared else copy.deepcopy(bn)
+    def __init__(self, bn: nn.BatchNorm2d, shared: bool) -> None:
+        super().__init__(bn.num_features, dtype=torch.float64)
         self.use = "adv"
+        if not shared:
+            self.clean = copy.deepcopy(bn)
 
     def forward(self, x):
-        return getattr(self, self.use)(x)
+        return self.clean(x) if self.use == "clean" and hasattr(self, "clean") else super().forward(x)
 
 
 def base_net() -> nn.Module:
@@ -42,29 +31,24 @@ def base_net() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8),
         nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(8, 4),
+        nn.Linear(8, CLASSES),
     ).double()  # fmt: skip
 
 
 TAPPED = (4, 7)
 
 
-class Literal:
+class Literal(Transcription):
     """methods as written: attack with in-place noise, forward x, forward x', loss, backward, SGD."""
 
-    def __init__(self, net, step, defense):
-        self.net = copy.deepcopy(net)
+    def begin(self, step):
         for i in (1, 4, 7):
-            self.net[i] = TwoBN(self.net[i], shared=not defense.split_bn)
-        self.d = defense
-        self.h_adv = copy.deepcopy(step.companions["predictor_adv"]) if "predictor_adv" in step.companions else None
-        self.h_clean = (
-            copy.deepcopy(step.companions["predictor_clean"]) if "predictor_clean" in step.companions else None
-        )
-        modules = [self.net, *(m for m in (self.h_adv, self.h_clean) if m is not None)]
-        self.parameters = [p for m in modules for p in m.parameters()]
-        self.sgd = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
-        self.generator = torch.Generator().manual_seed(11)
+            self.net[i] = TwoBN(self.net[i], shared=not self.d.split_bn)
+        step.companions["balance"].adv.fill_(0.3)
+        step.companions["balance"].clean.fill_(0.7)
+        heads = copy.deepcopy({name: m for name, m in step.companions.items() if name != "balance"})
+        self.h_adv, self.h_clean = heads.get("predictor_adv"), heads.get("predictor_clean")
+        self.sgd = sgd(p for m in (self.net, *heads.values()) for p in m.parameters())
 
     def use(self, name):
         for i in (1, 4, 7):
@@ -80,9 +64,7 @@ class Literal:
 
     def attack(self, bx, by):
         x = bx.detach()
-        # A generator fills memory in order, and the step's batches are channels-last.
-        noise = torch.empty_like(x, memory_format=torch.channels_last)
-        noise = noise.uniform_(-1, 1, generator=self.generator) * EPSILON
+        noise = self.noise(x)
         if self.d.center == "noisy":
             x.add_(noise)  # the alias: the caller's batch changes
             adv = x.clone()
@@ -126,11 +108,7 @@ class Literal:
         a, b = 0.3, 0.7
         loss = a * F.cross_entropy(logits_adv, labels) + b * F.cross_entropy(logits_clean, labels)
         loss = loss + self.d.gamma / len(TAPPED) * total
-        self.sgd.zero_grad()
-        loss.backward()
-        grads = [None if p.grad is None else p.grad.clone() for p in self.parameters]
-        self.sgd.step()
-        return loss.item(), adv, grads
+        return self.learn(loss), adv
 
 
 @pytest.mark.parametrize(
@@ -150,58 +128,18 @@ class Literal:
 def test_three_steps_equal_the_transcription(options):
     defense = fastarat.ARAT(gamma=5.1, layers=("net.4", "net.7"), **options)
     net = base_net()
-    seen = []
-
-    class Spy(fastarat.ARAT):
-        def forward(self, run, companions, images, labels, attacked):
-            seen.append(attacked.images)
-            return super().forward(run, companions, images, labels, attacked)
-
-    spy = Spy(**{f.name: getattr(defense, f.name) for f in dataclasses.fields(defense)})
-    step = fastarat.TrainStep(
-        Double(copy.deepcopy(net)), spy, torch.empty(2, 3, 8, 8), epsilon=EPSILON, step_size=STEP, num_steps=STEPS,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4), seed=11,
-    )  # fmt: skip
-    step.companions["balance"].adv.fill_(0.3)
-    step.companions["balance"].clean.fill_(0.7)
-    literal = Literal(net, step, spy)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        images, labels = torch.rand(6, 3, 8, 8, generator=g), torch.randint(4, (6,), generator=g)
-        kept = images.clone()
-        terms = step(images, labels)
-        loss, adv, _ = literal(images, labels)
-        assert torch.equal(images, kept), "the caller's batch must not change"
-        torch.testing.assert_close(seen[-1], adv, rtol=0, atol=0)
-        assert sum(t.item() for t in terms.values()) == pytest.approx(loss, rel=1e-12)
-    mine = dict(step.model.named_parameters())
-    for i in (0, 3, 6, 11):
-        torch.testing.assert_close(mine[f"net.{i}.weight"], literal.net[i].weight, rtol=1e-10, atol=1e-12)
-    for i in (1, 4, 7):
-        ours = step.model.net[i]
-        for name in ("adv", "clean") if spy.split_bn else ("adv",):
-            theirs = getattr(literal.net[i], name)
-            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                torch.testing.assert_close(
-                    getattr(ours.branch_set(name), key),
-                    getattr(theirs, key),
-                    rtol=1e-10,
-                    atol=1e-12,
-                    msg=f"{i}.{name}.{key}",
-                )
-
-
-def step_for(defense, **options):
-    net = fastarat.build_model("resnet-small", num_classes=4)
-    options = {"epsilon": EPSILON, "num_steps": 2} | options
-    return fastarat.TrainStep(net, defense, torch.empty(2, 3, 8, 8), **options)
+    literal = Literal(net, defense)
+    step = three_steps(defense, net, literal)
+    for name in ("predictor_adv", "predictor_clean"):
+        if name in step.companions:
+            assert_same(step.companions[name], getattr(literal, name.replace("predictor", "h")), name)
 
 
 def test_noisy_center_reaches_two_epsilon_and_clean_center_one():
     images, labels = torch.full((16, 3, 8, 8), 0.5), torch.randint(4, (16,))
     for center, furthest in (("noisy", 2 * EPSILON), ("clean", EPSILON)):
         defense = fastarat.ARAT(center=center)
-        step = step_for(defense, num_steps=12)
+        step = small_step(defense, num_steps=12)
         clean = defense.inputs(images, epsilon=EPSILON, norm="linf", generator=step.generator)
         distance = (step.attack(clean, labels).images - images).abs().max().item()
         assert furthest * 0.95 < distance <= furthest + 1e-6
@@ -209,18 +147,18 @@ def test_noisy_center_reaches_two_epsilon_and_clean_center_one():
 
 
 def test_eleven_updates_of_the_adversarial_branch_and_one_of_the_clean():
-    step = step_for(fastarat.ARAT(), num_steps=10)
-    step(torch.rand(8, 3, 8, 8), torch.randint(4, (8,)))
+    step = small_step(fastarat.ARAT(), num_steps=10)
+    step(*some_batch())
     assert step.model.bn1.num_batches_tracked == 11
     assert step.model.bn1.clean.num_batches_tracked == 1
-    frozen = step_for(fastarat.ARAT(), num_steps=10, attack_bn="train-frozen")
-    frozen(torch.rand(8, 3, 8, 8), torch.randint(4, (8,)))
+    frozen = small_step(fastarat.ARAT(), num_steps=10, attack_bn="train-frozen")
+    frozen(*some_batch())
     assert frozen.model.bn1.num_batches_tracked == 1
 
 
 def test_balance_comes_from_the_clean_branch():
     defense = fastarat.ARAT(balance_power=2.0)
-    step = step_for(defense)
+    step = small_step(defense)
     asked = []
 
     def probe(name, count):
@@ -232,7 +170,7 @@ def test_balance_comes_from_the_clean_branch():
     assert step.companions["balance"].adv.item() == pytest.approx(0.64)
     assert step.companions["balance"].clean.item() == pytest.approx(0.04)
     fixed = fastarat.ARAT(balance="fixed")
-    step = step_for(fixed)
+    step = small_step(fixed)
     fixed.before_epoch(step.companions, probe, 1)
     assert (step.companions["balance"].adv, step.companions["balance"].clean) == (1, 1)
 
@@ -251,8 +189,8 @@ def test_terms_by_hand():
 
 
 def test_gamma_defaults_to_the_networks():
-    assert step_for(fastarat.ARAT()).companions["balance"].gamma == 30
-    assert step_for(fastarat.ARAT(gamma=1.5)).companions["balance"].gamma == 1.5
+    assert small_step(fastarat.ARAT()).companions["balance"].gamma == 30
+    assert small_step(fastarat.ARAT(gamma=1.5)).companions["balance"].gamma == 1.5
 
 
 def test_predictor_sizes_of_resnet18():
@@ -266,8 +204,8 @@ def test_l2_follows_the_released_convention():
     assert (defense.start_kind("l2"), defense.bn_mode("l2")) == ("l2", "eval")
     images = torch.rand(2, 3, 8, 8)
     assert defense.inputs(images, epsilon=0.5, norm="l2", generator=None) is images
-    step = step_for(defense, norm="l2", epsilon=0.5)
-    assert all(math.isfinite(t.item()) for t in step(torch.rand(8, 3, 8, 8), torch.randint(4, (8,))).values())
+    step = small_step(defense, norm="l2", epsilon=0.5)
+    assert all(math.isfinite(t.item()) for t in step(*some_batch()).values())
 
 
 @pytest.mark.parametrize("metric", ["cos", "mse", "kl"])
@@ -303,7 +241,6 @@ def test_alignment_values_and_gradients():
     assert grads["y->x"][0] is None
     for side in (0, 1):
         torch.testing.assert_close(grads["x<->y"][side], 2 * grads["x->y,y->x"][side])
-    with pytest.raises(fastarat.UserError, match="x->y"):
-        ar_at_invariance(a, b, align="x-y")
-    with pytest.raises(fastarat.UserError, match="cos"):
-        ar_at_invariance(a, b, distance="cosine")
+    for option, words in (("align", "x->y"), ("distance", "cos")):
+        with pytest.raises(fastarat.UserError, match=words):
+            ar_at_invariance(a, b, **{option: "x-y"})

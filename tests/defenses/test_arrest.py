@@ -6,39 +6,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import (
-    BATCH,
-    CLASSES,
-    EPSILON,
-    Double,
-    assert_same,
-    base_net,
-    drawn,
-    sgd,
-    slow_attack,
-    step_of,
-    three_steps,
-)
+from literal import BATCH, CLASSES, Double, Transcription, assert_same, base_net, saved, small_step, three_steps
 
 import fastarat
 from fastarat.defenses import ARREST
 from fastarat.losses import angular_distance
-from fastarat.runs import Run, load_start
+from fastarat.runs import load_start
 
 
-def saved(folder, model, defense="standard"):
-    Run.create(folder).save_weights("last", model.state_dict(), {"defense": defense})
-    return str(folder)
-
-
-class Literal:
+class Literal(Transcription):
     """L = CE(f(x^), y) + lam angle(z(x^), z_std(x)) / pi, the replay decided image by image."""
 
     def __init__(self, net, defense):
-        self.net, self.teacher, self.d = copy.deepcopy(net), copy.deepcopy(net).eval(), defense
-        self.sgd = sgd(self.net.parameters())
-        self.generator = torch.Generator().manual_seed(11)
-        self.replayed = []
+        super().__init__(net, defense)
+        self.teacher, self.replayed = copy.deepcopy(net).eval(), []
 
     @staticmethod
     def angle(a, b):
@@ -46,7 +27,7 @@ class Literal:
         return torch.arccos(cosine)
 
     def __call__(self, x, y):
-        adv = slow_attack(self.net, x, y, self.generator, start="uniform", objective="ce")
+        adv = self.slow_attack(x, y, start="uniform", objective="ce")
         with torch.no_grad():
             z_std = self.teacher[:-1](x.double())
             self.net.eval()
@@ -54,7 +35,7 @@ class Literal:
             self.net.train()
         used = adv.clone()
         if self.d.phi is not None:
-            noisy = (x + drawn(x).uniform_(-1, 1, generator=self.generator) * EPSILON).clamp(0, 1)
+            noisy = (x + self.noise(x)).clamp(0, 1)
             far = [math.degrees(self.angle(a, b)) > self.d.phi for a, b in zip(z_clean, z_std, strict=True)]
             if self.d.nr_batch:
                 far = [sum(far) / len(far) > self.d.tau] * len(far)
@@ -65,10 +46,7 @@ class Literal:
         z = self.net[:-1](used.double())
         angles = [self.angle(a, b) / math.pi for a, b in zip(z, z_std, strict=True)]
         loss = F.cross_entropy(self.net[-1](z), y) + self.d.lam * sum(angles) / len(angles)
-        self.sgd.zero_grad()
-        loss.backward()
-        self.sgd.step()
-        return loss.item(), adv
+        return self.learn(loss), adv
 
 
 @pytest.mark.parametrize(
@@ -89,7 +67,6 @@ def test_three_steps_equal_the_transcription(options, replayed, tmp_path):
     step = three_steps(defense, net, literal)
     assert literal.replayed == replayed
     assert_same(step.companions["teacher"].network.net, literal.teacher, "teacher")
-    assert step.model.net[1].num_batches_tracked == 3
 
 
 def test_angle_by_hand():
@@ -129,11 +106,7 @@ def test_terms_by_hand():
 
 def step_for(tmp_path, **options):
     net = fastarat.build_model("resnet-small", num_classes=CLASSES)
-    teacher = saved(tmp_path / "std", net)
-    student = fastarat.build_model("resnet-small", num_classes=CLASSES)
-    defense = ARREST(teacher=teacher, **options)
-    load_start(defense, student)
-    return fastarat.TrainStep(student, defense, torch.empty(2, 3, 8, 8), num_steps=2), net
+    return small_step(ARREST(teacher=saved(tmp_path / "std", net), **options)), net
 
 
 def test_student_starts_from_the_standard_network_which_never_moves(tmp_path):
@@ -179,37 +152,8 @@ def test_lam_defaults_to_the_networks(tmp_path):
     assert defense.companions(wide, torch.rand(2, 3, 8, 8))["teacher"].lam == 100
 
 
-def test_a_checkpoint_file_will_do(tmp_path):
-    net = base_net()
-    folder = saved(tmp_path / "std", Double(net))
-    step = step_of(ARREST(teacher=f"{folder}/last.safetensors"), base_net(seed=9))
-    assert_same(step.model.net, net, "student")
-
-
-@pytest.mark.parametrize("case", ["none", "missing", "other defense", "other architecture", "not a checkpoint"])
-def test_a_missing_standard_network_stops_before_training(case, tmp_path):
-    net = fastarat.build_model("resnet-small", num_classes=CLASSES)
-    (tmp_path / "notes.safetensors").write_text("hello")
-    teacher, says = {
-        "none": lambda: (None, "names none"),
-        "missing": lambda: (str(tmp_path / "nowhere"), "no checkpoint"),
-        "other defense": lambda: (saved(tmp_path / "at", net, "at"), "trained with at, not standard"),
-        "other architecture": lambda: (saved(tmp_path / "std", base_net()), "another architecture"),
-        "not a checkpoint": lambda: (str(tmp_path / "notes.safetensors"), "cannot be read"),
-    }[case]()
-    with pytest.raises(fastarat.UserError, match=says) as error:
-        load_start(ARREST(teacher=teacher), net)
-    assert "fastarat train --defense standard" in str(error.value)
-
-
 def test_l2_needs_replay_off(tmp_path):
     with pytest.raises(fastarat.UserError, match="phi none"):
         ARREST(teacher="x").start_kind("l2")
     assert ARREST(teacher="x", phi=None).start_kind("l2") == "l2"
     assert (ARREST.attack_bn, ARREST.objective, ARREST().start_kind("linf")) == ("eval", "ce", "uniform")
-
-
-def test_card_says_which_replay():
-    assert ARREST(phi=None).describe("linf")["noisy replay"] == "off"
-    assert "30 degrees" in ARREST(teacher="r").describe("linf")["noisy replay"]
-    assert "over 0.5" in ARREST(nr_batch=True).describe("linf")["noisy replay"]

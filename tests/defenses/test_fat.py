@@ -1,13 +1,12 @@
 """FAT and GAIR-FAT: the early-stopped attack against one that removes images from the batch, and by hand."""
 
-import copy
 import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import EPSILON, STEP, STEPS, Moment, base_net, drawn, sgd, three_steps
+from literal import EPSILON, STEP, STEPS, Moment, Transcription, base_net, small_step, some_batch, three_steps
 
 import fastarat
 from fastarat.attacks import pgd
@@ -16,13 +15,11 @@ from fastarat.defenses.fat import early_stopped
 from fastarat.nets.models import WideResNet
 
 
-class Literal:
+class Literal(Transcription):
     """The released loop: an image that is misclassified with no slack left goes out of the batch as it is."""
 
     def __init__(self, net, defense):
-        self.net, self.d = copy.deepcopy(net), defense
-        self.sgd = sgd(self.net.parameters())
-        self.generator = torch.Generator().manual_seed(11)
+        super().__init__(net, defense)
         self.stopped = []
 
     def attack(self, x, y, start):
@@ -53,7 +50,7 @@ class Literal:
 
     def __call__(self, x, y):
         self.net.eval()
-        start = (x + EPSILON * drawn(x).uniform_(-1, 1, generator=self.generator)).clamp(0, 1)
+        start = (x + self.noise(x)).clamp(0, 1)
         adv, kappas = self.attack(x, y, start)
         self.net.train()
         losses = F.cross_entropy(self.net(adv.double()), y, reduction="none")
@@ -62,19 +59,15 @@ class Literal:
             m = STEPS // 2
             weights = [(math.tanh(self.d.lam + 5 * (m - k) / m) + 1) / 2 for k in kappas]
         loss = sum(w * one for w, one in zip(weights, losses, strict=True)) / sum(weights)
-        self.sgd.zero_grad()
-        loss.backward()
-        self.sgd.step()
-        return loss.item(), adv
+        return self.learn(loss), adv
 
 
 @pytest.mark.parametrize("name", ["fat", "gair-fat"])
 def test_three_steps_equal_the_transcription(name):
     defense, net = DEFENSES[name](slack=(0, 1, 2)), base_net()
     literal = Literal(net, defense)
-    step = three_steps(defense, net, literal, epochs=(40, 70, 71))
+    three_steps(defense, net, literal, epochs=(40, 70, 71))
     assert all(0 < n < 6 for n in literal.stopped), "all or none stopped: nothing to compare"
-    assert step.model.net[1].num_batches_tracked == 3
 
 
 def towards_one(points):
@@ -160,9 +153,7 @@ def test_slack_grows_with_the_epoch(name, epoch, epochs, wide, options, slack):
 
 def test_epochs_change_inside_a_captured_step():
     """The schedule is read from device tensors: the same captured function serves every epoch."""
-    net = fastarat.build_model("resnet-small", num_classes=4)
-    step = fastarat.TrainStep(net, FAT(), torch.empty(2, 3, 8, 8), epsilon=EPSILON, num_steps=2, capture="fake")
-    images, labels = torch.rand(8, 3, 8, 8), torch.randint(4, (8,))
+    step, (images, labels) = small_step(FAT(), capture="fake"), some_batch()
     moved = []
     for progress in (0.0, 0.5):
         step.forward.progress.fill_(progress)
@@ -182,22 +173,7 @@ def test_losses_by_hand():
     weight = 1 / (1 + math.exp(10))
     expected = (first / 2 + second * weight) / (0.5 + weight)
     assert GAIRFAT().loss(views)["ce_adv"].item() == pytest.approx(expected)
-    for defense in (FAT(), GAIRFAT()):
-        compiled = torch.compile(defense.loss, fullgraph=True, backend="eager")(views)
-        torch.testing.assert_close(compiled, defense.loss(views))
-        double = views._replace(logits_adv=torch.randn(2, 4, dtype=torch.float64, requires_grad=True))
-        assert torch.autograd.gradcheck(
-            lambda z, d=defense, v=double: d.loss(v._replace(logits_adv=z))["ce_adv"], double.logits_adv
-        )
 
 
-def test_options_are_checked():
-    for kind in (FAT, GAIRFAT):
-        with pytest.raises(fastarat.UserError, match="0,3,6"):
-            kind(slack=(0, 3))
-        with pytest.raises(fastarat.UserError, match="41,71"):
-            kind(slack_epochs=(3,))
-    with pytest.raises(fastarat.UserError, match="lam-max"):
-        GAIRFAT(lam_schedule="linear")
-    assert "3 from epoch 41" in FAT().describe("linf")["early stop"]
+def test_the_card_of_gair_fat_has_the_rows_of_both():
     assert set(GAIRFAT().describe("linf")) == {"kappa weights", "early stop"}

@@ -1,33 +1,25 @@
 """TRADES against a literal transcription of the released loss, and its loss by hand."""
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import base_net, sgd, slow_attack, three_steps
+from literal import Transcription, base_net, three_steps
 
-import fastarat
 from fastarat import losses
 from fastarat.config import from_dict, to_dict
 from fastarat.defenses import TRADES
-from fastarat.schedules import lr_at, recipe_of
 
 
-class Literal:
+class Literal(Transcription):
     """trades.py as released: KL attack in eval mode; then CE(f(x)), and the KL of f(x') from a second f(x).
 
     Without `exact`, later re-implementations: the first f(x) serves both.
     """
 
-    def __init__(self, net, defense):
-        self.net, self.d = copy.deepcopy(net), defense
-        self.sgd = sgd(self.net.parameters())
-        self.generator = torch.Generator().manual_seed(11)
-
     def __call__(self, x, y):
-        adv = slow_attack(self.net, x, y, self.generator, start="gaussian", objective="kl")
+        adv = self.slow_attack(x, y, start="gaussian", objective="kl")
         logits = self.net(x.double())
         loss_natural = F.cross_entropy(logits, y)
         loss_robust = (1.0 / len(x)) * torch.nn.KLDivLoss(reduction="sum")(
@@ -35,10 +27,7 @@ class Literal:
             F.softmax(self.net(x.double()) if self.d.exact else logits, dim=1),
         )
         loss = loss_natural + self.d.beta * loss_robust
-        self.sgd.zero_grad()
-        loss.backward()
-        self.sgd.step()
-        return loss.item(), adv
+        return self.learn(loss), adv
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 1.0}, {"exact": False}], ids=str)
@@ -70,11 +59,13 @@ def test_loss_by_hand():
     # Two copies of an image have the loss of one: a mean over images, a sum over classes.
     twice = losses.trades(clean.repeat(2, 1), adv.repeat(2, 1), torch.tensor([0, 0]), 6.0)
     assert twice["kl"].item() == pytest.approx(terms["kl"].item())
+    # Sure of one class and then of the other, in half precision: log(1 + e^160) is 160.
+    sure = torch.tensor([[80.0, -80.0]]).bfloat16()
+    assert losses.trades(sure, -sure, torch.tensor([0]), 6.0)["kl"].item() == pytest.approx(6 * 160)
 
 
 def test_gradients_reach_both_sides():
     """d KL / d clean logit c = p_c (log p_c/p'_c - KL), d KL / d adv logit c = p'_c - p_c, here with p, p' as above."""
-    torch.manual_seed(0)
     clean = torch.tensor([[0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     adv = torch.tensor([[math.log(3), 0.0]], dtype=torch.float64, requires_grad=True)
     grad_clean, grad_adv = torch.autograd.grad(losses.trades(clean, adv, torch.tensor([0]), 1.0)["kl"], (clean, adv))
@@ -83,9 +74,6 @@ def test_gradients_reach_both_sides():
         grad_clean, torch.tensor([[(math.log(2 / 3) - kl) / 2, (math.log(2) - kl) / 2]]).double()
     )
     torch.testing.assert_close(grad_adv, torch.tensor([[0.25, -0.25]]).double())
-    clean, adv = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    labels = torch.tensor([0, 1, 2, 3, 0])
-    assert torch.autograd.gradcheck(lambda c, a: sum(losses.trades(c, a, labels, 6.0).values()), (clean, adv))
 
 
 def test_beta_zero_is_standard_training():
@@ -95,30 +83,3 @@ def test_beta_zero_is_standard_training():
     loss = sum(losses.trades(clean, adv, labels, 0.0).values())
     assert loss.item() == F.cross_entropy(clean, labels).item()
     assert not torch.autograd.grad(loss, adv)[0].any()
-
-
-def test_loss_is_float32_inside_and_survives_extremes():
-    clean, adv = torch.tensor([[80.0, -80.0]]).bfloat16(), torch.tensor([[-80.0, 80.0]]).bfloat16()
-    terms = losses.trades(clean.requires_grad_(), adv.requires_grad_(), torch.tensor([0]), 6.0)
-    assert all(t.dtype == torch.float32 and t.isfinite() for t in terms.values())
-    assert terms["kl"].item() == pytest.approx(6 * 160)
-    sum(terms.values()).backward()
-    assert clean.grad.isfinite().all()
-    assert adv.grad.isfinite().all()
-
-
-def test_loss_compiles_whole():
-    torch.manual_seed(0)
-    views = fastarat.Views(torch.tensor([0, 1, 2]), logits_clean=torch.randn(3, 4), logits_adv=torch.randn(3, 4))
-    terms = torch.compile(TRADES().loss, fullgraph=True, backend="aot_eager")(views)
-    torch.testing.assert_close(terms, TRADES().loss(views))
-
-
-def test_schedules():
-    """lr 0.1, a tenth from epoch 75, a hundredth from 90; the release stops at 76, other networks run to 100."""
-    for name, epochs in (("trades", 100), ("trades-wrn", 76)):
-        recipe = recipe_of(name)
-        assert (recipe.epochs, recipe.weight_decay) == (epochs, 2e-4)
-        rates = [lr_at(e, 0, steps=391, epochs=epochs, recipe=recipe) for e in (1, 74, 75, 76)]
-        assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01])
-    assert TRADES.recipe == "trades"
