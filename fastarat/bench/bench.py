@@ -38,7 +38,7 @@ from fastarat.errors import UserError
 from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
 from fastarat.runs import load_start
-from fastarat.specs import Attack, Fast, setting
+from fastarat.specs import Attack, Fast, known, setting
 from fastarat.values import Precision, settle
 
 EPOCH_IMAGES = 50_000
@@ -105,6 +105,7 @@ def forward_flops(model: nn.Module, images: Tensor) -> int:
 
     def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal total
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
         total += 2 * output.numel() * module.weight[0].numel()
 
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -161,7 +162,9 @@ class BenchConfig(Fast):
 
     def fast(self, precision: str) -> Fast:
         """The `Fast` among these fields, in `precision`."""
-        return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)} | {"precision": precision})
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)}
+        own["precision"] = precision
+        return Fast(**own)
 
     def __post_init__(self) -> None:
         if isinstance(self.attack, dict):
@@ -201,7 +204,7 @@ def bench(
         precision=asked_precision(config, cuda=cuda),
         repeats=config.repeats or (20 if cuda else 5),
     )
-    precision, note = usable_precision(config.precision, device)
+    precision, note = usable_precision(known(config.precision), device)
     with placed(device, config.threads), backend_flags(device, precision), seeded_apart(device):
         record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
         for defense in defenses:
@@ -244,8 +247,8 @@ def _forever(loader: Loader) -> Iterator[Batch]:
 
 
 def _measured(config: BenchConfig, defense: Defense, device: torch.device, precision: str) -> dict[str, Any]:
-    clock, size = Clock(device), config.batch_size
-    split = random_split(size * (64 if device.type == "cuda" else 4), (3, *[config.image_size] * 2), config.num_classes)
+    clock, size, side, rounds = Clock(device), known(config.batch_size), config.image_size, known(config.repeats)
+    split = random_split(size * (64 if device.type == "cuda" else 4), (3, side, side), config.num_classes)
     batches = _forever(
         make_loader(
             split,
@@ -257,22 +260,22 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
             drop_last=True,
         )
     )
-    step = None
+    made: list[TrainStep] = []
 
     def build() -> Callable[[], None]:
-        nonlocal step
-        step = make_step(config, defense, device, precision)
+        made.append(make_step(config, defense, device, precision))
         return once
 
     def once() -> None:
         batch = next(batches)
-        step.set_lr(0.01)
-        step.forward.progress.fill_(0.5)
-        step(batch.images, batch.labels)
+        made[0].set_lr(0.01)
+        made[0].forward.progress.fill_(0.5)
+        made[0](batch.images, batch.labels)
 
     _, warmup_s = warmed(build, device)
+    step = made[0]
     ceiling = matmul_ceiling(device)
-    options = {"rounds": config.repeats, "shortest_s": 0.5, "calls_per_sample": config.steps}
+    options = {"rounds": rounds, "shortest_s": 0.5, "calls_per_sample": config.steps}
     timed = race({"loop": once}, clock, ceilings=[ceiling], **options)
     found = {
         "precision": precision,
@@ -284,7 +287,7 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
         "warmup_s": warmup_s,
         "memory": peak_memory(once, device),
         "launches": launches(once, device),
-        "data_samples_s": [clock(lambda: next(batches), 4) for _ in range(config.repeats + 1)][1:],
+        "data_samples_s": [clock(lambda: next(batches), 4) for _ in range(rounds + 1)][1:],
     }
     found["phase_samples_s"], found["phases_of"] = phase_samples(config, defense, device, precision)
     flops, cost, forward = step_flops(step, torch.zeros(1, *split.shape, device=device))
@@ -316,7 +319,7 @@ def phase_samples(
 ) -> tuple[dict[str, list[float]], str]:
     """Time the phases of a step like the measured one, each of its marks a node of the graph if it is captured."""
     generator = torch.Generator(device).manual_seed(1)
-    shape = (config.batch_size, 3, config.image_size, config.image_size)
+    shape = (known(config.batch_size), 3, config.image_size, config.image_size)
     images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(config.num_classes, shape[:1], generator=generator, device=device)
     reason = ""
@@ -324,7 +327,7 @@ def phase_samples(
         step = make_step(dataclasses.replace(config, capture=capture), defense, device, precision)
         step.mark = marks = Marks(device)
         try:
-            found = race_phases({"step": (lambda step=step: step(images, labels), marks)}, rounds=config.repeats)
+            found = race_phases({"step": (lambda step=step: step(images, labels), marks)}, rounds=known(config.repeats))
         except (RuntimeError, UserError) as error:
             if capture == "off":
                 raise
