@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastarat import ascent
-from fastarat.ascent import OBJECTIVES, Attacked, Maximised, bound, craft, starts_flat
+from fastarat.ascent import OBJECTIVES, Attacked, Maximised, bound, craft, kl, margin, starts_flat
 from fastarat.checks import (
     check_classes,
     check_images,
@@ -31,7 +31,7 @@ from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of
 from fastarat.specs import Attack, Start, checked_backend, none_left, spec_of
 from fastarat.values import Norm, checked_budget, checked_length, coerce, named, shown, whole
 
-__all__ = ["PGD", "Attacked", "objective_name", "pgd", "random_start", "strongest"]
+__all__ = ["PGD", "Attacked", "kl", "margin", "objective_name", "pgd", "random_start", "strongest"]
 
 
 def objective_name(objective: str | Callable) -> str | Callable:
@@ -215,6 +215,8 @@ class PGD:
     def _check(self, images: Tensor, labels: Tensor) -> bool:
         """Raise UserError for a batch that is not what the attack takes; whether its labels are still to be read."""
         check_images(images, channels=input_channels(self.model))
+        spec = self.attack
+        checked_budget(spec.epsilon, spec.step_size, spec.norm, shape=images.shape, read=False)
         reads_labels = self._count or self.attack.objective in ("ce", "cw")
         if reads_labels:
             check_labels(labels, images)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastarat.engine import guards as engine
+from fastarat import checks as engine
 
 _aten = torch.ops.aten
 # Operations whose result the host must wait for.

@@ -585,10 +585,10 @@ def test_values_are_looked_at_once_per_shape_on_a_gpu_and_always_on_a_cpu(on_a_g
     step = fastarat.TrainStep(network(), fastarat.AT(), images, epsilon=0.1, num_steps=1)
     attack = PGD(network(), epsilon=0.1, num_steps=1)
     seen = []
-    for module in ("fastarat.engine.guards", "fastarat.attacks"):
+    for module in ("fastarat.checks", "fastarat.attacks"):
         monkeypatch.setattr(f"{module}.check_pixels", lambda images: seen.append(tuple(images.shape)))
     if on_a_gpu:  # there, a read would make the host wait
-        monkeypatch.setattr("fastarat.engine.guards.waits", lambda images: True)
+        monkeypatch.setattr("fastarat.checks.waits", lambda images: True)
         monkeypatch.setattr("fastarat.attacks.waits", lambda images: True)
     for n in (8, 8, 4, 8, 4):
         step(images[:n], labels[:n])

@@ -600,7 +600,7 @@ def test_the_step_reads_nothing_back_from_the_device(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the step read a tensor on the host")
 
-    monkeypatch.setattr("fastarat.engine.guards.waits", lambda images: True)  # as on a GPU
+    monkeypatch.setattr("fastarat.checks.waits", lambda images: True)  # as on a GPU
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     step(torch.rand(4, 3, 8, 8), torch.randint(4, (4,)))
