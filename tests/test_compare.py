@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from archives import draw_classes
 
 import fastarat
 from fastarat import compare as module
@@ -210,9 +211,7 @@ def test_columns_and_what_is_said_of_them():
 
 
 def test_a_folder_is_called_by_its_name(tmp_path):
-    from test_cli import folder_of_images
-
-    images = folder_of_images(tmp_path / "pictures", 3)
+    images = draw_classes(tmp_path / "pictures", 3)
     base = {**BASE, "dataset": str(images), "limit_train": 8, "batch_size": 4, "eval": {"val_images": 3, "num_steps": 1},
             "data_dir": str(tmp_path / "data")}  # fmt: skip
     table = run(tmp_path / "runs", ("standard",), (0,), base=base)
