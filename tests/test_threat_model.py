@@ -623,7 +623,6 @@ def test_an_attack_leaves_frozen_layers_in_their_own_mode():
         (lambda: OptimConfig(momentum=1.0), r"optim.momentum=1 is outside \[0, 1\)"),
         (lambda: OptimConfig(weight_decay="much"), "optim.weight_decay='much': expected a number"),
         (lambda: OptimConfig(nesterov="perhaps"), "optim.nesterov='perhaps': expected true or false"),
-        (lambda: OptimConfig(optimizer="sgd"), "optim.optimizer='sgd'"),
         (lambda: EvalConfig(every=0), "eval.every=0: expected 1 or more"),
         (lambda: EvalConfig(num_steps=0.5), "eval.num_steps=0.5: expected a whole number"),
         (lambda: EvalConfig(val_images=-1), "eval.val_images=-1: expected 0 or more"),
