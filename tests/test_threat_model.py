@@ -48,9 +48,11 @@ def pgd_class(images, labels, **options):
     return PGD(network(), **{"epsilon": 0.1, "num_steps": 2} | options)(images, labels).images
 
 
+TWO_STEPS = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
+
+
 def pgd_function(images, labels, **options):
-    defaults = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
-    return pgd(network().eval(), images, labels, labels, images, **defaults | options).images
+    return pgd(network().eval(), images, labels, labels, images, **TWO_STEPS | options).images
 
 
 def start(images, labels, **options):
@@ -60,8 +62,7 @@ def start(images, labels, **options):
 def several(images, labels, **options):
     model = network().eval()
     objective = options.pop("objective", "ce")
-    defaults = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
-    runs = [partial(pgd, model, images, labels, labels, images, **defaults | options)] * 2
+    runs = [partial(pgd, model, images, labels, labels, images, **TWO_STEPS | options)] * 2
     return strongest(model, runs, labels, objective).images
 
 
@@ -338,8 +339,6 @@ VALUES = {
     "negative": (lambda x, y: (x, y - K), "labels span -4"),
 }  # fmt: skip
 WITH_VALUES = (train_step, pgd_class, evaluated, examples)
-
-
 INPUTS = [(TENSORS, FREE), ([e for e in TENSORS if e is not start], LABELS), (WITH_VALUES, VALUES)]
 
 
@@ -381,58 +380,6 @@ def test_layout_is_told_by_what_the_network_takes():
         check_images(torch.rand(2, 28, 28, 1))
 
 
-def on(model, images, labels) -> list:
-    """Calls of every entry that takes a network."""
-    return [
-        lambda: evaluate(model, (images, labels), "clean", progress=False),
-        lambda: adversarial_examples(model, images, labels),
-        lambda: fastarat.TrainStep(model, fastarat.AT(), images),
-        lambda: PGD(model, epsilon=0.1)(images, labels),
-        lambda: PGD(model, epsilon=0.1, objective="kl", start="gaussian")(images, labels),
-    ]
-
-
-def test_the_model_takes_other_images():
-    images, labels = batch()
-    gray = images[:, :1].contiguous()
-    for call in on(network(), gray, labels):
-        with pytest.raises(UserError, match=r"does not take images.*\[\d, 1, 8, 8\].*3 channels"):
-            call()
-    step = fastarat.TrainStep(network(), fastarat.AT(), images)
-    with pytest.raises(UserError, match="images have 1 channels, the example had 3"):
-        step(gray, labels)
-    with pytest.raises(UserError, match="the model returned tuple"):
-        fastarat.TrainStep(nn.Sequential(network(), Twice()), fastarat.AT(), images)
-
-
-class Twice(nn.Module):
-    def forward(self, logits):
-        return logits, logits
-
-
-def test_other_objects_are_refused():
-    images, labels = batch()
-    with pytest.raises(UserError, match=r"example=.*expected a float32 tensor"):
-        fastarat.TrainStep(network(), fastarat.AT(), (3, 8, 8))
-    for defense in ("trades", fastarat.TRADES, None):
-        with pytest.raises(UserError, match=r"expected a Defense, such as fastarat.TRADES\(\)"):
-            fastarat.TrainStep(network(), defense, images)
-    model = network()
-    with pytest.raises(UserError, match="expected a function of the list of parameters"):
-        fastarat.TrainStep(model, fastarat.AT(), images, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    refused(train_step, r"awp=2 is outside \(0, 1\)", awp=2)
-    refused(train_step, "awp_warmup=-1: expected 0 or more", awp_warmup=-1)
-    for call in on(network().forward, images, labels):
-        with pytest.raises(UserError, match=r"expected an nn.Module"):
-            call()
-    with pytest.raises(UserError, match="at least one"):
-        strongest(network(), [], labels)
-    with pytest.raises(UserError, match=r"kl takes the clean logits, float \[8, K\]"):
-        pgd_function(images, labels, objective="kl")
-    with pytest.raises(UserError, match=r"start is .* expected one shape"):
-        pgd(network(), images, labels, labels, images[:4], epsilon=0.1, step_size=0.1, num_steps=1)
-
-
 class Raising(nn.Module):
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -442,51 +389,93 @@ class Raising(nn.Module):
         raise self.error
 
 
+# Every entry that takes a network.
+ON_A_MODEL = {
+    "evaluate": lambda model, x, y: evaluate(model, (x, y), "clean", progress=False),
+    "adversarial_examples": adversarial_examples,
+    "TrainStep": lambda model, x, y: fastarat.TrainStep(model, fastarat.AT(), x),
+    "PGD": lambda model, x, y: PGD(model, epsilon=0.1)(x, y),
+    "PGD on a KL": lambda model, x, y: PGD(model, epsilon=0.1, objective="kl", start="gaussian")(x, y),
+}
+FAILS = "the model does not take images torch.float32 .*"
+
+
+@pytest.mark.parametrize("entry", ON_A_MODEL)
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("model", "channels", "words"),
     [
-        (AssertionError("wrong size"), "AssertionError: wrong size"),
-        (KeyError("x"), "KeyError: 'x'"),
-        (TypeError("two\nlines"), "TypeError: two$"),
-        (AttributeError("no such"), "AttributeError: no such"),
-        (RuntimeError("shapes"), r"\[\d, 3, 8, 8\]: shapes$"),
+        (network, 1, r"does not take images.*\[\d, 1, 8, 8\].*3 channels"),
+        (lambda: network().forward, 3, "expected an nn.Module"),
+        (lambda: network().double(), 3, r"conv1.weight is torch.float64: .*call model.float\(\)"),
+        (lambda: network().half(), 3, r"conv1.weight is torch.float16: .*call model.float\(\)"),
+        (lambda: network().bfloat16(), 3, r"conv1.weight is torch.bfloat16: .*call model.float\(\)"),
+        (lambda: Raising(AssertionError("wrong size")), 3, FAILS + "AssertionError: wrong size"),
+        (lambda: Raising(KeyError("x")), 3, FAILS + "KeyError: 'x'"),
+        (lambda: Raising(TypeError("two\nlines")), 3, FAILS + "TypeError: two$"),
+        (lambda: Raising(AttributeError("no such")), 3, FAILS + "AttributeError: no such"),
+        (lambda: Raising(RuntimeError("shapes")), 3, FAILS + r"\[\d, 3, 8, 8\]: shapes$"),
     ],
 )
-def test_an_error_inside_the_model_is_one_line(error, words):
-    for call in on(Raising(error), *batch()):
-        with pytest.raises(UserError, match=rf"the model does not take images torch.float32 .*{words}") as found:
-            call()
-        assert "\n" not in str(found.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_a_model_in_another_precision(dtype):
-    for call in on(network().to(dtype), *batch()):
-        with pytest.raises(UserError, match=r"conv1.weight is torch.\w+: .*call model.float\(\)"):
-            call()
-
-
-def test_an_attack_wants_logits_of_its_forward():
+def test_a_model_that_does_not_fit_is_one_line(entry, model, channels, words):
     images, labels = batch()
-    options = {"epsilon": 0.1, "step_size": 0.1, "num_steps": 1}
-    with pytest.raises(UserError, match=r"the model returned tuple for 8 images: expected logits"):
-        pgd(lambda x: (network()(x),), images, labels, labels, images, **options)
-    with pytest.raises(UserError, match=r"target is \[8, 3\], the logits \[8, 4\]: expected one shape"):
-        pgd(network(), images, labels, torch.zeros(8, 3), images, objective="kl", **options)
+    with pytest.raises(UserError, match=words) as found:
+        ON_A_MODEL[entry](model(), images[:, :channels].contiguous(), labels)
+    assert "\n" not in str(found.value)
 
 
-def test_a_step_wants_logits():
-    with pytest.raises(UserError, match=r"returned probabilities.*remove the final softmax"):
-        fastarat.TrainStep(nn.Sequential(network(), nn.Softmax(1)), fastarat.AT(), batch()[0])
+class Twice(nn.Module):
+    def forward(self, logits):
+        return logits, logits
 
 
-def test_there_is_something_to_train():
-    images, _ = batch()
-    for defense in (fastarat.AT(), fastarat.ARAT()):
-        with pytest.raises(UserError, match=r"no parameter of the model requires a gradient.*requires_grad_\(True\)"):
-            fastarat.TrainStep(network().requires_grad_(False), defense, images)
-        with pytest.raises(UserError, match="a Flatten without parameters"):
-            fastarat.TrainStep(nn.Flatten(), defense, images)
+def step_on(x, defense=fastarat.AT, **options):
+    model = options.pop("model", None)
+    return fastarat.TrainStep(network() if model is None else model, defense(), x, num_steps=1, **options)
+
+
+def attacked(x, y, target=None, model=None, start=None, **options):
+    points = x if start is None else start
+    options = {"epsilon": 0.1, "step_size": 0.1, "num_steps": 1} | options
+    return pgd(model or network(), x, y, y if target is None else target, points, **options)
+
+
+NO_DEFENSE = r"expected a Defense, such as fastarat.TRADES\(\)"
+NO_GRADIENT = r"no parameter of the model requires a gradient.*requires_grad_\(True\)"
+NO_OPTIMIZER = "the optimizer function returned .*: expected an optimizer, such as"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x, y: step_on((3, 8, 8)), "example=.*expected a float32 tensor"),
+        (lambda x, y: step_on(x)(x[:, :1], y), "images have 1 channels, the example had 3"),
+        (lambda x, y: step_on(x, fastarat.ARAT)(x[:1], y[:1]), "a batch of one: BatchNorm .*ARAT .*at least 2 images.*drop_last=True"),
+        (lambda x, y: step_on(x, awp=2), r"awp=2 is outside \(0, 1\)"),
+        (lambda x, y: step_on(x, awp_warmup=-1), "awp_warmup=-1: expected 0 or more"),
+        (lambda x, y: step_on(x, lambda: "trades"), NO_DEFENSE),
+        (lambda x, y: step_on(x, lambda: fastarat.TRADES), NO_DEFENSE),
+        (lambda x, y: step_on(x, lambda: None), NO_DEFENSE),
+        (lambda x, y: step_on(x, model=nn.Sequential(network(), Twice())), "the model returned tuple"),
+        (lambda x, y: step_on(x, model=nn.Sequential(network(), nn.Softmax(1))), "returned probabilities.*remove the final softmax"),
+        (lambda x, y: step_on(x, model=network().requires_grad_(False)), NO_GRADIENT),
+        (lambda x, y: step_on(x, fastarat.ARAT, model=network().requires_grad_(False)), NO_GRADIENT),
+        (lambda x, y: step_on(x, model=nn.Flatten()), "a Flatten without parameters"),
+        (lambda x, y: step_on(x, fastarat.ARAT, model=nn.Flatten()), "a Flatten without parameters"),
+        (lambda x, y: step_on(x, optimizer=torch.optim.SGD(network().parameters(), lr=0.1)), "expected a function of the list of parameters"),
+        (lambda x, y: step_on(x, optimizer=lambda p: torch.optim.SGD(p[1:], lr=0.1)), r"leaves out 1 of the \d+ parameters.*requires_grad_\(False\)"),
+        (lambda x, y: step_on(x, optimizer=lambda p: None), NO_OPTIMIZER),
+        (lambda x, y: step_on(x, optimizer=lambda p: 3), NO_OPTIMIZER),
+        (lambda x, y: step_on(x, optimizer=lambda p: "sgd"), NO_OPTIMIZER),
+        (lambda x, y: strongest(network(), [], y), "at least one"),
+        (lambda x, y: attacked(x, y, objective="kl"), r"kl takes the clean logits, float \[8, K\]"),
+        (lambda x, y: attacked(x, y, torch.zeros(8, 3), objective="kl"), r"target is \[8, 3\], the logits \[8, 4\]: expected one shape"),
+        (lambda x, y: attacked(x, y, start=x[:4]), "start is .* expected one shape"),
+        (lambda x, y: attacked(x, y, model=lambda x: (network()(x),)), "the model returned tuple for 8 images: expected logits"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(call, words):
+    with pytest.raises(UserError, match=words):
+        call(*batch())
 
 
 def test_the_optimizer_holds_what_is_trained():
@@ -494,23 +483,16 @@ def test_the_optimizer_holds_what_is_trained():
     model = network()
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=r"leaves out \d+ of the \d+ parameters.*before BatchNorm was split"):
-        fastarat.TrainStep(model, fastarat.ARAT(), images, optimizer=lambda p: early)
-    with pytest.raises(UserError, match=r"leaves out 1 of the \d+ parameters.*requires_grad_\(False\)"):
-        fastarat.TrainStep(network(), fastarat.AT(), images, optimizer=lambda p: torch.optim.SGD(p[1:], lr=0.1))
-    for made in (None, 3, "sgd"):
-        with pytest.raises(UserError, match=r"the optimizer function returned .*: expected an optimizer, such as"):
-            fastarat.TrainStep(network(), fastarat.AT(), images, optimizer=lambda p, made=made: made)
+        step_on(images, fastarat.ARAT, model=model, optimizer=lambda p: early)
     model = network()
     model.conv1.requires_grad_(False)  # freezing a part is no mistake
     groups = lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1)  # noqa: E731
-    fastarat.TrainStep(model, fastarat.AT(), images, num_steps=1, optimizer=groups)(images, labels)
+    step_on(images, model=model, optimizer=groups)(images, labels)
 
 
-def test_a_batch_of_one():
+def test_a_batch_of_one_suits_a_defense_without_split_statistics():
     images, labels = batch()
-    with pytest.raises(UserError, match=r"a batch of one: BatchNorm .*ARAT .*at least 2 images.*drop_last=True"):
-        fastarat.TrainStep(network(), fastarat.ARAT(), images, num_steps=1)(images[:1], labels[:1])
-    fastarat.TrainStep(network(), fastarat.AT(), images, num_steps=1)(images[:1], labels[:1])
+    step_on(images)(images[:1], labels[:1])
 
 
 @pytest.mark.parametrize(
