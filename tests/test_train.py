@@ -239,9 +239,7 @@ def test_resume_of_a_finished_run_changes_nothing(unbroken, capsys):
     assert {p.name: p.read_bytes() for p in unbroken.iterdir() if p.name in before} == before
 
 
-def test_resume_refuses_another_setting(unbroken, tmp_path):
-    with pytest.raises(fastarat.UserError, match="epochs cannot change"):
-        train(resume=unbroken, overrides={"epochs": 9})
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     with pytest.raises(fastarat.UserError, match="nothing to resume"):
         train(resume=tmp_path / "nowhere")
 
@@ -399,11 +397,6 @@ def test_loading_runs(unbroken, tmp_path):
     assert torch.equal(model(x), from_pt(x))
     with pytest.raises(fastarat.UserError, match="no swa weights"):
         load_network(unbroken, "swa")
-    for name in ("last.pt", "last.safetensors"):
-        broken = tmp_path / name
-        broken.write_bytes((unbroken / name).read_bytes()[:1000])
-        with pytest.raises(fastarat.UserError, match="cannot be read"):
-            load_network(broken)
     torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
     with pytest.raises(fastarat.UserError, match="not a fastarat checkpoint"):
         load_network(tmp_path / "foreign.pt")
