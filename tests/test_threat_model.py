@@ -89,8 +89,11 @@ def bench_config(images, labels, **options):
 
 TENSORS = (train_step, pgd_class, pgd_function, start, several, evaluated, examples)
 CONFIGS = (attack_config, config, bench_config)
-STEPPED = tuple(e for e in TENSORS + CONFIGS if e is not start)
+ALL = TENSORS + CONFIGS
+STEPPED = tuple(e for e in ALL if e is not start)
 COUNTED = tuple(e for e in STEPPED if e is not evaluated)
+SEEDED = (evaluated, examples, train_step)
+BY_TENSOR = (pgd_class, pgd_function, start, several)
 
 
 def refused(entry, words: str, change=lambda images, labels: (images, labels), **options) -> None:
@@ -103,29 +106,20 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-SPELLINGS = {
-    "linf": ["Linf", "L_inf", "l-inf", "LINF", "inf", "Linfinity", float("inf"), np.inf, "L∞"],
-    "l2": ["L2", "l_2", "2", 2, 2.0, np.int64(2)],
-}
+def cases(table) -> list:
+    """A case for each entry and each value of the rows (entries, option, values, what comes of them)."""
+    return [
+        pytest.param(entry, option, value, outcome, id=f"{entry.__name__} {option}={value}")
+        for entries, option, values, outcome in table
+        for value in values
+        for entry in entries
+    ]
 
 
-@pytest.mark.parametrize(("norm", "alias"), [(norm, alias) for norm in SPELLINGS for alias in SPELLINGS[norm]])
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_every_spelling_of_a_norm(entry, norm, alias):
-    assert same(entry(*batch(), norm=alias), entry(*batch(), norm=norm))
-    if entry in TENSORS and norm == "l2":
-        assert not same(entry(*batch(), norm=alias), entry(*batch(), norm="linf"))
-
-
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_other_norms_are_refused(entry):
-    for norm in ("l1", "l0", "linfty", 1, -math.inf, None, ["linf"], "", "fro"):
-        refused(entry, r"norm=.*[.?] Expected one of: linf, l2\.", norm=norm)
-    refused(entry, "did you mean 'linf'", norm="linfty")
-
-
-# entries, option, other spellings, the canonical one (None: the spelling in lower case)
+# Other spellings, and the canonical one.
 NAMES = [
+    (ALL, "norm", ("Linf", "L_inf", "l-inf", "LINF", "inf", "Linfinity", float("inf"), np.inf, "L∞"), "linf"),
+    (ALL, "norm", ("L2", "l_2", "2", 2, 2.0, np.int64(2)), "l2"),
     ((train_step, pgd_class), "precision", ("float32", "FP32", "torch.float32", torch.float32), "fp32"),
     ((train_step, pgd_class), "precision", ("BF16", "bfloat16", torch.bfloat16), "bf16"),
     ((pgd_class, pgd_function, several, train_step), "objective", ("CE", "cross-entropy"), "ce"),
@@ -141,24 +135,78 @@ NAMES = [
     ((train_step,), "capture", ("off", "OFF"), False),
     (CONFIGS, "bn", ("Train_Frozen",), "train-frozen"),
     (CONFIGS, "objective", ("KL",), "kl"),
-    (CONFIGS, "start", ("Uniform-Unclamped", "None"), None),
+    (CONFIGS, "start", ("Uniform-Unclamped",), "uniform-unclamped"),
+    (CONFIGS, "start", ("None",), "none"),
+]
+SWITCHES = [
+    *(((train_step,), switch) for switch in ("channels_last", "compile_loss", "fold_bn")),
+    ((evaluated,), "tf32"),
+    ((pgd_class, pgd_function), "count"),
+]
+TAKEN = [
+    *NAMES,
+    *((entries, switch, ("no",), False) for entries, switch in SWITCHES),
+    (ALL, "epsilon", ("8/255",), 8 / 255),
+    (BY_TENSOR, "epsilon", (torch.tensor(0.125),), 0.125),
+    (COUNTED, "num_steps", ("2", np.float32(2), Fraction(4, 2)), 2.0),
+    (SEEDED, "seed", (str(2**63 - 1),), 2**63 - 1),
+    ((evaluated,), "device", ("auto", torch.device("cpu")), "cpu"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("entry", "option", "aliases", "canonical"), [(entry, *row) for entries, *row in NAMES for entry in entries]
-)
-def test_names_of_the_field_in_any_case(entry, option, aliases, canonical):
-    for alias in aliases:
-        wanted = alias.lower() if canonical is None else canonical
-        assert same(entry(*batch(), **{option: alias}), entry(*batch(), **{option: wanted}))
+@pytest.mark.parametrize(("entry", "option", "value", "meaning"), cases(TAKEN))
+def test_what_is_meant_is_taken_by_every_entry(entry, option, value, meaning):
+    assert same(entry(*batch(), **{option: value}), entry(*batch(), **{option: meaning}))
 
 
-@pytest.mark.parametrize(
-    ("entry", "option"), dict.fromkeys((entry, option) for entries, option, *_ in NAMES for entry in entries)
-)
-def test_unknown_names_are_refused(entry, option):
-    refused(entry, r"='no such'\. Expected one of: ", **{option: "no such"})
+@pytest.mark.parametrize("entry", TENSORS)
+def test_the_norms_differ(entry):
+    assert not same(entry(*batch(), norm="l2"), entry(*batch(), norm="linf"))
+
+
+# A length in other units, and what is said of it; 8/255 is what is proposed for epsilon.
+LENGTHS = [
+    ("eight", r"='eight': expected a number \(fractions such as 8/255"),
+    (8, r"=8 is outside \(0, 1\]: pixel units where 1.0 is the full range; write 8/255$"),
+    (255.0, r"=255 is outside \(0, 1\].*write 255/255$"),
+    (300, r"=300 is outside \(0, 1\].*, such as 8/255$"),
+    (0, r"=0 is outside \(0, 1\].*, such as 8/255$"),
+    (-0.1, r"=-0.1 is outside \(0, 1\].*, such as 8/255$"),
+    (math.inf, r"=inf is outside \(0, 1\].*, such as 8/255$"),
+    (math.nan, "=nan: expected a number"),
+    (True, "=True: expected a number"),
+    ([0.1], r"=\[0.1\]: expected a number"),
+]
+NOT_WHOLE = (2.5, "ten", math.inf, True, np.float32(2.7), np.float64(2.5), torch.tensor(2.9), Fraction(5, 2),
+             Decimal("2.7"), np.bool_(True), torch.tensor(True), torch.tensor([2, 3]))  # fmt: skip
+NOT_FLOAT32 = tuple(torch.tensor(0.125, dtype=dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16))
+NO_DEVICE = ("gpu", "mps", "cuda:99", -1, True, 2.5, ["cpu"], *([] if torch.cuda.is_available() else [0]))
+REFUSED = [
+    (ALL, "norm", ("l1", "l0", "linfty", 1, -math.inf, None, ["linf"], "", "fro"), r"norm=.*[.?] Expected one of: linf, l2\."),
+    (ALL, "norm", ("linfty",), "did you mean 'linf'"),
+    *(((entry,), option, ("no such",), r"='no such'\. Expected one of: ")
+      for entry, option in dict.fromkeys((entry, row[1]) for row in NAMES for entry in row[0])),
+    *((entries, switch, ("perhaps", 2, None, []), f"{switch}=.*: expected true or false") for entries, switch in SWITCHES),
+    *((ALL, "epsilon", (value,), "epsilon" + words) for value, words in LENGTHS),
+    *((STEPPED, "step_size", (value,), "step_size" + words.replace("such as 8/255$", "such as 2/255$")) for value, words in LENGTHS),
+    ((pgd_class,), "epsilon", (np.bool_(True), torch.tensor(True)), "epsilon=.*: expected a number"),
+    ((pgd_class,), "epsilon", (torch.tensor(8.0),), "write 8/255"),  # read once, before anything is captured
+    (BY_TENSOR, "epsilon", (torch.tensor([0.1, 0.1]),), r"epsilon=a float32 tensor \[2\]: expected a number or a 0-d"),
+    (BY_TENSOR, "epsilon", NOT_FLOAT32, r"epsilon=.*0-d float32 tensor; write epsilon.float\(\)$"),
+    ((pgd_class, pgd_function, several), "step_size", NOT_FLOAT32, r"write step_size.float\(\)$"),
+    (COUNTED, "num_steps", (-1,), "num_steps=-1: expected . or more"),
+    (COUNTED, "num_steps", NOT_WHOLE, "num_steps=.*: expected a whole number"),
+    ((*CONFIGS, train_step, pgd_class, examples), "num_steps", (0,), "num_steps=0: expected 1 or more"),
+    ((*CONFIGS, train_step), "num_restarts", (0,), "num_restarts=0: expected 1 or more"),
+    *((SEEDED, "seed", (seed,), rf"seed={seed} is outside \[0, 2\^63\)") for seed in (2**64, 2**63, -1)),
+    (SEEDED, "seed", ("x",), "seed='x': expected a whole number"),
+    ((evaluated,), "device", NO_DEVICE, "device .*(expected auto, cpu, cuda|not supported: use cpu|this machine has)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "option", "value", "words"), cases(REFUSED))
+def test_what_cannot_be_meant_is_refused_by_every_entry(entry, option, value, words):
+    refused(entry, words, **{option: value})
 
 
 def test_canonical_names_are_stored_and_saved():
@@ -183,35 +231,7 @@ def test_no_two_choices_are_one_name():
             assert named("x", choice.upper(), choices) == choice
 
 
-BAD_LENGTHS = {
-    "eight": ("eight", r"='eight': expected a number \(fractions such as 8/255"),
-    "8": (8, r"=8 is outside \(0, 1\]: pixel units where 1.0 is the full range; write 8/255$"),
-    "255": (255.0, r"=255 is outside \(0, 1\].*write 255/255$"),
-    "300": (300, r"=300 is outside \(0, 1\].*, such as 8/255$"),
-    "0": (0, r"=0 is outside \(0, 1\].*, such as 8/255$"),
-    "negative": (-0.1, r"=-0.1 is outside \(0, 1\].*, such as 8/255$"),
-    "infinite": (math.inf, r"=inf is outside \(0, 1\].*, such as 8/255$"),
-    "nan": (math.nan, "=nan: expected a number"),
-    "true": (True, "=True: expected a number"),
-    "list": ([0.1], r"=\[0.1\]: expected a number"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LENGTHS)
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_a_budget_in_other_units_is_refused(entry, bad):
-    value, words = BAD_LENGTHS[bad]
-    refused(entry, "epsilon" + words, epsilon=value)
-    if entry in STEPPED:
-        refused(entry, "step_size" + words.replace(", such as 8/255", ", such as 2/255"), step_size=value)
-
-
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_a_fraction_is_a_number(entry):
-    assert same(entry(*batch(), epsilon="8/255"), entry(*batch(), epsilon=8 / 255))
-
-
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+@pytest.mark.parametrize("entry", ALL)
 def test_an_l2_length_is_positive_and_no_longer_than_the_diagonal(entry):
     for value in (0, -1.0, math.inf):
         refused(entry, r"epsilon=\S+ is outside \(0, .*such as 128/255$", epsilon=value, norm="l2")
@@ -220,51 +240,9 @@ def test_an_l2_length_is_positive_and_no_longer_than_the_diagonal(entry):
         entry(*batch(), epsilon=13.8, norm="l2")
 
 
-@pytest.mark.parametrize("entry", [pgd_class, pgd_function, start, several])
-def test_a_budget_may_be_a_float32_tensor(entry):
-    assert same(entry(*batch(), epsilon=torch.tensor(0.125)), entry(*batch(), epsilon=0.125))
-    refused(entry, r"epsilon=a float32 tensor \[2\]: expected a number or a 0-d", epsilon=torch.tensor([0.1, 0.1]))
-    if entry is pgd_class:  # made before anything is captured: the value is read there, once
-        refused(entry, "write 8/255", epsilon=torch.tensor(8.0))
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        value = torch.tensor(0.125, dtype=dtype)
-        refused(entry, r"epsilon=.*0-d float32 tensor; write epsilon.float\(\)$", epsilon=value)
-        if entry is not start:
-            refused(entry, r"write step_size.float\(\)$", step_size=value)
-
-
-NOT_WHOLE = (2.5, "ten", math.inf, True, np.float32(2.7), np.float64(2.5), torch.tensor(2.9), Fraction(5, 2),
-             Decimal("2.7"), np.bool_(True), torch.tensor(True), torch.tensor([2, 3]))  # fmt: skip
-
-
-@pytest.mark.parametrize("entry", COUNTED)
-def test_counts(entry):
-    refused(entry, "num_steps=-1: expected . or more", num_steps=-1)
-    for value in NOT_WHOLE:
-        refused(entry, "num_steps=.*: expected a whole number", num_steps=value)
-    if entry not in (pgd_function, several):
-        refused(entry, "num_steps=0: expected 1 or more", num_steps=0)
-    if entry in CONFIGS or entry is train_step:
-        refused(entry, "num_restarts=0: expected 1 or more", num_restarts=0)
-    for value in ("2", np.float32(2), Fraction(4, 2)):
-        assert same(entry(*batch(), num_steps=value), entry(*batch(), num_steps=2.0))
-
-
-def test_a_bool_is_no_number_and_is_a_bool():
-    for value in (np.bool_(True), torch.tensor(True)):
-        refused(pgd_class, "epsilon=.*: expected a number", epsilon=value)
-        assert coerce(value, bool, "x") is True
-
-
-SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold_bn")]
-SWITCHES += [(evaluated, "tf32"), (pgd_class, "count"), (pgd_function, "count")]
-
-
-@pytest.mark.parametrize(("entry", "switch"), SWITCHES)
-def test_a_switch_is_true_or_false(entry, switch):
-    for value in ("perhaps", 2, None, []):
-        refused(entry, f"{switch}=.*: expected true or false", **{switch: value})
-    assert same(entry(*batch(), **{switch: "no"}), entry(*batch(), **{switch: False}))
+@pytest.mark.parametrize("value", [np.bool_(True), torch.tensor(True)], ids=repr)
+def test_what_is_a_bool(value):
+    assert coerce(value, bool, "x") is True
 
 
 def test_the_words_for_no_switch_off():
@@ -277,21 +255,6 @@ def test_the_words_for_no_switch_off():
         assert measured.settings["precision"] == precision
     with pytest.raises(UserError, match="progress='maybe': expected true or false"):
         evaluate(network(), (images, labels), "clean", progress="maybe")
-
-
-@pytest.mark.parametrize("entry", [evaluated, examples, train_step])
-def test_seeds(entry):
-    for value in (2**64, 2**63, -1):
-        refused(entry, rf"seed={value} is outside \[0, 2\^63\)", seed=value)
-    refused(entry, "seed='x': expected a whole number", seed="x")
-    entry(*batch(), seed=2**63 - 1)
-
-
-def test_devices():
-    for name in ("gpu", "mps", "cuda:99", -1, True, 2.5, ["cpu"], *([] if torch.cuda.is_available() else [0])):
-        refused(evaluated, "device .*(expected auto, cpu, cuda|not supported: use cpu|this machine has)", device=name)
-    for name in ("auto", torch.device("cpu")):
-        assert same(evaluated(*batch(), device=name), evaluated(*batch(), device="cpu"))
 
 
 def test_triton_is_refused_on_a_cpu_before_any_work(monkeypatch):
