@@ -78,8 +78,6 @@ def mistake(argv, capsys) -> str:
         ("train --eval.val-images 1436", "leave out 9 of its 10 classes, '0' first: hold out fewer with --eval.val"),
         ("train --eval.val-images 2000", "1437 training images to cut from: write 0 to 1436"),
         ("train --threads 100000", "threads=100000: this machine has"),
-        ("train --awp-warmup -1", "awp_warmup=-1: expected 0 or more"),
-        ("train --epochs 0", "epochs=0"),
         ("train --seed -1", "seed=-1"),
         ("eval nowhere --seed -1", "seed=-1 is outside [0, 2^63)"),
         (
@@ -269,12 +267,10 @@ COMMANDS = ["train", "eval", "compare", "report", "import", "export", "data", "b
     ],
 )
 def test_interrupts_say_what_is_kept(command, words, capsys, monkeypatch):
-    import fastarat.cli as module
-
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, f"_{command}", interrupt)
+    monkeypatch.setattr(f"fastarat.cli._{command}", interrupt)
     assert main([command]) == 130
     error = capsys.readouterr().err
     assert words in error
@@ -398,7 +394,7 @@ def test_checkpoint_of_another_data_set(run, capsys, tmp_path):
     assert "3 and 3" in error
 
 
-def test_train_eval_report_resume(run, capsys):
+def test_train_eval_resume(run, capsys):
     assert main(["eval", str(run), "--attack", "clean,pgd-2", "--limit", "20", "--weights", "best"]) == 0
     out = capsys.readouterr().out
     assert "pgd-2" in out
