@@ -572,18 +572,16 @@ def test_the_step_reads_nothing_back_from_the_device(monkeypatch):
 
 def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp_path):
     trainer = Trainer(small(tmp_path / "run"))
-    before = {k: v.clone() for k, v in trainer.step.model.state_dict().items()}
-    calls = []
-    trainer.step.model.bn1.clean.register_buffer("running_mean", trainer.step.model.bn1.clean.running_mean + 3)
-    forward = trainer.step.model.forward
-    trainer.step.model.forward = lambda x: (
-        calls.append((trainer.step.model.training, trainer.step.model.bn1.route.groups, len(x))) or forward(x)
-    )
+    model = trainer.step.model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.bn1.clean.register_buffer("running_mean", model.bn1.clean.running_mean + 3)
+    calls, forward = [], model.forward
+    model.forward = lambda x: calls.append((model.training, model.bn1.route.groups, len(x))) or forward(x)
     accuracy = trainer._probe("clean", 70, 1)
     assert calls == [(False, ("clean",), 32)] * 3
     assert 0 <= accuracy <= 1
-    assert trainer.step.model.training
-    after = trainer.step.model.state_dict()
+    assert model.training
+    after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if k != "bn1.clean.running_mean")
 
 
