@@ -165,7 +165,6 @@ def test_defenses_that_start_from_a_standard_network_get_one(tmp_path):
     [
         ({"defenses": ("atx",)}, "unknown defense 'atx'"),
         ({"defenses": ("at+ema2",)}, "only \\+swa"),
-        ({"defenses": ("at", "at")}, "twice"),
         ({"attack": "pdg-2"}, "did you mean"),
         ({"base": {**BASE, "epochz": 1}}, "did you mean 'epochs'"),
         ({"parallel": 0}, "1 or more"),

@@ -57,8 +57,8 @@ def test_another_defense_drops_the_files_hyper_parameters():
         ({"precision": 32}, "precision=32; did you mean 'fp32'"),
         ({"attack": {"step_size": -0.1, "norm": "l2"}}, "attack.step_size=-0.1 .*such as 32/255"),
         (
-            {"optim": {"optimizer": "torchh"}},
-            r"optim.optimizer='torchh'; did you mean 'torch'\? Expected one of: torch, apex\.",
+            {"optim": {"optimizer": "apx"}},
+            r"optim.optimizer='apx'; did you mean 'apex'\? Expected one of: torch, apex\.",
         ),
         ({"defense": None}, "expected a name"),
     ],
