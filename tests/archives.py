@@ -74,3 +74,10 @@ def draw_folder(root: Path, layout: dict[str, int], size=(12, 12), mode: str = "
             shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
             Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode).save(root / folder / f"{number}{suffix}")
     return root
+
+
+def draw_classes(root: Path, classes: int) -> Path:
+    """An image folder of that many classes, six training and six test images of each."""
+    return draw_folder(
+        root, {f"{split}/class{c}": 6 for split in ("train", "test") for c in range(classes)}, size=(8, 8)
+    )

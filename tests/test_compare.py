@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from archives import draw_classes
 
 import fastarat
 from fastarat import compare as module
@@ -26,6 +27,21 @@ BASE = {
 def run(out, defenses=("standard", "at"), seeds=(0, 1), **options):
     options = {"base": BASE, "attack": "clean,pgd-2", "limit": 40, "progress": False} | options
     return compare(defenses, seeds, out=out, **options)
+
+
+def failing(monkeypatch, error: Exception, which) -> None:
+    """Let training raise `error` for the configs of which `which(config)` is true."""
+    own = module.train
+
+    def train(config=None, **options):
+        if which(config):
+            raise error
+        return own(config, **options)
+
+    monkeypatch.setattr(module, "train", train)
+
+
+DIVERGED = module.Diverged("training stopped: loss became NaN")
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +100,10 @@ def test_an_interrupted_call_is_resumed(table, tmp_path, monkeypatch):
         pass
 
     calls = []
-    own = module.train
-
-    def interrupted(*args, **kwargs):
-        if len(calls) == 2:
-            raise Stop
-        calls.append(1)
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(module, "train", interrupted)
-    with pytest.raises(Stop):
-        run(tmp_path / "runs")
-    monkeypatch.setattr(module, "train", own)
+    with monkeypatch.context() as patch:
+        failing(patch, Stop(), lambda config: calls.append(config) or len(calls) == 3)
+        with pytest.raises(Stop):
+            run(tmp_path / "runs")
     again = run(tmp_path / "runs")
     for a, b in zip(again.rows, table.rows, strict=True):
         assert a["clean_acc"] == b["clean_acc"]
@@ -140,25 +148,15 @@ def test_swa_and_parallel_runs(tmp_path):
 
 
 def test_a_run_that_fails_keeps_the_others(tmp_path, monkeypatch):
-    own = module.train
-
-    def train(config=None, **options):
-        if config.defense.name == "at":
-            raise fastarat.UserError("boom")
-        return own(config, **options)
-
-    monkeypatch.setattr(module, "train", train)
+    failing(monkeypatch, fastarat.UserError("boom"), lambda config: config.defense.name == "at")
     with pytest.raises(fastarat.UserError, match=r"1 of 2 runs failed \(at-seed0: boom\)"):
         run(tmp_path / "runs", seeds=(0,))
     assert (tmp_path / "runs" / "standard-seed0" / "eval.json").exists()
 
 
 def test_defenses_that_start_from_a_standard_network_get_one(tmp_path):
-    needing = [name for name, kind in fastarat.DEFENSES.items() if kind.starts_from]
-    if not needing:
-        return
-    table = run(tmp_path / "runs", needing[:1], (0,))
-    assert [r["defense"] for r in table.rows] == needing[:1]
+    table = run(tmp_path / "runs", ("arrest",), (0,))
+    assert [r["defense"] for r in table.rows] == ["arrest"]
     assert (tmp_path / "runs" / "standard-seed0" / "last.pt").exists()
 
 
@@ -167,10 +165,29 @@ def test_defenses_that_start_from_a_standard_network_get_one(tmp_path):
     [
         ({"defenses": ("atx",)}, "unknown defense 'atx'"),
         ({"defenses": ("at+ema2",)}, "only \\+swa"),
-        ({"defenses": ("at", "at")}, "twice"),
         ({"attack": "pdg-2"}, "did you mean"),
         ({"base": {**BASE, "epochz": 1}}, "did you mean 'epochs'"),
         ({"parallel": 0}, "1 or more"),
+        ({"tune": {"optim.lr": [0.1, 0.2]}, "tune_seeds": (0, 5)}, "none of those reported"),
+        ({"tune": {"att:optim.lr": [0.1, 0.2]}}, "no such row 'att'; did you mean 'at'"),
+        ({"tune": {"optim.lrr": [0.1, 0.2]}}, "did you mean 'lr'"),
+        ({"tune": {"optim.lr": ["a", "b"]}}, "expected a number"),
+        ({"tune": {"optim.lr": []}}, "expected a list of values"),
+        ({"tune": {"limit_train": [10, 20]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:attack.epsilon": ["1/255", "32/255"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:eval.num_steps": [1, 10]}}, "only settings that leave rows comparable"),
+        ({"tune": {"model": ["resnet18", "resnet-small"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:defense.name": ["trades", "at"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:defense": ["trades", "at"]}}, "only settings that leave rows comparable"),
+        ({"tune": {"at:epochs": [1, 2]}}, "only settings that leave rows comparable"),
+        ({"tune": {"optim.lr": ["0.1", "0.10"]}}, "at would try optim.lr 0.10 twice|standard would try"),
+        ({"tune": {"optim.lr": [0.1, 0.2]}, "base": {**BASE, "eval": {"val_images": 0}}}, "there are none"),
+        ({"base": {**BASE, "seed": 3}}, "base holds seed=3, which is each run's own: give seeds"),
+        ({"base": {**BASE, "swa": True}}, r"NAME\+swa"),
+        ({"base": {**BASE, "defense": {"name": "trades", "beta": 1}}}, "give defenses"),
+        ({"base": [1]}, "expected a dict"),
+        ({"defenses": ("at", "AT")}, "twice"),
+        ({"tune": {"at:defense.gamma": [10, 20]}}, "unknown key 'defense.gamma'"),
     ],
 )
 def test_mistakes_come_before_any_training(options, words, tmp_path):
@@ -179,40 +196,42 @@ def test_mistakes_come_before_any_training(options, words, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_columns_and_what_is_said_of_them():
-    keys = ["clean_acc", "robust_acc_pgd20", "robust_acc_pgd20_r5", "robust_acc_apgd_ce", "robust_acc_apgd_t",
-            "robust_acc_fab_t", "robust_acc_square", "robust_acc_aa"]  # fmt: skip
-    one = {"mean": 0.5, "std": None}
-    row = {
-        "defense": "at",
-        "seeds": [0],
-        "epoch_s": 1.0,
-        "published": None,
-        "schedule": "arat",
-        "settings": {},
-        "tried": 0,
-        "collapsed": [],
-        "diverged": [],
-        **dict.fromkeys([*keys, "sum", "nrr"], one),
-    }
-    settings = {"dataset": "cifar10", "model": "resnet18", "epochs": "1", "seeds": [0], "epsilon": 8 / 255, "norm": "linf",
-                "keys": keys, "num_images": 10, "device": "x", "warnings": [], "rule": ""}  # fmt: skip
-    text = module.Comparison([row], settings, None).markdown()
-    assert text.splitlines()[0] == "| defense | clean | PGD-20 | PGD-20 x5 restarts | APGD-CE | APGD-T | FAB-T | Square | " \
-        "AutoAttack | Sum | NRR | s/epoch |"  # fmt: skip
-    assert "NRR = their harmonic mean" in text
-    published = {**row, "published": {"clean": 1.0, "autoattack": 2.0, "source": "paper"}}
-    text = module.Comparison([row, published], settings, None).markdown()
+def shown(table, attack: str, *changes: dict):
+    """The table as if its one row, or one for each of `changes`, had been tested with `attack`."""
+    keys = [a.key for a in module.parse_attacks(attack)]
+    cells = {key: {"mean": 0.5, "std": None, "values": [0.5]} for key in (*keys, "sum", "nrr")}
+    rows = [{**table.rows[0], **cells, **change} for change in changes or ({},)]
+    return module.Comparison(rows, {**table.settings, "keys": keys, "seeds": [0]}, table.out)
+
+
+@pytest.mark.parametrize(
+    ("attack", "titles"),
+    [
+        ("clean,pgd-2,pgd-2-2,apgd-ce", "clean | PGD-2 | PGD-2 x2 restarts | APGD-CE"),
+        ("clean,fab-t,square", "clean | FAB-T | Square"),
+        ("autoattack", "AutoAttack"),
+        (
+            "clean,pgd-20,pgd-20-5,apgd-ce,apgd-t,fab-t,square,autoattack",
+            "clean | PGD-20 | PGD-20 x5 restarts | APGD-CE | APGD-T | FAB-T | Square | AutoAttack | Sum | NRR",
+        ),
+    ],
+)
+def test_titles_and_captions_say_what_is_there_and_nothing_else(table, attack, titles):
+    of = shown(table, attack)
+    assert of.markdown().splitlines()[0] == f"| defense | {titles} | s/epoch |"
+    assert ("Sum" in of.note()) == ("NRR = their harmonic mean" in of.note()) == ("Sum" in titles)
+    assert "40 test images in every cell" in of.note()
+
+
+def test_a_row_with_published_numbers_gives_all_rows_their_column(table):
+    published = {"published": {"clean": 1.0, "autoattack": 2.0, "source": "paper"}}
+    text = shown(table, "clean,autoattack", {}, published).markdown()
     assert "published clean / AutoAttack |" in text
     assert text.splitlines()[1].endswith("| ---: | --- |")
-    text = module.Comparison([row], {**settings, "keys": ["robust_acc_aa"]}, None).markdown()
-    assert "Sum" not in text
 
 
 def test_a_folder_is_called_by_its_name(tmp_path):
-    from test_cli import folder_of_images
-
-    images = folder_of_images(tmp_path / "pictures", 3)
+    images = draw_classes(tmp_path / "pictures", 3)
     base = {**BASE, "dataset": str(images), "limit_train": 8, "batch_size": 4, "eval": {"val_images": 3, "num_steps": 1},
             "data_dir": str(tmp_path / "data")}  # fmt: skip
     table = run(tmp_path / "runs", ("standard",), (0,), base=base)
@@ -220,10 +239,9 @@ def test_a_folder_is_called_by_its_name(tmp_path):
     assert str(tmp_path) not in table.markdown()
 
 
-def test_published_numbers_are_shown_only_for_their_setting(table):
+def test_published_numbers_belong_to_a_setting():
     assert PUBLISHED["cifar10", "resnet18", "ar-at"].autoattack == 49.02
     assert PUBLISHED["cifar100", "wrn-34-10", "ar-at+swa"].clean == 72.37
-    assert all("published" in row for row in table.rows)
 
 
 def test_rows_of_one_seed_share_data_order_and_initial_weights(tmp_path, monkeypatch):
@@ -325,37 +343,6 @@ def test_the_teachers_of_a_row_are_trained_with_what_was_chosen_for_standard(tmp
     assert str(table.out / "standard-seed0") in (table.out / "arrest-seed0" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"tune": {"optim.lr": [0.1, 0.2]}, "tune_seeds": (0, 5)}, "none of those reported"),
-        ({"tune": {"att:optim.lr": [0.1, 0.2]}}, "no such row 'att'; did you mean 'at'"),
-        ({"tune": {"optim.lrr": [0.1, 0.2]}}, "did you mean 'lr'"),
-        ({"tune": {"optim.lr": ["a", "b"]}}, "expected a number"),
-        ({"tune": {"optim.lr": []}}, "expected a list of values"),
-        ({"tune": {"limit_train": [10, 20]}}, "only settings that leave rows comparable"),
-        ({"tune": {"at:attack.epsilon": ["1/255", "32/255"]}}, "only settings that leave rows comparable"),
-        ({"tune": {"at:eval.num_steps": [1, 10]}}, "only settings that leave rows comparable"),
-        ({"tune": {"model": ["resnet18", "resnet-small"]}}, "only settings that leave rows comparable"),
-        ({"tune": {"at:defense.name": ["trades", "at"]}}, "only settings that leave rows comparable"),
-        ({"tune": {"at:defense": ["trades", "at"]}}, "only settings that leave rows comparable"),
-        ({"tune": {"at:epochs": [1, 2]}}, "only settings that leave rows comparable"),
-        ({"tune": {"optim.lr": ["0.1", "0.10"]}}, "at would try optim.lr 0.10 twice|standard would try"),
-        ({"tune": {"optim.lr": [0.1, 0.2]}, "base": {**BASE, "eval": {"val_images": 0}}}, "there are none"),
-        ({"base": {**BASE, "seed": 3}}, "base holds seed=3, which is each run's own: give seeds"),
-        ({"base": {**BASE, "swa": True}}, r"NAME\+swa"),
-        ({"base": {**BASE, "defense": {"name": "trades", "beta": 1}}}, "give defenses"),
-        ({"base": [1]}, "expected a dict"),
-        ({"defenses": ("at", "AT")}, "twice"),
-        ({"tune": {"at:defense.gamma": [10, 20]}}, "unknown key 'defense.gamma'"),
-    ],
-)
-def test_mistakes_in_tuning_come_before_any_training(options, words, tmp_path):
-    with pytest.raises(fastarat.UserError, match=words):
-        run(tmp_path / "runs", **options)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_folder_of_other_settings_is_refused_though_nothing_was_asked(tmp_path):
     """What this call leaves to defaults counts as much as what it names."""
     run(tmp_path / "runs", ("at",), (0,), base={**BASE, "optim": {"recipe": "constant", "weight_decay": 0.01}})
@@ -373,14 +360,7 @@ def test_one_value_is_given_not_chosen(tmp_path):
 
 
 def test_a_row_whose_seeds_all_diverge_leaves_a_valid_table(tmp_path, monkeypatch):
-    own = module.train
-
-    def train(config=None, **options):
-        if config.defense.name == "mart":
-            raise module.Diverged("training stopped: loss became NaN")
-        return own(config, **options)
-
-    monkeypatch.setattr(module, "train", train)
+    failing(monkeypatch, DIVERGED, lambda config: config.defense.name == "mart")
     for order in (("at", "mart"), ("mart", "at")):
         table = run(tmp_path / "-".join(order), order, (0,))
         row = table.rows[order.index("mart")]
@@ -390,14 +370,7 @@ def test_a_row_whose_seeds_all_diverge_leaves_a_valid_table(tmp_path, monkeypatc
 
 
 def test_a_diverged_teacher_is_a_diverged_student(tmp_path, monkeypatch):
-    own = module.train
-
-    def train(config=None, **options):
-        if config.defense.name == "standard":
-            raise module.Diverged("training stopped: loss became NaN")
-        return own(config, **options)
-
-    monkeypatch.setattr(module, "train", train)
+    failing(monkeypatch, DIVERGED, lambda config: config.defense.name == "standard")
     table = run(tmp_path / "runs", ("at", "arrest"), (0,))
     assert table.rows[1]["diverged"] == [0]
 
@@ -429,14 +402,7 @@ def test_tune_flags():
 
 
 def test_collapsed_and_diverged_seeds_are_counted_in_the_open(tmp_path, monkeypatch):
-    own = module.train
-
-    def train(config=None, **options):
-        if config.seed == 2:
-            raise module.Diverged("training stopped: loss became NaN")
-        return own(config, **options)
-
-    monkeypatch.setattr(module, "train", train)
+    failing(monkeypatch, DIVERGED, lambda config: config.seed == 2)
     robust = {0: 0.4, 1: 0.1}
     monkeypatch.setattr(
         Run, "last_validation", lambda run: {"clean_acc": 0.9, "robust_acc": robust[int(run.path.name[-1])]}
@@ -451,23 +417,6 @@ def test_collapsed_and_diverged_seeds_are_counted_in_the_open(tmp_path, monkeypa
     assert "Collapsed: a seed that diverged" in text
     monkeypatch.setattr(module, "train", None)  # nothing is trained again, the diverged seed neither
     assert run(table.out, ("at",), (0, 1, 2)).rows == table.rows
-
-
-@pytest.mark.parametrize(
-    ("attack", "titles"),
-    [
-        ("clean,pgd-2,pgd-2-2,apgd-ce", ["clean", "PGD-2", "PGD-2 x2 restarts", "APGD-CE"]),
-        ("clean,fab-t,square", ["clean", "FAB-T", "Square"]),
-    ],
-)
-def test_titles_and_captions_say_what_is_there_and_nothing_else(table, attack, titles):
-    keys = [a.key for a in module.parse_attacks(attack)]
-    cell = {"mean": 0.5, "std": None, "values": [0.5]}
-    rows = [{**table.rows[0], **dict.fromkeys(keys, cell)}]
-    shown = module.Comparison(rows, {**table.settings, "keys": keys, "seeds": [0]}, table.out)
-    assert shown.markdown().splitlines()[0] == "| " + " | ".join(["defense", *titles, "s/epoch"]) + " |"
-    assert "Sum" not in shown.note()
-    assert "40 test images in every cell" in shown.note()
 
 
 def test_command_line(table, capsys):

@@ -18,7 +18,7 @@ def test_round_trip_through_yaml():
         epochs=7,
         attack=Attack(epsilon=4 / 255),
         optim=OptimConfig(recipe="trades", lr=0.05),
-    )  # fmt: skip
+    )
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
     for name, kind in fastarat.DEFENSES.items():
         assert from_dict({"defense": name}) == Config(defense=kind())
@@ -32,30 +32,17 @@ def test_another_defense_drops_the_files_hyper_parameters():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"epochz": 3}, "unknown key 'epochz'; did you mean 'epochs'"),
-        ({"attack": {"epsilom": 0.1}}, "unknown key 'attack.epsilom'; did you mean 'epsilon'"),
+        ({"zzzz": 1}, r"unknown key 'zzzz'\. Known here: amp, "),
+        ({"epochz": 3}, r"unknown key 'epochz'; did you mean 'epochs'\? Known here: "),
+        ({"defense": {"name": "at", "exact": True}}, r"unknown key 'defense.exact'\. Known here: none\."),
         ({"attack": {"epsilon": 8}}, "attack.epsilon=8 .*write 8/255"),
-        ({"attack": {"step_size": 2}}, "attack.step_size=2 .*write 2/255"),
-        ({"attack": {"epsilon": -0.1}}, "attack.epsilon=-0.1 .*such as 8/255"),
-        ({"attack": {"norm": "l3"}}, "attack.norm='l3'; did you mean 'l2'"),
-        ({"attack": {"epsilon": "eight"}}, "attack.epsilon='eight': expected a number"),
         ({"attack": {"epsilon": "1/0"}}, "expected a number"),
-        ({"attack": {"epsilon": float("nan")}}, "expected a number"),
         ({"attack": {"bn": "evl"}}, "did you mean 'eval'"),
         ({"attack": 3}, "attack must hold"),
-        ({"attack": {"num_steps": 0}}, "expected 1 or more"),
-        ({"batch_size": 1}, "at least 2 images"),
         ({"batch_size": 1.5}, "a whole number"),
-        ({"epochs": 0}, "expected 1 or more"),
         ({"amp": "perhaps"}, "true or false"),
-        ({"defense": "ar_at"}, "did you mean 'ar-at'"),
-        ({"defense": {"name": "ar-at", "gama": 2}}, "unknown key 'defense.gama'; did you mean 'gamma'"),
         ({"defense": "missing.py:Mine"}, "no such file: missing.py"),
-        ({"defense": 3}, "expected a name"),
         ({"optim": {"recipe": "tradez"}}, "did you mean 'trades'"),
-        ({"optim": {"lr": -1}}, "optim.lr=-1"),
-        ({"optim": {"momentum": 1.0}}, r"outside \[0, 1\)"),
-        ({"seed": -1}, "seed=-1"),
         ({"defense": "ca-at", "optim": {"momentum": 0.8}}, "optim.momentum=0.8: the recipe ca-at moves the momentum"),
         ({"optim": {"recipe": "ca-at", "momentum": 0.9}}, "optim.momentum=0.9: the recipe ca-at"),
         ({"defense": "standard", "awp": 0.01}, "awp=0.01: the defense standard has no attack"),
@@ -66,16 +53,18 @@ def test_another_defense_drops_the_files_hyper_parameters():
         ({"model": " "}, "model=' ': expected a name or path"),
         ({"out": ""}, "out='': expected a name or path"),
         ({"data_dir": ""}, "data_dir='': expected a name or path"),
-        ({"swa_config": {"start": 2}}, "share of the epochs"),
         ([1, 2], "key: value"),
         ({"precision": 32}, "precision=32; did you mean 'fp32'"),
-        ({"attack": {"step_size": -0.1}}, "attack.step_size=-0.1 .*such as 2/255"),
         ({"attack": {"step_size": -0.1, "norm": "l2"}}, "attack.step_size=-0.1 .*such as 32/255"),
-        ({"optim": {"optimizer": "torchh"}}, r"did you mean 'torch'\? Expected one of: torch, apex."),
+        (
+            {"optim": {"optimizer": "apx"}},
+            r"optim.optimizer='apx'; did you mean 'apex'\? Expected one of: torch, apex\.",
+        ),
         ({"defense": None}, "expected a name"),
     ],
 )
 def test_mistakes(values, words):
+    """Values out of range: test_threat_model. The same through flags and files: test_cli."""
     with pytest.raises(fastarat.UserError, match=words):
         from_dict(values)
 
@@ -180,17 +169,3 @@ def test_a_schedule_in_words_is_what_the_steps_get(recipe, epochs, warmup, words
 def test_a_run_of_one_epoch_ends_in_its_warm_up():
     assert ends_at(recipe_of("arat"), epochs=1) == 0.2
     assert ends_at(recipe_of("arat"), epochs=1, warmup=0) == ends_at(recipe_of("trades"), epochs=1) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"zzzz": 1}, "unknown key 'zzzz'. Known here: amp, "),
-        ({"epochz": 1}, "unknown key 'epochz'; did you mean 'epochs'? Known here: "),
-        ({"defense": {"name": "at", "exact": True}}, "unknown key 'defense.exact'. Known here: none."),
-    ],
-)
-def test_an_unknown_key_ends_its_sentence(values, words):
-    with pytest.raises(fastarat.UserError) as caught:
-        from_dict(values)
-    assert words in str(caught.value)

@@ -1,5 +1,6 @@
 """README.md, CONTRIBUTING.md and docs/: every command and snippet runs, every flag exists, no number is typed."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -26,6 +27,8 @@ BLOCK = re.compile(
     r'(?P<mark><!-- only parsed: [^\n]+ -->\n)?^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$',
     re.DOTALL | re.MULTILINE,
 )
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
+COMMANDS = ("train", "eval", "compare", "report", "import", "export", "data", "bench", "doctor")
 SHORT = ["--epochs", "1", "--limit-train", "16", "--batch-size", "8", "--attack.num-steps", "1", "--eval.num-steps", "1",
          "--eval.val-images", "10"]  # fmt: skip
 # What makes a command short, whatever the page says; flags that come later win.
@@ -147,17 +150,33 @@ def test_blocks_are_of_known_kinds_and_all_found():
         assert len(marks) == sum(block.only_parsed for block in blocks), page.name
 
 
-def test_every_flag_named_in_prose_exists(capsys):
-    helps = [["train", "--defense", name] for name in fastarat.DEFENSES]
-    helps += [[name] for name in ("eval", "report", "compare", "export", "import", "data", "bench", "doctor")]
-    for call, words in [(main, words) for words in helps] + [(benchmarks, [])]:
-        with pytest.raises(SystemExit):
-            call([*words, "--help"])
-    known = set(re.findall(r"--[\w.-]+\w", capsys.readouterr().out)) | {"--help"}
+def strings(file: Path):
+    """The string literals of a source file, adjacent ones as one; what is filled in at run time as a space."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(v.value if isinstance(v, ast.Constant) else " " for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_flag_named_in_prose_or_by_the_program_exists(capsys, monkeypatch):
+    def flags_of(call, *commands: list[str]) -> set[str]:
+        for words in commands:
+            with pytest.raises(SystemExit):
+                call([*words, "--help"])
+        return set(FLAG.findall(capsys.readouterr().out))
+
+    monkeypatch.setenv("COLUMNS", "1000")
+    defenses = [["train", "--defense", name] for name in fastarat.DEFENSES]
+    known = flags_of(main, *defenses, *([command] for command in COMMANDS)) | {"--help", "--version"}
+    others = {"--format=csv", "--query-gpu", "--porcelain", "--no-build-isolation", "--force-reinstall"}
+    for file in Path(fastarat.__file__).parent.rglob("*.py"):
+        for text in strings(file):
+            flags = set() if ":root" in text else set(FLAG.findall(text))
+            assert flags <= known | others, f"{file.name} names {sorted(flags - known)}: {text[:100]}"
+    known |= flags_of(benchmarks, [])
     for page in PAGES:
-        prose = BLOCK.sub("", page.read_text())
-        code = " ".join(re.findall(r"`([^`]+)`", prose))
-        flags = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code))
+        flags = set(FLAG.findall(" ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())))))
         # compare's --tune names settings without dashes; --defense.beta may belong to a defense of one's own.
         assert flags <= known, f"{page.name}: {sorted(flags - known)}"
 

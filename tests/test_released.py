@@ -1,6 +1,7 @@
 """What the run card says of the release: each departure when it applies, and only then."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -26,10 +27,10 @@ L2 = attack(norm="l2", epsilon=0.5, step_size=0.2)
 WRN = {"model": "wrn-34-10"}
 
 
-def rows(name: str, fields: dict | None = None, size: int = 32, held_out: int = 0, **options) -> list[str]:
+def rows(kind: str | type, fields: dict | None = None, size: int = 32, held_out: int = 0, **options) -> list[str]:
     """Sentences on the card of a run on CIFAR-10's shapes, or ["as released"]."""
     dataset = SimpleNamespace(name="cifar10", shape=(3, size, size), val=range(held_out))
-    config = resolve(Config(defense=DEFENSES[name](**(fields or {})), **options), dataset)
+    config = resolve(Config(defense=DEFENSES.get(kind, kind)(**(fields or {})), **options), dataset)
     found = list(released.card_rows(config, size, num_train=50_000 - held_out).items())
     if [key for key, _ in found] == ["release"]:
         return ["as released"]
@@ -41,15 +42,15 @@ def rows(name: str, fields: dict | None = None, size: int = 32, held_out: int = 
 def test_every_defense_is_as_released_or_says_where_not(name):
     """At the released budget and length: these have a reason to depart, the others have none."""
     departs = {
-        "trades": ["our choice"],
-        "lbgat": ["our choice"],
-        "arrest": ["no code is public"],
-        "gairat": ["burn-in"],
-        "gair-fat": ["burn-in", "a bug"],
+        "trades": ["76 epochs; 100 epochs of resnet18 are our choice"],
+        "lbgat": ["the release trains WRN-34-10; resnet18 is our choice"],
+        "arrest": ["no code is public.*lam, phi, tau, the replay test"],
+        "gairat": ["burn-in.*--defense.begin-epoch 60"],
+        "gair-fat": ["burn-in", "a bug.*both keep the batch's"],
         "cure": ["the mask is the paper's"],
         "vir": ["VIR-AT"],
-        "done": ["no code is public"],
-        "ca-at": ["1024", "NaN"],
+        "done": ["no code is public.*r, burn-in and schedule are our choices"],
+        "ca-at": ["1024", "replaces NaN"],
     }
     options = OLD if DEFENSES[name].released_budget == (0.031, 0.007) else {}
     found = rows(name, **options)
@@ -58,7 +59,7 @@ def test_every_defense_is_as_released_or_says_where_not(name):
     else:
         assert len(found) == len(departs[name])
         for sentence, part in zip(found, departs[name], strict=True):
-            assert part in sentence
+            assert re.search(part, sentence)
 
 
 def test_released_variants_are_as_released():
@@ -93,10 +94,8 @@ CASES = {
     "budget": ("trades", {}, {}, {}, OLD, "epsilon 8/255, step 2/255: published with 0.031 and 0.007"),
     "budget of AT": ("at", {}, attack(epsilon=0.15), {}, {}, "published with 8/255 and 2/255"),
     "TRADES' third update": ("trades", {"exact": False}, {}, {}, {}, "move twice a step"),
-    "TRADES' length": ("trades", {}, {}, {}, WRN, "76 epochs; 100 epochs of resnet18 are our choice"),
     "TRADES' network": ("trades", {}, optim(recipe="trades-wrn"), {}, WRN, "for 76 epochs; resnet18 is our choice"),
     "TRADES' width": ("trades", {}, {"model": "wrn-28-10"}, {}, WRN, "for 76 epochs; wrn-28-10 is our choice"),
-    "LBGAT's network": ("lbgat", {}, {}, {}, WRN, "the release trains WRN-34-10; resnet18 is our choice"),
     "MART's gamma": ("mart", {}, {"awp": 0.3}, {}, {}, "gamma_w 0.3 is our choice"),
     "precision": ("ar-at", {}, {"amp": True}, {}, {}, "precision bf16: the releases run in float32"),
     "validation": ("ar-at", {}, {"held_out": 1000}, {}, {}, "1,000 of 50,000 training images are held out"),
@@ -122,19 +121,13 @@ CASES = {
     "AR-AT's KL": ("ar-at", {"metric": "kl"}, {}, {}, {}, "temperature"),
     "AR-AT's layers, given": ("ar-at", {"layers": ("layer4.0.bn1", "layer4.0.bn2", "layer4.1.bn1", "layer4.1.bn2", "bn")}, {"model": "preactresnet18"}, {}, {}, "chosen by analogy"),
     "AR-AT's layers": ("ar-at", {}, {"model": "preactresnet18"}, {}, {}, "chosen by analogy"),
-    "ARREST": ("arrest", {}, {}, None, {}, "lam, phi, tau, the replay test"),
-    "DONE": ("done", {}, {}, None, {}, "r, burn-in and schedule are our choices"),
-    "GAIRAT's burn-in": ("gairat", {}, {}, {"begin_epoch": 60}, {}, "--defense.begin-epoch 60"),
     "GAIRAT's piecewise": ("gairat", {"lam_schedule": "piecewise"}, {}, {}, {}, "unreachable"),
     "GAIRAT's linear": ("gairat", {"lam_schedule": "linear", "lam_max": 9.0}, {}, {}, {}, "with every step"),
-    "GAIR-FAT's order": ("gair-fat", {}, {}, None, {}, "both keep the batch's"),
-    "CURE's mask": ("cure", {}, {}, {"mode": "rgp"}, {}, "the mask is the paper's"),
     "CURE's shares": ("cure", {}, WRN, {"p": 0.5, "alpha": 0.3, "gamma": 0.5}, WRN, "not the paper's for wrn-34-10"),
     "CURE's r": ("cure", {"r_halved_every": 20}, {}, {}, {}, "halves it at every step"),
     "VIR-AT's loss": ("vir", {}, {}, {"mode": "trades"}, {}, "trains VIR-AT with the loss of mode trades"),
     "VIR-TRADES' attack": ("vir", {"mode": "trades"}, {}, {}, {}, "takes the cross-entropy"),
     "CA-AT's batch": ("ca-at", {}, {}, {}, optim(lr=0.4) | {"batch_size": 1024}, "batches of 128 with a peak"),
-    "CA-AT's NaN": ("ca-at", {}, {}, None, {}, "replaces NaN"),
     "SWA": ("ar-at", {}, {"swa": True}, {}, {"swa": True, "swa_config": SwaConfig(exact=True)}, "--swa-config.exact"),
     "SWA's start": ("ar-at", {}, {"swa": True, "swa_config": SwaConfig(start=0.5)}, {}, {"swa": True}, "from 50% of"),
     "SWA of others": ("at", {}, {"swa": True}, {}, {}, "on clean images"),
@@ -159,8 +152,7 @@ CASES = {
 def test_a_departure_is_on_the_card_when_it_applies_and_not_otherwise(case):
     name, fields, options, other_fields, other_options, says = CASES[case]
     assert sum(says in sentence for sentence in rows(name, fields, **options)) == 1
-    if other_fields is not None:  # None: it always applies
-        assert not any(says in sentence for sentence in rows(name, other_fields, **other_options))
+    assert not any(says in sentence for sentence in rows(name, other_fields, **other_options))
 
 
 @pytest.mark.parametrize("name", DEFENSES)
@@ -175,10 +167,8 @@ def test_a_defense_of_ones_own_has_no_release():
     class Mine(fastarat.AT):
         pass
 
-    dataset = SimpleNamespace(name="cifar10", shape=(3, 32, 32), val=range(1000))
-    assert released.card_rows(resolve(Config(defense=Mine(), epochs=3), dataset), 32) == {}
-    averaged = released.card_rows(resolve(Config(defense=Mine(), swa=True), dataset), 32)
-    assert "--swa-config.exact" in averaged["departs from release 1"]
+    assert rows(Mine, held_out=1000, epochs=3) == []
+    assert "--swa-config.exact" in rows(Mine, held_out=1000, swa=True)[0]
 
 
 def test_the_run_card_holds_the_lines(tmp_path):

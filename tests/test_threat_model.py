@@ -49,9 +49,11 @@ def pgd_class(images, labels, **options):
     return PGD(network(), **{"epsilon": 0.1, "num_steps": 2} | options)(images, labels).images
 
 
+TWO_STEPS = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
+
+
 def pgd_function(images, labels, **options):
-    defaults = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
-    return pgd(network().eval(), images, labels, labels, images, **defaults | options).images
+    return pgd(network().eval(), images, labels, labels, images, **TWO_STEPS | options).images
 
 
 def start(images, labels, **options):
@@ -61,8 +63,7 @@ def start(images, labels, **options):
 def several(images, labels, **options):
     model = network().eval()
     objective = options.pop("objective", "ce")
-    defaults = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
-    runs = [partial(pgd, model, images, labels, labels, images, **defaults | options)] * 2
+    runs = [partial(pgd, model, images, labels, labels, images, **TWO_STEPS | options)] * 2
     return strongest(model, runs, labels, objective).images
 
 
@@ -89,8 +90,11 @@ def bench_config(images, labels, **options):
 
 TENSORS = (train_step, pgd_class, pgd_function, start, several, evaluated, examples)
 CONFIGS = (attack_config, config, bench_config)
-STEPPED = tuple(e for e in TENSORS + CONFIGS if e is not start)
+ALL = TENSORS + CONFIGS
+STEPPED = tuple(e for e in ALL if e is not start)
 COUNTED = tuple(e for e in STEPPED if e is not evaluated)
+SEEDED = (evaluated, examples, train_step)
+BY_TENSOR = (pgd_class, pgd_function, start, several)
 
 
 def refused(entry, words: str, change=lambda images, labels: (images, labels), **options) -> None:
@@ -103,78 +107,107 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-SPELLINGS = {
-    "linf": ["Linf", "L_inf", "l-inf", "LINF", "inf", "Linfinity", float("inf"), np.inf, "L∞"],
-    "l2": ["L2", "l_2", "2", 2, 2.0, np.int64(2)],
-}
-
-
-@pytest.mark.parametrize(("norm", "alias"), [(norm, alias) for norm in SPELLINGS for alias in SPELLINGS[norm]])
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_every_spelling_of_a_norm(entry, norm, alias):
-    assert same(entry(*batch(), norm=alias), entry(*batch(), norm=norm))
-    if entry in TENSORS and norm == "l2":
-        assert not same(entry(*batch(), norm=alias), entry(*batch(), norm="linf"))
-
-
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_other_norms_are_refused(entry):
-    for norm in ("l1", "l0", "linfty", 1, -math.inf, None, ["linf"], "", "fro"):
-        refused(entry, r"norm=.*[.?] Expected one of: linf, l2\.", norm=norm)
-    refused(entry, "did you mean 'linf'", norm="linfty")
-
-
-@pytest.mark.parametrize(
-    ("entry", "option", "aliases", "canonical"),
-    [
-        (entry, option, aliases, canonical)
-        for entries, option, aliases, canonical in [
-            ((train_step, pgd_class), "precision", ("float32", "FP32", "torch.float32", torch.float32), "fp32"),
-            ((train_step, pgd_class), "precision", ("BF16", "bfloat16", torch.bfloat16), "bf16"),
-            ((pgd_class, pgd_function, several, train_step), "objective", ("CE", "cross-entropy"), "ce"),
-            ((pgd_class, pgd_function, several, train_step), "objective", ("CW", "Cw"), "cw"),
-            ((pgd_class, train_step), "objective", ("KL", "Kl"), "kl"),
-            ((train_step,), "attack_bn", ("Train-Frozen", "train_frozen", "TRAIN FROZEN"), "train-frozen"),
-            ((pgd_class,), "mode", ("Eval", "EVAL"), "eval"),
-            ((pgd_class, train_step), "start", ("Gaussian",), "gaussian"),
-            ((pgd_class, train_step), "start", ("None", "NONE"), "none"),
-            ((start,), "kind", ("uniform_unclamped", "Uniform-Unclamped"), "uniform-unclamped"),
-            ((pgd_class, pgd_function), "backend", ("Plain",), "plain"),
-            ((train_step,), "kernels", ("Plain",), "plain"),
-            ((train_step,), "capture", ("off", "OFF"), False),
-            ((attack_config, config, bench_config), "bn", ("Train_Frozen",), "train-frozen"),
-            ((attack_config, config, bench_config), "objective", ("KL",), "kl"),
-            ((attack_config, config, bench_config), "start", ("Uniform-Unclamped", "None"), None),
-        ]
+def cases(table) -> list:
+    """A case for each entry and each value of the rows (entries, option, values, what comes of them)."""
+    return [
+        pytest.param(entry, option, value, outcome, id=f"{entry.__name__} {option}={value}")
+        for entries, option, values, outcome in table
+        for value in values
         for entry in entries
-    ],
-)
-def test_names_of_the_field_in_any_case(entry, option, aliases, canonical):
-    for alias in aliases:
-        wanted = alias.lower() if canonical is None else canonical
-        assert same(entry(*batch(), **{option: alias}), entry(*batch(), **{option: wanted}))
+    ]
 
 
-@pytest.mark.parametrize(
-    ("entries", "option"),
-    [
-        ((train_step, pgd_class), "precision"),
-        ((train_step, pgd_class, pgd_function, several), "objective"),
-        ((train_step,), "attack_bn"),
-        ((pgd_class,), "mode"),
-        ((train_step, pgd_class), "start"),
-        ((start,), "kind"),
-        ((pgd_class, pgd_function), "backend"),
-        ((train_step,), "kernels"),
-        ((train_step,), "capture"),
-        (CONFIGS, "bn"),
-        (CONFIGS, "start"),
-        (CONFIGS, "objective"),
-    ],
-)
-def test_unknown_names_are_refused(entries, option):
-    for entry in entries:
-        refused(entry, r"='no such'\. Expected one of: ", **{option: "no such"})
+# Other spellings, and the canonical one.
+NAMES = [
+    (ALL, "norm", ("Linf", "L_inf", "l-inf", "LINF", "inf", "Linfinity", float("inf"), np.inf, "L∞"), "linf"),
+    (ALL, "norm", ("L2", "l_2", "2", 2, 2.0, np.int64(2)), "l2"),
+    ((train_step, pgd_class), "precision", ("float32", "FP32", "torch.float32", torch.float32), "fp32"),
+    ((train_step, pgd_class), "precision", ("BF16", "bfloat16", torch.bfloat16), "bf16"),
+    ((pgd_class, pgd_function, several, train_step), "objective", ("CE", "cross-entropy"), "ce"),
+    ((pgd_class, pgd_function, several, train_step), "objective", ("CW", "Cw"), "cw"),
+    ((pgd_class, train_step), "objective", ("KL", "Kl"), "kl"),
+    ((train_step,), "attack_bn", ("Train-Frozen", "train_frozen", "TRAIN FROZEN"), "train-frozen"),
+    ((pgd_class,), "mode", ("Eval", "EVAL"), "eval"),
+    ((pgd_class, train_step), "start", ("Gaussian",), "gaussian"),
+    ((pgd_class, train_step), "start", ("None", "NONE"), "none"),
+    ((start,), "kind", ("uniform_unclamped", "Uniform-Unclamped"), "uniform-unclamped"),
+    ((pgd_class, pgd_function), "backend", ("Plain",), "plain"),
+    ((train_step,), "kernels", ("Plain",), "plain"),
+    ((train_step,), "capture", ("off", "OFF"), False),
+    (CONFIGS, "bn", ("Train_Frozen",), "train-frozen"),
+    (CONFIGS, "objective", ("KL",), "kl"),
+    (CONFIGS, "start", ("Uniform-Unclamped",), "uniform-unclamped"),
+    (CONFIGS, "start", ("None",), "none"),
+]
+SWITCHES = [
+    *(((train_step,), switch) for switch in ("channels_last", "compile_loss", "fold_bn")),
+    ((evaluated,), "tf32"),
+    ((pgd_class, pgd_function), "count"),
+]
+TAKEN = [
+    *NAMES,
+    *((entries, switch, ("no",), False) for entries, switch in SWITCHES),
+    (ALL, "epsilon", ("8/255",), 8 / 255),
+    (BY_TENSOR, "epsilon", (torch.tensor(0.125),), 0.125),
+    (COUNTED, "num_steps", ("2", np.float32(2), Fraction(4, 2)), 2.0),
+    (SEEDED, "seed", (str(2**63 - 1),), 2**63 - 1),
+    ((evaluated,), "device", ("auto", torch.device("cpu")), "cpu"),
+]
+
+
+@pytest.mark.parametrize(("entry", "option", "value", "meaning"), cases(TAKEN))
+def test_what_is_meant_is_taken_by_every_entry(entry, option, value, meaning):
+    assert same(entry(*batch(), **{option: value}), entry(*batch(), **{option: meaning}))
+
+
+@pytest.mark.parametrize("entry", TENSORS)
+def test_the_norms_differ(entry):
+    assert not same(entry(*batch(), norm="l2"), entry(*batch(), norm="linf"))
+
+
+# A length in other units, and what is said of it; 8/255 is what is proposed for epsilon.
+LENGTHS = [
+    ("eight", r"='eight': expected a number \(fractions such as 8/255"),
+    (8, r"=8 is outside \(0, 1\]: pixel units where 1.0 is the full range; write 8/255$"),
+    (255.0, r"=255 is outside \(0, 1\].*write 255/255$"),
+    (300, r"=300 is outside \(0, 1\].*, such as 8/255$"),
+    (0, r"=0 is outside \(0, 1\].*, such as 8/255$"),
+    (-0.1, r"=-0.1 is outside \(0, 1\].*, such as 8/255$"),
+    (math.inf, r"=inf is outside \(0, 1\].*, such as 8/255$"),
+    (math.nan, "=nan: expected a number"),
+    (True, "=True: expected a number"),
+    ([0.1], r"=\[0.1\]: expected a number"),
+]
+NOT_WHOLE = (2.5, "ten", math.inf, True, np.float32(2.7), np.float64(2.5), torch.tensor(2.9), Fraction(5, 2),
+             Decimal("2.7"), np.bool_(True), torch.tensor(True), torch.tensor([2, 3]))  # fmt: skip
+NOT_FLOAT32 = tuple(torch.tensor(0.125, dtype=dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16))
+NO_DEVICE = ("gpu", "mps", "cuda:99", -1, True, 2.5, ["cpu"], *([] if torch.cuda.is_available() else [0]))
+REFUSED = [
+    (ALL, "norm", ("l1", "l0", "linfty", 1, -math.inf, None, ["linf"], "", "fro"), r"norm=.*[.?] Expected one of: linf, l2\."),
+    (ALL, "norm", ("linfty",), "did you mean 'linf'"),
+    *(((entry,), option, ("no such",), r"='no such'\. Expected one of: ")
+      for entry, option in dict.fromkeys((entry, row[1]) for row in NAMES for entry in row[0])),
+    *((entries, switch, ("perhaps", 2, None, []), f"{switch}=.*: expected true or false") for entries, switch in SWITCHES),
+    *((ALL, "epsilon", (value,), "epsilon" + words) for value, words in LENGTHS),
+    *((STEPPED, "step_size", (value,), "step_size" + words.replace("such as 8/255$", "such as 2/255$")) for value, words in LENGTHS),
+    ((pgd_class,), "epsilon", (np.bool_(True), torch.tensor(True)), "epsilon=.*: expected a number"),
+    ((pgd_class,), "epsilon", (torch.tensor(8.0),), "write 8/255"),  # read once, before anything is captured
+    (BY_TENSOR, "epsilon", (torch.tensor([0.1, 0.1]),), r"epsilon=a float32 tensor \[2\]: expected a number or a 0-d"),
+    (BY_TENSOR, "epsilon", NOT_FLOAT32, r"epsilon=.*0-d float32 tensor; write epsilon.float\(\)$"),
+    ((pgd_class, pgd_function, several), "step_size", NOT_FLOAT32, r"write step_size.float\(\)$"),
+    (COUNTED, "num_steps", (-1,), "num_steps=-1: expected . or more"),
+    (COUNTED, "num_steps", NOT_WHOLE, "num_steps=.*: expected a whole number"),
+    ((*CONFIGS, train_step, pgd_class, examples), "num_steps", (0,), "num_steps=0: expected 1 or more"),
+    ((*CONFIGS, train_step), "num_restarts", (0,), "num_restarts=0: expected 1 or more"),
+    *((SEEDED, "seed", (seed,), rf"seed={seed} is outside \[0, 2\^63\)") for seed in (2**64, 2**63, -1)),
+    (SEEDED, "seed", ("x",), "seed='x': expected a whole number"),
+    ((evaluated,), "device", NO_DEVICE, "device .*(expected auto, cpu, cuda|not supported: use cpu|this machine has)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "option", "value", "words"), cases(REFUSED))
+def test_what_cannot_be_meant_is_refused_by_every_entry(entry, option, value, words):
+    refused(entry, words, **{option: value})
 
 
 def test_canonical_names_are_stored_and_saved():
@@ -190,8 +223,6 @@ def test_canonical_names_are_stored_and_saved():
     text = yaml.safe_dump(to_dict(made))
     assert "L_2" not in text
     assert from_dict(yaml.safe_load(text)) == made
-    for kind in fastarat.DEFENSES.values():
-        assert from_dict(to_dict(Config(defense=kind()))) == Config(defense=kind())
 
 
 def test_no_two_choices_are_one_name():
@@ -201,35 +232,7 @@ def test_no_two_choices_are_one_name():
             assert named("x", choice.upper(), choices) == choice
 
 
-BAD_LENGTHS = {
-    "eight": ("eight", r"='eight': expected a number \(fractions such as 8/255"),
-    "8": (8, r"=8 is outside \(0, 1\]: pixel units where 1.0 is the full range; write 8/255$"),
-    "255": (255.0, r"=255 is outside \(0, 1\].*write 255/255$"),
-    "300": (300, r"=300 is outside \(0, 1\].*, such as 8/255$"),
-    "0": (0, r"=0 is outside \(0, 1\].*, such as 8/255$"),
-    "negative": (-0.1, r"=-0.1 is outside \(0, 1\].*, such as 8/255$"),
-    "infinite": (math.inf, r"=inf is outside \(0, 1\].*, such as 8/255$"),
-    "nan": (math.nan, "=nan: expected a number"),
-    "true": (True, "=True: expected a number"),
-    "list": ([0.1], r"=\[0.1\]: expected a number"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LENGTHS)
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_a_budget_in_other_units_is_refused(entry, bad):
-    value, words = BAD_LENGTHS[bad]
-    refused(entry, "epsilon" + words, epsilon=value)
-    if entry in STEPPED:
-        refused(entry, "step_size" + words.replace(", such as 8/255", ", such as 2/255"), step_size=value)
-
-
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
-def test_a_fraction_is_a_number(entry):
-    assert same(entry(*batch(), epsilon="8/255"), entry(*batch(), epsilon=8 / 255))
-
-
-@pytest.mark.parametrize("entry", TENSORS + CONFIGS)
+@pytest.mark.parametrize("entry", ALL)
 def test_an_l2_length_is_positive_and_no_longer_than_the_diagonal(entry):
     for value in (0, -1.0, math.inf):
         refused(entry, r"epsilon=\S+ is outside \(0, .*such as 128/255$", epsilon=value, norm="l2")
@@ -238,46 +241,9 @@ def test_an_l2_length_is_positive_and_no_longer_than_the_diagonal(entry):
         entry(*batch(), epsilon=13.8, norm="l2")
 
 
-@pytest.mark.parametrize("entry", [pgd_class, pgd_function, start, several])
-def test_a_budget_may_be_a_tensor(entry):
-    assert same(entry(*batch(), epsilon=torch.tensor(0.125)), entry(*batch(), epsilon=0.125))
-    refused(entry, r"epsilon=a float32 tensor \[2\]: expected a number or a 0-d", epsilon=torch.tensor([0.1, 0.1]))
-    if entry is pgd_class:  # made before anything is captured: the value is read there, once
-        refused(entry, "write 8/255", epsilon=torch.tensor(8.0))
-
-
-NOT_WHOLE = (2.5, "ten", math.inf, True, np.float32(2.7), np.float64(2.5), torch.tensor(2.9), Fraction(5, 2),
-             Decimal("2.7"), np.bool_(True), torch.tensor(True), torch.tensor([2, 3]))  # fmt: skip
-
-
-@pytest.mark.parametrize("entry", COUNTED)
-def test_counts(entry):
-    refused(entry, "num_steps=-1: expected . or more", num_steps=-1)
-    for value in NOT_WHOLE:
-        refused(entry, "num_steps=.*: expected a whole number", num_steps=value)
-    if entry not in (pgd_function, several):
-        refused(entry, "num_steps=0: expected 1 or more", num_steps=0)
-    if entry in CONFIGS or entry is train_step:
-        refused(entry, "num_restarts=0: expected 1 or more", num_restarts=0)
-    for value in ("2", np.float32(2), Fraction(4, 2)):
-        assert same(entry(*batch(), num_steps=value), entry(*batch(), num_steps=2.0))
-
-
-def test_a_bool_is_no_number_and_is_a_bool():
-    for value in (np.bool_(True), torch.tensor(True)):
-        refused(pgd_class, "epsilon=.*: expected a number", epsilon=value)
-        assert coerce(value, bool, "x") is True
-
-
-SWITCHES = [(train_step, s) for s in ("channels_last", "compile_loss", "fold_bn")]
-SWITCHES += [(evaluated, "tf32"), (pgd_class, "count"), (pgd_function, "count")]
-
-
-@pytest.mark.parametrize(("entry", "switch"), SWITCHES)
-def test_a_switch_is_true_or_false(entry, switch):
-    for value in ("perhaps", 2, None, []):
-        refused(entry, f"{switch}=.*: expected true or false", **{switch: value})
-    assert same(entry(*batch(), **{switch: "no"}), entry(*batch(), **{switch: False}))
+@pytest.mark.parametrize("value", [np.bool_(True), torch.tensor(True)], ids=repr)
+def test_what_is_a_bool(value):
+    assert coerce(value, bool, "x") is True
 
 
 def test_the_words_for_no_switch_off():
@@ -290,34 +256,6 @@ def test_the_words_for_no_switch_off():
         assert measured.settings["precision"] == precision
     with pytest.raises(UserError, match="progress='maybe': expected true or false"):
         evaluate(network(), (images, labels), "clean", progress="maybe")
-
-
-@pytest.mark.parametrize("entry", [pgd_class, pgd_function, start, several])
-def test_a_budget_tensor_is_float32(entry):
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        refused(
-            entry, r"epsilon=.*0-d float32 tensor; write epsilon.float\(\)$", epsilon=torch.tensor(0.125, dtype=dtype)
-        )
-        if entry is not start:
-            refused(entry, r"write step_size.float\(\)$", step_size=torch.tensor(0.03, dtype=dtype))
-
-
-@pytest.mark.parametrize("entry", [evaluated, examples, train_step])
-def test_seeds(entry):
-    for value in (2**64, 2**63, -1):
-        refused(entry, rf"seed={value} is outside \[0, 2\^63\)", seed=value)
-    refused(entry, "seed='x': expected a whole number", seed="x")
-    entry(*batch(), seed=2**63 - 1)
-
-
-def test_devices():
-    for name in ("gpu", "mps", "cuda:99", -1, None if torch.cuda.is_available() else 0, True, 2.5, ["cpu"]):
-        if name is not None:
-            refused(
-                evaluated, "device .*(expected auto, cpu, cuda|not supported: use cpu|this machine has)", device=name
-            )
-    for name in ("auto", torch.device("cpu")):
-        assert same(evaluated(*batch(), device=name), evaluated(*batch(), device="cpu"))
 
 
 def test_triton_is_refused_on_a_cpu_before_any_work(monkeypatch):
@@ -365,26 +303,19 @@ VALUES = {
     "negative": (lambda x, y: (x, y - K), "labels span -4"),
 }  # fmt: skip
 WITH_VALUES = (train_step, pgd_class, evaluated, examples)
+INPUTS = [(TENSORS, FREE), ([e for e in TENSORS if e is not start], LABELS), (WITH_VALUES, VALUES)]
 
 
-@pytest.mark.parametrize("bad", FREE)
-@pytest.mark.parametrize("entry", TENSORS)
-def test_images_of_another_kind_are_refused(entry, bad):
-    change, words = FREE[bad]
-    refused(entry, words, change)
-
-
-@pytest.mark.parametrize("bad", LABELS)
-@pytest.mark.parametrize("entry", [e for e in TENSORS if e is not start])
-def test_labels_of_another_kind_are_refused(entry, bad):
-    change, words = LABELS[bad]
-    refused(entry, words, change)
-
-
-@pytest.mark.parametrize("bad", VALUES)
-@pytest.mark.parametrize("entry", WITH_VALUES)
-def test_values_out_of_range_are_refused(entry, bad):
-    change, words = VALUES[bad]
+@pytest.mark.parametrize(
+    ("entry", "change", "words"),
+    [
+        pytest.param(entry, *mistake, id=f"{entry.__name__}-{name}")
+        for entries, mistakes in INPUTS
+        for name, mistake in mistakes.items()
+        for entry in entries
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(entry, change, words):
     refused(entry, words, change)
 
 
@@ -413,58 +344,6 @@ def test_layout_is_told_by_what_the_network_takes():
         check_images(torch.rand(2, 28, 28, 1))
 
 
-def test_the_model_takes_other_images():
-    images, labels = batch()
-    gray = images[:, :1].contiguous()
-    for call in (
-        lambda: evaluate(network(), (gray, labels), "clean", progress=False),
-        lambda: fastarat.TrainStep(network(), fastarat.AT(), gray),
-        lambda: PGD(network(), epsilon=0.1)(gray, labels),
-        lambda: adversarial_examples(network(), gray, labels),
-    ):
-        with pytest.raises(UserError, match=r"does not take images.*\[\d, 1, 8, 8\].*3 channels"):
-            call()
-    step = fastarat.TrainStep(network(), fastarat.AT(), images)
-    with pytest.raises(UserError, match="images have 1 channels, the example had 3"):
-        step(gray, labels)
-    with pytest.raises(UserError, match="the model returned tuple"):
-        fastarat.TrainStep(nn.Sequential(network(), Twice()), fastarat.AT(), images)
-
-
-class Twice(nn.Module):
-    def forward(self, logits):
-        return logits, logits
-
-
-def test_other_objects_are_refused():
-    images, labels = batch()
-    with pytest.raises(UserError, match=r"example=.*expected a float32 tensor"):
-        fastarat.TrainStep(network(), fastarat.AT(), (3, 8, 8))
-    for defense in ("trades", fastarat.TRADES, None):
-        with pytest.raises(UserError, match=r"expected a Defense, such as fastarat.TRADES\(\)"):
-            fastarat.TrainStep(network(), defense, images)
-    model = network()
-    with pytest.raises(UserError, match="expected a function of the list of parameters"):
-        fastarat.TrainStep(model, fastarat.AT(), images, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    for options, words in (({"awp": 2}, r"awp=2 is outside \(0, 1\)"), ({"awp_warmup": -1}, "expected 0 or more"),
-                           ({"seed": "x"}, "seed='x': expected a whole number")):  # fmt: skip
-        with pytest.raises(UserError, match=words):
-            fastarat.TrainStep(network(), fastarat.AT(), images, **options)
-    for call in (
-        lambda: PGD(network().forward, epsilon=0.1),
-        lambda: evaluate(network().forward, (images, labels)),
-        lambda: fastarat.TrainStep(network().forward, fastarat.AT(), images),
-    ):
-        with pytest.raises(UserError, match=r"expected an nn.Module"):
-            call()
-    with pytest.raises(UserError, match="at least one"):
-        strongest(network(), [], labels)
-    with pytest.raises(UserError, match=r"kl takes the clean logits, float \[8, K\]"):
-        pgd_function(images, labels, objective="kl")
-    with pytest.raises(UserError, match=r"start is .* expected one shape"):
-        pgd(network(), images, labels, labels, images[:4], epsilon=0.1, step_size=0.1, num_steps=1)
-
-
 class Raising(nn.Module):
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -474,62 +353,93 @@ class Raising(nn.Module):
         raise self.error
 
 
-def on(model: nn.Module, images, labels, **options) -> list:
-    """Calls of every entry that takes a network."""
-    return [
-        lambda: evaluate(model, (images, labels), "clean", progress=False),
-        lambda: adversarial_examples(model, images, labels),
-        lambda: fastarat.TrainStep(model, fastarat.AT(), images),
-        lambda: PGD(model, epsilon=0.1)(images, labels),
-        lambda: PGD(model, epsilon=0.1, objective="kl", start="gaussian")(images, labels),
-    ]
+# Every entry that takes a network.
+ON_A_MODEL = {
+    "evaluate": lambda model, x, y: evaluate(model, (x, y), "clean", progress=False),
+    "adversarial_examples": adversarial_examples,
+    "TrainStep": lambda model, x, y: fastarat.TrainStep(model, fastarat.AT(), x),
+    "PGD": lambda model, x, y: PGD(model, epsilon=0.1)(x, y),
+    "PGD on a KL": lambda model, x, y: PGD(model, epsilon=0.1, objective="kl", start="gaussian")(x, y),
+}
+FAILS = "the model does not take images torch.float32 .*"
+
+
+@pytest.mark.parametrize("entry", ON_A_MODEL)
+@pytest.mark.parametrize(
+    ("model", "channels", "words"),
+    [
+        (network, 1, r"does not take images.*\[\d, 1, 8, 8\].*3 channels"),
+        (lambda: network().forward, 3, "expected an nn.Module"),
+        (lambda: network().double(), 3, r"conv1.weight is torch.float64: .*call model.float\(\)"),
+        (lambda: network().half(), 3, r"conv1.weight is torch.float16: .*call model.float\(\)"),
+        (lambda: network().bfloat16(), 3, r"conv1.weight is torch.bfloat16: .*call model.float\(\)"),
+        (lambda: Raising(AssertionError("wrong size")), 3, FAILS + "AssertionError: wrong size"),
+        (lambda: Raising(KeyError("x")), 3, FAILS + "KeyError: 'x'"),
+        (lambda: Raising(TypeError("two\nlines")), 3, FAILS + "TypeError: two$"),
+        (lambda: Raising(AttributeError("no such")), 3, FAILS + "AttributeError: no such"),
+        (lambda: Raising(RuntimeError("shapes")), 3, FAILS + r"\[\d, 3, 8, 8\]: shapes$"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_one_line(entry, model, channels, words):
+    images, labels = batch()
+    with pytest.raises(UserError, match=words) as found:
+        ON_A_MODEL[entry](model(), images[:, :channels].contiguous(), labels)
+    assert "\n" not in str(found.value)
+
+
+class Twice(nn.Module):
+    def forward(self, logits):
+        return logits, logits
+
+
+def step_on(x, defense=fastarat.AT, **options):
+    model = options.pop("model", None)
+    return fastarat.TrainStep(network() if model is None else model, defense(), x, num_steps=1, **options)
+
+
+def attacked(x, y, target=None, model=None, start=None, **options):
+    points = x if start is None else start
+    options = {"epsilon": 0.1, "step_size": 0.1, "num_steps": 1} | options
+    return pgd(model or network(), x, y, y if target is None else target, points, **options)
+
+
+NO_DEFENSE = r"expected a Defense, such as fastarat.TRADES\(\)"
+NO_GRADIENT = r"no parameter of the model requires a gradient.*requires_grad_\(True\)"
+NO_OPTIMIZER = "the optimizer function returned .*: expected an optimizer, such as"
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("call", "words"),
     [
-        (AssertionError("wrong size"), "AssertionError: wrong size"),
-        (KeyError("x"), "KeyError: 'x'"),
-        (TypeError("two\nlines"), "TypeError: two$"),
-        (AttributeError("no such"), "AttributeError: no such"),
-        (RuntimeError("shapes"), r"\[\d, 3, 8, 8\]: shapes$"),
+        (lambda x, y: step_on((3, 8, 8)), "example=.*expected a float32 tensor"),
+        (lambda x, y: step_on(x)(x[:, :1], y), "images have 1 channels, the example had 3"),
+        (lambda x, y: step_on(x, fastarat.ARAT)(x[:1], y[:1]), "a batch of one: BatchNorm .*ARAT .*at least 2 images.*drop_last=True"),
+        (lambda x, y: step_on(x, awp=2), r"awp=2 is outside \(0, 1\)"),
+        (lambda x, y: step_on(x, awp_warmup=-1), "awp_warmup=-1: expected 0 or more"),
+        (lambda x, y: step_on(x, lambda: "trades"), NO_DEFENSE),
+        (lambda x, y: step_on(x, lambda: fastarat.TRADES), NO_DEFENSE),
+        (lambda x, y: step_on(x, lambda: None), NO_DEFENSE),
+        (lambda x, y: step_on(x, model=nn.Sequential(network(), Twice())), "the model returned tuple"),
+        (lambda x, y: step_on(x, model=nn.Sequential(network(), nn.Softmax(1))), "returned probabilities.*remove the final softmax"),
+        (lambda x, y: step_on(x, model=network().requires_grad_(False)), NO_GRADIENT),
+        (lambda x, y: step_on(x, fastarat.ARAT, model=network().requires_grad_(False)), NO_GRADIENT),
+        (lambda x, y: step_on(x, model=nn.Flatten()), "a Flatten without parameters"),
+        (lambda x, y: step_on(x, fastarat.ARAT, model=nn.Flatten()), "a Flatten without parameters"),
+        (lambda x, y: step_on(x, optimizer=torch.optim.SGD(network().parameters(), lr=0.1)), "expected a function of the list of parameters"),
+        (lambda x, y: step_on(x, optimizer=lambda p: torch.optim.SGD(p[1:], lr=0.1)), r"leaves out 1 of the \d+ parameters.*requires_grad_\(False\)"),
+        (lambda x, y: step_on(x, optimizer=lambda p: None), NO_OPTIMIZER),
+        (lambda x, y: step_on(x, optimizer=lambda p: 3), NO_OPTIMIZER),
+        (lambda x, y: step_on(x, optimizer=lambda p: "sgd"), NO_OPTIMIZER),
+        (lambda x, y: strongest(network(), [], y), "at least one"),
+        (lambda x, y: attacked(x, y, objective="kl"), r"kl takes the clean logits, float \[8, K\]"),
+        (lambda x, y: attacked(x, y, torch.zeros(8, 3), objective="kl"), r"target is \[8, 3\], the logits \[8, 4\]: expected one shape"),
+        (lambda x, y: attacked(x, y, start=x[:4]), "start is .* expected one shape"),
+        (lambda x, y: attacked(x, y, model=lambda x: (network()(x),)), "the model returned tuple for 8 images: expected logits"),
     ],
-)
-def test_an_error_inside_the_model_is_one_line(error, words):
-    for call in on(Raising(error), *batch()):
-        with pytest.raises(UserError, match=rf"the model does not take images torch.float32 .*{words}") as found:
-            call()
-        assert "\n" not in str(found.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_a_model_in_another_precision(dtype):
-    for call in on(network().to(dtype), *batch()):
-        with pytest.raises(UserError, match=r"conv1.weight is torch.\w+: .*call model.float\(\)"):
-            call()
-
-
-def test_an_attack_wants_logits_of_its_forward():
-    images, labels = batch()
-    options = {"epsilon": 0.1, "step_size": 0.1, "num_steps": 1}
-    with pytest.raises(UserError, match=r"the model returned tuple for 8 images: expected logits"):
-        pgd(lambda x: (network()(x),), images, labels, labels, images, **options)
-    with pytest.raises(UserError, match=r"target is \[8, 3\], the logits \[8, 4\]: expected one shape"):
-        pgd(network(), images, labels, torch.zeros(8, 3), images, objective="kl", **options)
-
-
-def test_a_step_wants_logits():
-    with pytest.raises(UserError, match=r"returned probabilities.*remove the final softmax"):
-        fastarat.TrainStep(nn.Sequential(network(), nn.Softmax(1)), fastarat.AT(), batch()[0])
-
-
-def test_there_is_something_to_train():
-    images, _ = batch()
-    for defense in (fastarat.AT(), fastarat.ARAT()):
-        with pytest.raises(UserError, match=r"no parameter of the model requires a gradient.*requires_grad_\(True\)"):
-            fastarat.TrainStep(network().requires_grad_(False), defense, images)
-        with pytest.raises(UserError, match="a Flatten without parameters"):
-            fastarat.TrainStep(nn.Flatten(), defense, images)
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(call, words):
+    with pytest.raises(UserError, match=words):
+        call(*batch())
 
 
 def test_the_optimizer_holds_what_is_trained():
@@ -537,23 +447,16 @@ def test_the_optimizer_holds_what_is_trained():
     model = network()
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=r"leaves out \d+ of the \d+ parameters.*before BatchNorm was split"):
-        fastarat.TrainStep(model, fastarat.ARAT(), images, optimizer=lambda p: early)
-    with pytest.raises(UserError, match=r"leaves out 1 of the \d+ parameters.*requires_grad_\(False\)"):
-        fastarat.TrainStep(network(), fastarat.AT(), images, optimizer=lambda p: torch.optim.SGD(p[1:], lr=0.1))
-    for made in (None, 3, "sgd"):
-        with pytest.raises(UserError, match=r"the optimizer function returned .*: expected an optimizer, such as"):
-            fastarat.TrainStep(network(), fastarat.AT(), images, optimizer=lambda p, made=made: made)
+        step_on(images, fastarat.ARAT, model=model, optimizer=lambda p: early)
     model = network()
     model.conv1.requires_grad_(False)  # freezing a part is no mistake
     groups = lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1)  # noqa: E731
-    fastarat.TrainStep(model, fastarat.AT(), images, num_steps=1, optimizer=groups)(images, labels)
+    step_on(images, model=model, optimizer=groups)(images, labels)
 
 
-def test_a_batch_of_one():
+def test_a_batch_of_one_suits_a_defense_without_split_statistics():
     images, labels = batch()
-    with pytest.raises(UserError, match=r"a batch of one: BatchNorm .*ARAT .*at least 2 images.*drop_last=True"):
-        fastarat.TrainStep(network(), fastarat.ARAT(), images, num_steps=1)(images[:1], labels[:1])
-    fastarat.TrainStep(network(), fastarat.AT(), images, num_steps=1)(images[:1], labels[:1])
+    step_on(images)(images[:1], labels[:1])
 
 
 @pytest.mark.parametrize(
@@ -614,8 +517,7 @@ def test_a_bad_batch_is_refused_after_good_ones_and_looked_at_again():
 def test_a_refused_batch_leaves_the_step_as_it_was():
     images, labels = batch()
     used, fresh = (
-        fastarat.TrainStep(network(), fastarat.ARAT(), images, epsilon=0.1, num_steps=1, capture=mode)
-        for mode in ("fake", "fake")
+        fastarat.TrainStep(network(), fastarat.ARAT(), images, epsilon=0.1, num_steps=1, capture="fake") for _ in "ab"
     )
     for bad in ((images * 255, labels), (images, labels + K)):
         with pytest.raises(UserError):
@@ -667,7 +569,6 @@ def test_an_attack_leaves_frozen_layers_in_their_own_mode():
         (lambda: OptimConfig(momentum=1.0), r"optim.momentum=1 is outside \[0, 1\)"),
         (lambda: OptimConfig(weight_decay="much"), "optim.weight_decay='much': expected a number"),
         (lambda: OptimConfig(nesterov="perhaps"), "optim.nesterov='perhaps': expected true or false"),
-        (lambda: OptimConfig(optimizer="sgd"), "optim.optimizer='sgd'"),
         (lambda: EvalConfig(every=0), "eval.every=0: expected 1 or more"),
         (lambda: EvalConfig(num_steps=0.5), "eval.num_steps=0.5: expected a whole number"),
         (lambda: EvalConfig(val_images=-1), "eval.val_images=-1: expected 0 or more"),
@@ -690,9 +591,26 @@ def test_an_attack_leaves_frozen_layers_in_their_own_mode():
         (lambda: BenchConfig(awp=2), r"awp=2 is outside \(0, 1\)"),
         (lambda: BenchConfig(image_size=0), "--image-size 0: expected 1 or more"),
         (lambda: BenchConfig(repeats="many"), "repeats='many': expected a whole number"),
+        (lambda: fastarat.TRADES(beta=-1), r"defense.beta=-1 is outside \[0, inf\): weight of the KL"),
+        (lambda: fastarat.TRADES(beta=math.inf), "defense.beta=inf"),
+        (lambda: fastarat.MART(lam=-0.5), "defense.lam=-0.5"),
+        (lambda: fastarat.LBGAT(beta=-1), "defense.beta=-1"),
+        (lambda: fastarat.ARAT(gamma=-1), "defense.gamma=-1"),
+        (lambda: fastarat.ARAT(balance_power=-1), "defense.balance_power=-1"),
+        (lambda: fastarat.ARAT(align="x=>y"), "did you mean 'x->y'"),
+        (lambda: fastarat.ARREST(phi=181), r"defense.phi=181 is outside \[0, 180\]: degrees"),
+        (lambda: fastarat.ARREST(tau=1.5), r"defense.tau=1.5 is outside \[0, 1\]"),
+        (lambda: fastarat.ARREST(lam=-1), "defense.lam=-1"),
+        (lambda: fastarat.CURE(beta=-1), "defense.beta=-1"),
+        (lambda: fastarat.CURE(gamma=-1), "defense.gamma=-1"),
+        (lambda: fastarat.VIR(scale=-1), "defense.scale=-1"),
+        (lambda: fastarat.VIR(sharpness=-1), "defense.sharpness=-1"),
+        (lambda: fastarat.VIR(offset=-1), "defense.offset=-1"),
+        (lambda: fastarat.FAT(slack_epochs=(0, 3)), "defense.slack_epochs=0: expected 1 or more"),
+        (lambda: fastarat.FAT(slack="0,x,2"), "defense.slack='x': expected a whole number"),
     ],
 )  # fmt: skip
-def test_mistakes_in_the_parts_of_a_config(make, words):
+def test_settings_and_hyper_parameters_out_of_range(make, words):
     with pytest.raises(UserError, match=words):
         make()
 
@@ -727,33 +645,6 @@ def test_no_number_of_a_defense_is_nan_or_minus_infinity(kind, name):
     for value in (math.nan, -math.inf):
         with pytest.raises(UserError, match=f"defense.{name}="):
             kind(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "words"),
-    [
-        (fastarat.TRADES, {"beta": -1}, r"defense.beta=-1 is outside \[0, inf\): weight of the KL"),
-        (fastarat.TRADES, {"beta": math.inf}, "defense.beta=inf"),
-        (fastarat.MART, {"lam": -0.5}, "defense.lam=-0.5"),
-        (fastarat.LBGAT, {"beta": -1}, "defense.beta=-1"),
-        (fastarat.ARAT, {"gamma": -1}, "defense.gamma=-1"),
-        (fastarat.ARAT, {"balance_power": -1}, "defense.balance_power=-1"),
-        (fastarat.ARAT, {"align": "x=>y"}, "did you mean 'x->y'"),
-        (fastarat.ARREST, {"phi": 181}, r"defense.phi=181 is outside \[0, 180\]: degrees"),
-        (fastarat.ARREST, {"tau": 1.5}, r"defense.tau=1.5 is outside \[0, 1\]"),
-        (fastarat.ARREST, {"lam": -1}, "defense.lam=-1"),
-        (fastarat.CURE, {"beta": -1}, "defense.beta=-1"),
-        (fastarat.CURE, {"gamma": -1}, "defense.gamma=-1"),
-        (fastarat.VIR, {"scale": -1}, "defense.scale=-1"),
-        (fastarat.VIR, {"sharpness": -1}, "defense.sharpness=-1"),
-        (fastarat.VIR, {"offset": -1}, "defense.offset=-1"),
-        (fastarat.FAT, {"slack_epochs": (0, 3)}, "defense.slack_epochs=0: expected 1 or more"),
-        (fastarat.FAT, {"slack": "0,x,2"}, "defense.slack='x': expected a whole number"),
-    ],
-)
-def test_hyper_parameters_out_of_range(kind, values, words):
-    with pytest.raises(UserError, match=words):
-        kind(**values)
 
 
 def test_hyper_parameters_in_range():
