@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastarat
-from fastarat import UserError, attacks, losses, specs
+from fastarat import UserError, losses, specs
 from fastarat.attacks import PGD, pgd, random_start, strongest
 from fastarat.bench import BenchConfig
 from fastarat.checks import check_images
@@ -259,7 +259,7 @@ def test_the_words_for_no_switch_off():
 
 
 def test_triton_is_refused_on_a_cpu_before_any_work(monkeypatch):
-    monkeypatch.setattr(attacks, "interpreting", lambda: False)
+    monkeypatch.setattr(specs, "interpreting", lambda: False)
     with pytest.raises(UserError, match=r"backend=triton cannot be had here: .*write backend=auto"):
         PGD(network(), epsilon=0.1, backend="Triton")
     refused(pgd_function, "backend=triton cannot be had here", backend="triton", num_steps=0)
