@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastarat.defenses.ar_at import ARAT
 from fastarat.defenses.arrest import ARREST
 from fastarat.defenses.at import AT
-from fastarat.defenses.base import Defense, Passes, Run, Views
+from fastarat.defenses.base import Defense, Forward, Passes, Views
 from fastarat.defenses.ca_at import CAAT
 from fastarat.defenses.cure import CURE
 from fastarat.defenses.fat import FAT, GAIRFAT
@@ -35,8 +35,8 @@ __all__ = [
     "TRADES",
     "VIR",
     "Defense",
+    "Forward",
     "Passes",
-    "Run",
     "Standard",
     "Views",
 ]

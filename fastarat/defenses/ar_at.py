@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked, draw_start
-from fastarat.defenses.base import Defense, Run, Settings, Views, network_dtype, part_of
+from fastarat.defenses.base import Defense, Forward, Settings, Views, network_dtype, part_of
 from fastarat.losses import Align, Distance, ar_at_invariance, wide
 from fastarat.nets.models import Network, build_model
 from fastarat.nets.taps import Taps, forward_with_features, tap_names
@@ -198,7 +198,9 @@ class ARAT(Defense):
             weights.adv.copy_(accuracy**self.balance_power)
             weights.clean.copy_((1 - accuracy) ** self.balance_power)
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         logits, features = run(
             torch.cat([images, attacked.images]),
             "clean",

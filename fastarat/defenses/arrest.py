@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked, draw_start
-from fastarat.defenses.base import Defense, Passes, Run, Settings, Views, network_dtype, part_of
+from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views, network_dtype, part_of
 from fastarat.errors import UserError
 from fastarat.losses import angular_distance, wide
 from fastarat.nets.models import Network
@@ -118,7 +118,9 @@ class ARREST(Defense):
             lam = model.invariance_weight if isinstance(model, Network) else 30.0
         return nn.ModuleDict({"teacher": Frozen(copy.deepcopy(model), lam)})
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         teacher, inputs = part_of(companions, "teacher", Frozen), attacked.images
         with torch.no_grad():
             z_std = run.companion(teacher, images)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
+from fastarat.nets.attacker import autocast, mode_of
+from fastarat.nets.batchnorm import route_of
+from fastarat.nets.taps import Taps, forward_with_features
 from fastarat.specs import Attack
 from fastarat.values import settle
 
@@ -60,38 +64,56 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     return reduce(torch.add, terms.values())
 
 
-class Run(Protocol):
-    """The engine's forward: BN branch, autocast and taps are its business, not the defense's.
+class Forward:
+    """The engine's forward, handed to defenses: BatchNorm branch, precision and features are its business.
 
-    run(images, "adv") -> (logits [B, K], features); run(torch.cat([clean, adv]), "clean", "adv") processes both
-    halves in one forward, each normalised by its own statistics. `layers` names the features wanted.
+    forward(images, "adv") -> (logits [B, K], ()); forward(torch.cat([clean, adv]), "clean", "adv", layers=...)
+    -> (logits [2B, K], one feature tensor [2B, d] per layer).
+
+    epsilon, num_steps: of the attack. generator: of everything random in the step. progress, epoch: 0-d device
+    tensors, so that a captured step sees them move. still: no running statistic moves.
     """
 
-    model: nn.Module
-    num_steps: int
-    progress: Tensor
-    epoch: Tensor
-    generator: torch.Generator
-    epsilon: float | Tensor
+    def __init__(self, model: nn.Module, precision: str, attack: Attack, generator: torch.Generator) -> None:
+        self.model, self.precision, self.route, self.still = model, precision, route_of(model), False
+        self.num_steps, self.generator = attack.num_steps, generator
+        self.epsilon: float | Tensor = attack.epsilon
+        dtype = network_dtype(model)
+        self.progress = torch.zeros((), device=generator.device, dtype=dtype)
+        self.epoch = torch.ones((), device=generator.device, dtype=dtype)
+
+    def but(self, *, model: nn.Module | None = None, still: bool = False) -> Forward:
+        """Return the same forward through another network, or one that leaves the running statistics alone."""
+        other = copy.copy(self)
+        other.still = still
+        if model is not None:
+            other.model, other.route = model, route_of(model)
+        return other
+
+    def views(self, labels: Tensor, **tensors: Any) -> Views:
+        """Build `Views` with labels, num_steps, progress and epoch filled in."""
+        return Views(labels, num_steps=self.num_steps, progress=self.progress, epoch=self.epoch, **tensors)
+
+    def companion(self, module: nn.Module, images: Tensor) -> Tensor:
+        """Run another network (a teacher) in the engine's precision. images: float32 [B, C, H, W]."""
+        with autocast(images, self.precision):
+            return module(images)
 
     def __call__(
         self,
         images: Tensor,
         *branches: str,
-        layers: tuple[str, ...] = (),
+        layers: Iterable[str] = (),
         relu: bool = True,
         pool: bool = True,
         updates: tuple[str, ...] | None = None,
         training: bool = True,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-    def companion(self, module: nn.Module, images: Tensor) -> Tensor:
-        """Run another network (a teacher) in the engine's precision. images: float32 [B, C, H, W]."""
-        ...
-
-    def views(self, labels: Tensor, **tensors) -> Views:
-        """Build `Views` with labels, num_steps, progress and epoch filled in."""
-        ...
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        taps = Taps(tuple(layers), relu, pool) if layers else None
+        through = self.route.through(*branches, updates=() if self.still else updates)
+        with mode_of(self.model, training), through, autocast(images, self.precision):
+            logits = forward_with_features(self.model, images, taps)
+        return logits, () if taps is None else taps.ordered()
 
 
 class Passes(NamedTuple):
@@ -272,7 +294,7 @@ class Defense:
         target: Tensor,
         start: Tensor,
         *,
-        run: Run,
+        run: Forward,
     ) -> Attacked:
         """Craft adversarial images from one start; the default is plain PGD.
 
@@ -283,7 +305,7 @@ class Defense:
         return pgd(forward, images, labels, target, start)
 
     def forward(
-        self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
     ) -> Views:
         """Run the training forward(s) and collect what `loss` needs. images: float32 [B, C, H, W] from `inputs`."""
         if attacked is None:
@@ -324,8 +346,8 @@ class Defense:
 __all__ = [
     "Attacked",
     "Defense",
+    "Forward",
     "Passes",
-    "Run",
     "Settings",
     "Views",
     "as_typed",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import conflict_aware, cross_entropy
 
@@ -51,7 +51,9 @@ class CAAT(Defense):
     def passes(self) -> Passes:
         return Passes(2, 2)
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         # Two forwards, so that each gradient goes back through its own half only.
         clean, _ = run(images, "clean")
         adv, _ = run(attacked.images, "adv")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Passes, Run, Settings, Views, network_dtype, part_of, total
+from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views, network_dtype, part_of, total
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, kl_distance
 from fastarat.nets.batchnorm import branch
@@ -204,7 +204,9 @@ class CURE(Defense):
         maskable(model, self.mode)
         return nn.ModuleDict({"revision": Revision(copy.deepcopy(model))})
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         revision = part_of(companions, "revision", Revision)
         warm = run.epoch <= self.warmup_epochs
         images_adv = attacked.images

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Settings, Views
 from fastarat.defenses.gairat import GAIRAT, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy
@@ -81,7 +81,7 @@ class EarlyStopped(Defense):
             raise UserError(f"defense.slack_epochs={self.slack_epochs}: expected two epochs, such as 41,71")
 
     def equals_default(self, run: Settings) -> dict[str, object]:
-        of = 120 if run.model.startswith("wrn") else 100
+        of = released_epochs(run.model)
         epochs = tuple(stretched(released, of, run.epochs) for released in (41, 71))
         return super().equals_default(run) | {"defense.slack_epochs": epochs}
 
@@ -102,7 +102,7 @@ class EarlyStopped(Defense):
         target: Tensor,
         start: Tensor,
         *,
-        run: Run,
+        run: Forward,
     ) -> Attacked:
         of = released_epochs(run.model)
         slack = torch.full_like(run.progress, self.slack[0], dtype=torch.int64)

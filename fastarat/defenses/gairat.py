@@ -10,19 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Settings, Views
 from fastarat.errors import UserError
 from fastarat.losses import WeightKind, cross_entropy, gairat_weights
 from fastarat.nets.models import WideResNet
+from fastarat.schedules import recipe_of
 from fastarat.specs import known
 
 
-def released_epochs(model: nn.Module) -> int:
-    """Length of GAIRAT's released run for this network, whose milestones scale with the run: 120 for WRN, else 100."""
-    return 120 if isinstance(model, WideResNet) else 100
+def is_wide(model: nn.Module | str) -> bool:
+    """Whether this network, or its name, is a wide ResNet: GAIRAT's release has a run of its own for it."""
+    return model.startswith("wrn") if isinstance(model, str) else isinstance(model, WideResNet)
 
 
-def reached(run: Run, epoch: int | None, released: int, of: int) -> Tensor:
+def released_epochs(model: nn.Module | str) -> int:
+    """Length of GAIRAT's released run for this network, whose milestones scale with the run."""
+    return recipe_of("gairat-wrn" if is_wide(model) else "gairat").epochs
+
+
+def burn_in(model: nn.Module | str) -> int:
+    """First epoch of the released run with weights."""
+    return 60 if is_wide(model) else 31
+
+
+def reached(run: Forward, epoch: int | None, released: int, of: int) -> Tensor:
     """Whether the run has come to `epoch` (as given), or to where `released` is in a run of `of` epochs; 0-d bool."""
     return run.progress >= (released - 1) / of if epoch is None else run.epoch >= epoch
 
@@ -34,7 +45,7 @@ def stretched(released: int, of: int, epochs: int) -> float:
 
 def burn_in_ends(run: Settings) -> float:
     """First epoch with GAIRAT's weights where none is given."""
-    return stretched(60, 120, run.epochs) if run.model.startswith("wrn") else stretched(31, 100, run.epochs)
+    return stretched(burn_in(run.model), released_epochs(run.model), run.epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +122,19 @@ class GAIRAT(Defense):
         begin = "31 of 100 (WRN: 60 of 120), scaled" if self.begin_epoch is None else str(self.begin_epoch)
         return {**super().describe(norm), "kappa weights": f"{self.kind}{of_lam}, from epoch {begin}"}
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         of = released_epochs(run.model)
         lam = torch.full_like(run.progress, self.lam)
         if self.lam_schedule == "linear":
             start = known(self.lam_max)
             lam = start - run.progress * (start - self.lam)
         elif self.lam_schedule == "piecewise":
-            drops = ((90, 1.0), (110, 1.5)) if of == 120 else ((60, 2.0),)
+            drops = ((90, 1.0), (110, 1.5)) if is_wide(run.model) else ((60, 2.0),)
             for epoch, drop in drops:
                 lam = torch.where(reached(run, None, epoch, of), self.lam - drop, lam)
-        weighted = reached(run, self.begin_epoch, 60 if of == 120 else 31, of)
+        weighted = reached(run, self.begin_epoch, burn_in(run.model), of)
         views = super().forward(run, companions, images, labels, attacked)
         return views._replace(extra={"lam": lam, "weighted": weighted})
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastarat import losses
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views
 from fastarat.nets.batchnorm import BatchNorm2d, grouped_batchnorm, set_backend
 from fastarat.nets.models import Normalize, build_model
 
@@ -89,7 +89,9 @@ class LBGAT(Defense):
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         return nn.ModuleDict({"teacher": natural_network(self.teacher, model, example)})
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         if self.beta:
             views = super().forward(run, companions, images, labels, attacked)
         else:

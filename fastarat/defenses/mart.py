@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastarat import losses
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Run, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Settings, Views
 from fastarat.nets.models import WideResNet
 
 
@@ -41,7 +41,9 @@ class MART(Defense):
             found += (f"lam {self.lam:g} is the other driver's: the release has 5 for ResNet-18 and 6 for WRN-34-10",)
         return found
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         views = super().forward(run, companions, images, labels, attacked)
         lam = (6.0 if isinstance(run.model, WideResNet) else 5.0) if self.lam is None else self.lam
         return views._replace(extra={"lam": torch.full_like(run.progress, lam)})

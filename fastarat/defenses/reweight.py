@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Passes, Run, Settings, Views
-from fastarat.defenses.gairat import burn_in_ends, reached, released_epochs, stretched
+from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views
+from fastarat.defenses.gairat import burn_in, burn_in_ends, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, done_weights, instance_kl, vir_weights
 
@@ -94,7 +94,9 @@ class VIR(Defense):
     def passes(self) -> Passes:
         return super().passes() if self.needs_clean else Passes(2, 1)  # the clean logits only make weights
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
         extra = {"weighted": reached(run, self.begin_epoch, 77, 115)}
         if self.mode == "trades":
             return super().forward(run, companions, images, labels, attacked)._replace(extra=extra)
@@ -155,9 +157,10 @@ class DONE(Defense):
         begin = "31 of 100 (WRN: 60 of 120), scaled" if self.begin_epoch is None else str(self.begin_epoch)
         return {**super().describe(norm), "worst-case weights": f"r {self.r:g}, from epoch {begin}"}
 
-    def forward(self, run: Run, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked) -> Views:
-        of = released_epochs(run.model)
-        weighted = reached(run, self.begin_epoch, 60 if of == 120 else 31, of)
+    def forward(
+        self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
+    ) -> Views:
+        weighted = reached(run, self.begin_epoch, burn_in(run.model), released_epochs(run.model))
         return super().forward(run, companions, images, labels, attacked)._replace(extra={"weighted": weighted})
 
     def loss(self, views: Views) -> dict[str, Tensor]:

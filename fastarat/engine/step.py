@@ -7,8 +7,7 @@ The step makes no host synchronisation: terms, counts and the NaN watch accumula
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,16 +16,15 @@ from torch import Tensor, nn
 
 from fastarat.ascent import Attacked, bound, craft, starts_flat
 from fastarat.checks import BatchCheck, check_images, input_channels
-from fastarat.defenses.base import Defense, Views, network_dtype, total
+from fastarat.defenses.base import Defense, Forward, Views, total
 from fastarat.engine.graphs import PerShape, capture_mode, preserved
 from fastarat.engine.guards import check_optimizer, check_terms, count_classes, tried, where
 from fastarat.engine.meter import Meter
 from fastarat.engine.perturb import WeightPerturbation
 from fastarat.errors import UserError
-from fastarat.nets.attacker import HALF, Attacker, autocast, frozen, mode_of
-from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, split_batchnorm
+from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of
+from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, split_batchnorm
 from fastarat.nets.models import set_kernels
-from fastarat.nets.taps import Taps, forward_with_features
 from fastarat.specs import Attack, BatchNormMode, Fast, checked_backend, known, none_left, spec_of
 from fastarat.values import checked_budget, checked_seed, coerce, shown, whole, within
 
@@ -34,58 +32,6 @@ from fastarat.values import checked_budget, checked_seed, coerce, shown, whole, 
 _INDUCTOR: dict[str, Any] = {"triton.cudagraphs": False}
 _Module = TypeVar("_Module", bound=nn.Module)
 default_sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-
-
-class Forward:
-    """The engine's forward, handed to defenses: BatchNorm branch, precision and features are its business.
-
-    forward(images, "adv") -> (logits [B, K], ()); forward(torch.cat([clean, adv]), "clean", "adv", layers=...)
-    -> (logits [2B, K], one feature tensor [2B, d] per layer).
-
-    epsilon, num_steps: of the attack. generator: of everything random in the step. progress, epoch: 0-d device
-    tensors, so that a captured step sees them move. still: no running statistic moves.
-    """
-
-    def __init__(self, model: nn.Module, precision: str, attack: Attack, generator: torch.Generator) -> None:
-        self.model, self.precision, self.route, self.still = model, precision, route_of(model), False
-        self.num_steps, self.generator = attack.num_steps, generator
-        self.epsilon: float | Tensor = attack.epsilon
-        dtype = network_dtype(model)
-        self.progress = torch.zeros((), device=generator.device, dtype=dtype)
-        self.epoch = torch.ones((), device=generator.device, dtype=dtype)
-
-    def but(self, *, model: nn.Module | None = None, still: bool = False) -> Forward:
-        """Return the same forward through another network, or one that leaves the running statistics alone."""
-        other = copy.copy(self)
-        other.still = still
-        if model is not None:
-            other.model, other.route = model, route_of(model)
-        return other
-
-    def views(self, labels: Tensor, **tensors: Any) -> Views:
-        """Build `Views` with labels, num_steps, progress and epoch filled in."""
-        return Views(labels, num_steps=self.num_steps, progress=self.progress, epoch=self.epoch, **tensors)
-
-    def companion(self, module: nn.Module, images: Tensor) -> Tensor:
-        """Run another network (a teacher) in the engine's precision. images: float32 [B, C, H, W]."""
-        with autocast(images, self.precision):
-            return module(images)
-
-    def __call__(
-        self,
-        images: Tensor,
-        *branches: str,
-        layers: Iterable[str] = (),
-        relu: bool = True,
-        pool: bool = True,
-        updates: tuple[str, ...] | None = None,
-        training: bool = True,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        taps = Taps(tuple(layers), relu, pool) if layers else None
-        through = self.route.through(*branches, updates=() if self.still else updates)
-        with mode_of(self.model, training), through, autocast(images, self.precision):
-            logits = forward_with_features(self.model, images, taps)
-        return logits, () if taps is None else taps.ordered()
 
 
 class TrainStep:
