@@ -115,6 +115,7 @@ def ascend(
         losses.append(loss.detach())
         if kappa is not None:
             kappa += logits.detach().argmax(1) == labels
+        # Detached before the update, not only after: the update itself must leave no trace in autograd.
         points = points.detach()
         points = update(points, grad, images, epsilon=epsilon, step_size=step_size, backend=backend).detach()
     return Attacked(points, kappa, torch.stack(losses).sum() if losses else None)

@@ -74,6 +74,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        # Early on a short memory, or the random initial weights would stay in the average for thousands of steps.
         weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
         now = model.state_dict()
         torch._foreach_lerp_([self.state[k] for k in self.averaged], [now[k] for k in self.averaged], weight)
@@ -117,6 +118,7 @@ def averaged_model(step: TrainStep, average: WeightAverage, batches: Iterable, *
             images = step.defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=step.generator)
             bn = "train" if exact else "train-frozen"
             images = step.attack(images, batch.labels, attacker=attacker, bn=bn).images
+        # This momentum makes the running value the exact mean over all images so far, whatever the last batch's size.
         for m in norms:
             m.momentum = len(images) / (seen + len(images))
         with torch.no_grad():

@@ -96,6 +96,7 @@ def spec_of(cls: type[_Spec], given: _Spec | None, options: dict[str, Any]) -> _
     """
     if given is not None and not isinstance(given, cls):
         raise UserError(f"{cls.__name__.lower()}={given!r:.80}: expected a fastarat.{cls.__name__}")
+    # Taken out, so that what is left over in the end belongs to nobody and is a mistake.
     own = {f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options}
     return dataclasses.replace(given, **own) if given is not None else cls(**own)
 

@@ -144,6 +144,7 @@ class Trainer:
         )
         # Batch statistics of a single image are no statistics: a last batch of one is left out.
         self.steps_per_epoch = len(self.loader) - (len(dataset.train) % config.batch_size == 1)
+        # Reached with one training image, or a batch size that leaves one over.
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(dataset.train)} training image(s): at least 2 are needed")
         self.swa_plan = swa_plan(config, self.steps_per_epoch)
@@ -225,6 +226,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(step.model)
             images_seen += len(batch.labels)
+            # Reading the meter makes the host wait for the device: rarely on a GPU, where it would stop the queue.
             if (index + 1) % log_every == 0 or index + 1 == steps:
                 if bad := self.watch.terms():
                     raise self._diverged(bad[0], epoch, step=bad[1])

@@ -210,6 +210,22 @@ def test_a_layer_or_setting_changed_between_steps_is_what_is_attacked():
         torch.testing.assert_close(attacker(x).float(), model(x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("capture", ["off", "fake"])
+def test_a_batchnorm_layer_replaced_between_steps_is_routed_and_moves(capture):
+    step = step_of(fastarat.ARAT(), capture=capture)
+    step(*batch())
+    for name in ("bn1", "layer2"):  # the first layer, and a block in the middle, their own routes with them
+        setattr(step.model, name, copy.deepcopy(getattr(step.model, name)))
+    norms = step.model.bn1, step.model.layer2[0].bn1
+    assert norms[0].route is not norms[1].route
+    before = [(m.running_mean.clone(), m.clean.running_mean.clone()) for m in norms]
+    step(*batch(seed=1))
+    for m, (adv, clean) in zip(norms, before, strict=True):
+        assert not torch.equal(m.running_mean, adv)
+        assert not torch.equal(m.clean.running_mean, clean)
+        assert m.clean.num_batches_tracked == 2
+
+
 def test_tied_parametrised_and_hooked_weights_are_followed():
     class Net(nn.Module):
         def __init__(self):

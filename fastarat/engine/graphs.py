@@ -33,6 +33,7 @@ def capture_mode(
             reason = "the optimiser reads its learning rate on the host; build it with fused=True or capturable=True"
         if not reason and group.get("dampening"):
             reason = "momentum dampening needs a first step of its own"
+    # After the reasons: who asks for no capture is told "asked for", whatever else would forbid it.
     if wanted == "off":
         return None, "asked for"
     if reason and wanted == "on":
@@ -50,6 +51,7 @@ def preserved(
 
     tensors: asked before and after; one that was born in between (momentum, a counter) becomes its first value, zero.
     """
+    # By identity: the tensors themselves must stay, since a graph and an optimiser hold them by address.
     before = {id(t): t.detach().clone() for t in tensors()}
     states = [g.get_state() for g in generators], torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -247,6 +249,7 @@ class PerShape:
 
     def captured(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Any]:
         """Return what serves this shape, captured now if it is one of the first two."""
+        # A third shape would be captured once and replayed rarely: each graph holds a whole step's memory.
         if self.mode is not None and images.shape not in self.graphs and len(self.graphs) < 2:
             pool = next((g.pool for g in self.graphs.values()), None)
             options = {"mode": self.mode, "generators": self.generators, "pool": pool}

@@ -64,6 +64,7 @@ class Meter:
                 torch.zeros((), dtype=torch.int64, device=self.device),
             )
         sums, first_bad, steps = self._held
+        # The first step at which each value was not finite: a minimum, because a mean would show it too late.
         bad = torch.where(torch.isfinite(row), _NEVER, steps)
         torch.minimum(first_bad, bad, out=first_bad)
         sums[:-1] += torch.nan_to_num(row[: len(values)]).double() * size

@@ -29,7 +29,9 @@ class WeightPerturbation:
         with torch.no_grad():
             if buffers:
                 torch._foreach_copy_(buffers, kept)
+            # Switched on the device, so that a captured step starts to perturb without being captured again.
             on = (epoch > self.warmup).to(epoch) * self.gamma
+            # Norms per tensor, not over the whole network: weights of all sizes move by the same share.
             moves = [on * p.norm() / (g.norm() + 1e-20) * g for p, g in zip(weights, grads, strict=True)]
             torch._foreach_add_(weights, moves)
         self._pushed = weights, moves

@@ -23,7 +23,7 @@ from fastarat.engine.meter import Meter
 from fastarat.engine.perturb import WeightPerturbation
 from fastarat.errors import UserError
 from fastarat.nets.attacker import HALF, Attacker, frozen, mode_of
-from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, split_batchnorm
+from fastarat.nets.batchnorm import branches_of, grouped_batchnorm, route_of, split_batchnorm
 from fastarat.nets.models import set_kernels
 from fastarat.specs import Attack, BatchNormMode, Fast, checked_backend, known, none_left, spec_of
 from fastarat.values import checked_budget, checked_seed, coerce, shown, whole, within
@@ -97,6 +97,7 @@ class TrainStep:
         if defense.splits and not branches_of(model):
             model = split_batchnorm(model)
         self.model = self._laid_out(grouped_batchnorm(model), kernels)
+        # Two images, since BatchNorm in a companion may not take one.
         blank = torch.zeros(2, *example.shape[1:], device=self.device).to(memory_format=self.memory_format)
         self.num_classes = count_classes(self.model, blank)
         companions = defense.companions(self.model, torch.rand_like(example[:2], device=self.device))
@@ -106,6 +107,7 @@ class TrainStep:
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
 
+        # A generator of our own: PyTorch's global one would tie the attack to what else draws from it.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)
         self.attacker = Attacker(self.model, precision=fast.precision, fold=fast.fold_bn and self.spec.bn == "eval")
@@ -122,6 +124,7 @@ class TrainStep:
             self.loss = torch.compile(self.eager_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
         why_not = defense.why_eager or ("the fp16 loss scale is read on the host" if fast.precision == "fp16" else "")
         mode, self.why_eager = capture_mode(fast.capture, self.device, self.optimizer, why_not)
+        # Nothing stands between an eager call and the step: a traceback shows the step alone.
         self._run: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._step
         if mode is not None:
             self._run = PerShape(self._step, mode, generators=(self.generator,), around=self._undone)
@@ -147,7 +150,10 @@ class TrainStep:
         # First, so that the last step's gradients do not take up memory beside this one's activations.
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
+        # Once a step, so that a layer put in place of another between two steps is routed as well.
+        self.forward.route = route_of(self.model)
         spec, defense = self.spec, self.defense
+        # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
         images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
         attacked = self.attack(images, labels) if defense.attacks else None
         self.mark("attack")
@@ -166,13 +172,16 @@ class TrainStep:
         self.mark("forward")
         defense.backward(terms, self.model, self.scaler.scale, views)
         self.mark("backward")
+        # With the scaler off this is optimizer.step(): one path for all precisions.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.perturbation is not None:
             self.perturbation.pull()
+        # On the device: a captured step cannot count in Python.
         self.steps += 1
         defense.after_step(self.companions, self.model, self.steps)
         self.mark("optimiser")
+        # The graph's own terms would keep its activations alive until the next step.
         terms = {name: term.detach() for name, term in terms.items()}
         watched = {}
         if attacked is not None and attacked.objective is not None:
@@ -194,11 +203,11 @@ class TrainStep:
         is left in the mode it was in.
         """
         attacker, bn = attacker or self.attacker, bn or self.spec.bn
-        route, updates = attacker.route, () if bn == "train-frozen" else None
+        updates = () if bn == "train-frozen" else None
 
         def by(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             def logits(points: Tensor) -> Tensor:
-                with route.through("adv", updates=updates):
+                with attacker.route.through("adv", updates=updates):
                     return network(points)
 
             return logits

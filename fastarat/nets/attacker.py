@@ -91,6 +91,8 @@ class Attacker:
         The twin's structure is made anew as well (its modules are a few Python dictionaries), so that whatever a
         person changes on the model between steps, a drop rate or a layer, is what the attack sees.
         """
+        self.route = route_of(self.model)
+        # Full precision attacks the model itself: a copy would cost memory and could only be stale.
         if not self._cast and not self._folded:
             return
         own = dict(self.model.named_parameters())
@@ -98,6 +100,7 @@ class Attacker:
             torch._foreach_copy_(list(self._cast.values()), [own[name] for name in self._cast])
         if isinstance(self.model, Network) and self._folded:
             _fold(self.model, self._folded)
+        # By the parameter, not its name: tied weights stay tied in the twin.
         weights = {id(own[name]): cast for name, cast in self._cast.items()}
         self.network = _twin(self.model, weights, {**self._folded})
 
@@ -136,6 +139,7 @@ def _fold(model: Network, folded: dict[nn.Conv2d, FoldedConv]) -> None:
     biases: dict[nn.Conv2d, Tensor] = {}
     for conv, bn in model.foldable():
         held = bn.branch_set("adv")
+        # In float32 or wider, rounded once at the end: bf16 here would cost three digits of every weight.
         scale = held.weight * torch.rsqrt(known(held.running_var) + bn.eps)
         biases[conv] = held.bias - known(held.running_mean) * scale
         folded[conv].weight.copy_(conv.weight * scale[:, None, None, None])

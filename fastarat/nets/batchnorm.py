@@ -106,10 +106,12 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input_dim(x)
         shape = x.shape
+        # One kernel for all shapes: [B, C] and [B, C, L] are images one pixel wide.
         if x.dim() != 4:
             x = x.reshape(shape[0], shape[1], -1, 1)
         sets = [self.branch_set(name) for name in self.route.groups]
         weight, bias = _stack(sets, "weight", x), _stack(sets, "bias", x)
+        # A layer that tracks nothing has only batch statistics, in eval mode too.
         if self.training or self.running_mean is None:
             y, mean, var = split_bn(x, weight, bias, residual, relu, eps=self.eps, backend=self.backend)
             if self.training and self.running_mean is not None:
