@@ -18,7 +18,7 @@ from fastarat.nets.attacker import autocast, mode_of
 from fastarat.nets.batchnorm import route_of
 from fastarat.nets.taps import Taps, forward_with_features
 from fastarat.specs import Attack
-from fastarat.values import settle
+from fastarat.values import EPSILON, settle
 
 _Companion = TypeVar("_Companion", bound=nn.Module)
 # None in a tensor's place: a loss reads only what its own forward has put there, and there it is a tensor.
@@ -134,8 +134,8 @@ class Settings:
     """
 
     norm: str = "linf"
-    epsilon: float = 8 / 255
-    step_size: float = 2 / 255
+    epsilon: float = EPSILON
+    step_size: float = EPSILON / 4
     model: str = "resnet18"
     image_size: int = 32
     recipe: str = "arat"
