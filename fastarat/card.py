@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-from fractions import Fraction
 
 import torch
 
 from fastarat.config import Config
 from fastarat.data import Dataset, Loader
 from fastarat.engine.step import TrainStep
-from fastarat.evaluation import attack_title
+from fastarat.evaluation import attack_title, in_pixels
 from fastarat.kernels import why_not_triton
 from fastarat.nets.batchnorm import BatchNorm2d
 from fastarat.released import card_rows
@@ -160,11 +158,8 @@ def accuracy_name(key: str) -> str:
 
 def pixels(value: float) -> str:
     """Format a length in pixel units, as a fraction of 255 where it is one: 8/255 (0.03137)."""
-    top = value * 255
-    if math.isclose(top, round(top), abs_tol=1e-6) and round(top) > 0:
-        return f"{round(top)}/255 ({value:.5f})"
-    fraction = Fraction(value).limit_denominator(1000)
-    return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
+    typed = in_pixels(value)
+    return f"{typed} ({value:.5f})" if "/" in typed else typed
 
 
 def _device_name(device: torch.device) -> str:

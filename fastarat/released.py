@@ -26,18 +26,10 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     model = config.model or ("resnet18" if size >= 32 else "resnet-small")
     recipe_name = config.optim.recipe or default_recipe(config, model)
     recipe = recipe_of(recipe_name)
-    optim = dataclasses.replace(
-        config.optim,
-        recipe=recipe_name,
-        lr=recipe.lr if config.optim.lr is None else config.optim.lr,
-        weight_decay=recipe.weight_decay if config.optim.weight_decay is None else config.optim.weight_decay,
-        momentum=None
-        if recipe.one_cycle
-        else recipe.momentum
-        if config.optim.momentum is None
-        else config.optim.momentum,
-        nesterov=recipe.nesterov if config.optim.nesterov is None else config.optim.nesterov,
-    )
+    # A one-cycle recipe moves the momentum by itself: there it stays unset, which `momentum_at` reads as the recipe's.
+    follows = ("lr", "weight_decay", "nesterov", *(() if recipe.one_cycle else ("momentum",)))
+    unset = {name: getattr(recipe, name) for name in follows if getattr(config.optim, name) is None}
+    optim = dataclasses.replace(config.optim, recipe=recipe_name, **unset)
     name = f"{dataset.name}-{model}-{config.defense.name or type(config.defense).__name__.lower()}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     return dataclasses.replace(

@@ -269,21 +269,21 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
             there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
             raise UserError(f"{path} has no {which} weights (there: {there})")
     weights, meta = load_weights(file)
-    mean = [0.0] * meta["in_channels"] if meta["normalized"] else None
-    model = build_model(
-        meta["model"],
-        num_classes=meta["num_classes"],
-        in_channels=meta["in_channels"],
-        image_size=meta["image_size"],
-        mean=mean,
-        std=None if mean is None else [1.0] * len(mean),
-    )
+    model = network_of(meta)
+    load_into(model, weights, file)
+    return model, meta, run.read_config()
+
+
+def network_of(meta: dict[str, Any]) -> nn.Module:
+    """Build the network that `meta_of` describes, channels-last and in eval mode, its weights still to be loaded."""
+    # The mean and the deviation are buffers: loading the weights puts the true ones in.
+    unit = [1.0] * meta["in_channels"] if meta["normalized"] else None
+    sizes = {key: meta[key] for key in ("num_classes", "in_channels", "image_size")}
+    model = build_model(meta["model"], **sizes, mean=unit, std=unit)
     if meta["branches"]:
         split_batchnorm(model, meta["branches"])
-    load_into(model, weights, file)
     # torch's stubs of Module.to forget memory_format.
-    model = model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return model, meta, run.read_config()
+    return model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None:

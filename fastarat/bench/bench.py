@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from fastarat.bench.harness import (
     warmed,
 )
 from fastarat.config import from_dict, resolve_defense
-from fastarat.data import Augment, Batch, Loader, Split, make_loader
+from fastarat.data import Augment, Split, make_loader
 from fastarat.defenses import Defense
 from fastarat.device import backend_flags, pick_device, seeded_apart, usable_precision
 from fastarat.engine.step import TrainStep
@@ -239,27 +240,12 @@ def make_step(config: BenchConfig, defense: Defense, device: torch.device, preci
         return TrainStep(model, defense, example, attack=config.attack, fast=fast, awp=config.awp)
 
 
-def _forever(loader: Loader) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
-
-
 def _measured(config: BenchConfig, defense: Defense, device: torch.device, precision: str) -> dict[str, Any]:
     clock, size, side, rounds = Clock(device), known(config.batch_size), config.image_size, known(config.repeats)
     split = random_split(size * (64 if device.type == "cuda" else 4), (3, side, side), config.num_classes)
-    batches = _forever(
-        make_loader(
-            split,
-            batch_size=size,
-            device=device,
-            kind="resident",
-            shuffle=True,
-            augment=Augment(4, True),
-            drop_last=True,
-        )
-    )
+    options: dict[str, Any] = {"shuffle": True, "augment": Augment(4, True), "drop_last": True}
+    loader = make_loader(split, batch_size=size, device=device, kind="resident", **options)
+    batches = chain.from_iterable(map(loader.epoch, count()))
     made: list[TrainStep] = []
 
     def build() -> Callable[[], None]:
@@ -275,8 +261,9 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
     _, warmup_s = warmed(build, device)
     step = made[0]
     ceiling = matmul_ceiling(device)
-    options = {"rounds": rounds, "shortest_s": 0.5, "calls_per_sample": config.steps}
-    timed = race({"loop": once}, clock, ceilings=[ceiling], **options)
+    timed = race(
+        {"loop": once}, clock, ceilings=[ceiling], rounds=rounds, shortest_s=0.5, calls_per_sample=config.steps
+    )
     found = {
         "precision": precision,
         "captured": not step.why_eager,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastarat.device import threads
+from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.files import write_text
 
@@ -350,8 +350,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "ffcv": _version("ffcv"),
+        "triton": version_of("triton") or None,
+        "ffcv": version_of("ffcv") or None,
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -369,13 +369,6 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _said(*command: str, cwd: Path | None = None) -> str | None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastarat.device import switched
+from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
 from fastarat.evaluation.task import Entry, Task, share
@@ -39,12 +39,9 @@ def find_package() -> ModuleType:
     raise UserError("AutoAttack is not installed: run pip install pyautoattack")
 
 
-def version_of(package: ModuleType) -> str:
+def named_version(package: ModuleType) -> str:
     """Return name and version of the package, as results record them."""
-    try:
-        return f"{package.__name__} {metadata.version(package.__name__)}"
-    except metadata.PackageNotFoundError:
-        return f"{package.__name__} {getattr(package, '__version__', 'of unknown version')}"
+    return f"{package.__name__} {version_of(package.__name__, package)}"
 
 
 @dataclass
@@ -119,7 +116,7 @@ class AutoAttackRun:
             "batch_size": task.batch_size,
             "branch": task.branch,
             "tf32": task.tf32,
-            "package": version_of(self.package),
+            "package": named_version(self.package),
         }
         digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ from fastarat.attacks import pgd, random_start
 from fastarat.checks import input_channels
 from fastarat.device import pick_device
 from fastarat.errors import UserError
-from fastarat.evaluation.autoattack import AutoAttackRun, find_package, plan, version_of
+from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
-from fastarat.evaluation.task import Entry, Task, collect, device_of, parse_attacks, share
+from fastarat.evaluation.task import Entry, Task, collect, device_of, in_pixels, parse_attacks, share
 from fastarat.files import write_atomic
 from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
@@ -82,7 +82,7 @@ class Evaluation:
         lines.insert(1, "-" * len(lines[0]))
         s = self.settings
         lines.append(
-            f"{s['norm']} epsilon {_fraction(s['epsilon'])}, PGD step {_fraction(s['step_size'])}, "
+            f"{s['norm']} epsilon {in_pixels(s['epsilon'])}, PGD step {in_pixels(s['step_size'])}, "
             f"branch {s['branch']}, seed {s['seed']}, {s['precision']}, {s['device']}"
         )
         lines += [f"warning: {text}" for text in self.warnings]
@@ -162,7 +162,7 @@ def _measured(task: Task, entries: list[Entry], limit: int | None, state_dir: st
         "precision": "tf32" if task.tf32 else "float32",
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else task.device.type,
         "torch": torch.__version__,
-        "autoattack_package": version_of(find_package()) if plans else None,
+        "autoattack_package": named_version(find_package()) if plans else None,
     }
     result = Evaluation({}, len(task.labels), settings)
     began = time.perf_counter()
@@ -285,9 +285,3 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another place") from error
-
-
-def _fraction(value: float) -> str:
-    """Return 0.031372 as `8/255`, and other values as they are."""
-    scaled = value * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 and scaled >= 0.5 else f"{value:g}"

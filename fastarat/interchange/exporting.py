@@ -21,10 +21,8 @@ from fastarat.errors import UserError, unknown
 from fastarat.evaluation import collect
 from fastarat.files import make_writable, save_weights, write_atomic, write_text
 from fastarat.interchange.importing import refuse_existing
-from fastarat.nets.batchnorm import branch as use_branch
-from fastarat.nets.batchnorm import set_backend, single_branch
-from fastarat.nets.models import build_model
-from fastarat.runs import Run, check_branch, dataset_of, load_network
+from fastarat.nets.batchnorm import branch as use_branch, set_backend, single_branch
+from fastarat.runs import Run, check_branch, dataset_of, load_network, network_of
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.
@@ -146,13 +144,9 @@ def _read_logits(path: Path, format: str, meta: dict[str, Any], images: Tensor) 
 
 
 def rebuilt(weights: dict[str, Tensor], meta: dict[str, Any]) -> nn.Module:
-    unit = [1.0] * meta["in_channels"]
-    model = build_model(
-        meta["model"], num_classes=meta["num_classes"], in_channels=meta["in_channels"], image_size=meta["image_size"],
-        mean=unit if meta["normalized"] else None, std=unit if meta["normalized"] else None,
-    )  # fmt: skip
+    model = network_of(meta)
     model.load_state_dict(weights)
-    return model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from fastarat.report.subjects import NUM_STEPS, Examples, Subject, attack_of
+from fastarat.evaluation import attack_title
+from fastarat.report.subjects import NUM_STEPS, Examples, Subject
 
 DPI = 200
 RIGHT, WRONG = "#00694A", "#B3261E"
@@ -104,7 +105,7 @@ def _curves(runs: Sequence[Subject]) -> list[_Curve]:
           for i, key in enumerate(terms)),
         _Curve("Clean accuracy", "val/clean_acc", "validation"),
         _Curve("Clean accuracy", "train/clean_acc", "training batches", _DOTTED, hollow=True),
-        *(_Curve("Robust accuracy", key, f"validation, {attack_of(key)}", solid[i % len(solid)])
+        *(_Curve("Robust accuracy", key, f"validation, {attack_title(key)}", solid[i % len(solid)])
           for i, key in enumerate(attacks)),
         _Curve("Robust accuracy", "train/robust_acc", "training attack", _DOTTED, hollow=True),
     ]  # fmt: skip

@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 
 from fastarat.device import pick_device
 from fastarat.errors import UserError
-from fastarat.evaluation import collect, wilson
+from fastarat.evaluation import attack_title, collect, wilson
 from fastarat.files import make_writable, write_atomic, write_text
 from fastarat.report.figures import DPI, curves_figure, examples_figure
-from fastarat.report.subjects import NUM_STEPS, Subject, attack_of, budget_of, first_per_class, load_data, predicted
-from fastarat.report.subjects import read as read_runs
+from fastarat.report.subjects import NUM_STEPS, Subject, budget_of, first_per_class, load_data, predicted, read
 
 # What run folders and data sets say (names, notes, cards) is text, never markup.
 _PAGES = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -51,7 +50,7 @@ def report(
     paths = list({Path(run).resolve(): Path(run) for run in runs}.values())
     if not paths:
         raise UserError("no run given: expected one run folder or more")
-    subjects = read_runs(paths)
+    subjects = read(paths)
     folder = Path(out) if out is not None else paths[0] / "report"
     make_writable(folder)
 
@@ -76,7 +75,7 @@ def report(
         num_steps=NUM_STEPS,
         evaluation=evaluation_rows(subjects),
         counts=sorted({result["num_images"] for result in evaluations}),
-        attacks=sorted({attack_of(run.robust_key) for run in subjects if run.robust_key}),
+        attacks=sorted({attack_title(run.robust_key) for run in subjects if run.robust_key}),
         metrics=metric_rows(subjects),
     )
     write_text(folder / "report.html", page)
@@ -101,7 +100,7 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
             for name, key in settings.get("attacks", {}).items():
                 value = result["accuracy"][key]
                 low, high = wilson(value, count)
-                attack = ["none (clean)", ""] if name == "clean" else [attack_of(key), budget_of(settings)]
+                attack = ["none (clean)", ""] if name == "clean" else [attack_title(key), budget_of(settings)]
                 rows.append([run.label, weights, *attack, f"{count:,}", f"{value:.2%}", f"{low:.2%} to {high:.2%}"])
     return rows
 
@@ -120,7 +119,7 @@ def metric_rows(runs: Sequence[Subject]) -> list[list[str]]:
 def _best(best: dict[str, Any] | None) -> str:
     if best is None:
         return "none"
-    by = "clean" if best["by"] == "clean_acc" else f"under {attack_of(best['by'])}"
+    by = "clean" if best["by"] == "clean_acc" else f"under {attack_title(best['by'])}"
     return f"{best['epoch']} (chosen by {best['value']:.2%} {by})"
 
 
