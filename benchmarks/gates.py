@@ -124,6 +124,7 @@ def released_loop(setup: Setup, num_steps: int | None = None, *, double: bool = 
         raise Unavailable(
             f"the loop of the {plain.STRUCTURE} has no {setup.model}; choose --model {' or '.join(PLAIN_MODELS)}"
         )
+    budget = {"epsilon": EPSILON, "step_size": STEP_SIZE, "num_steps": num_steps}
     step = engine_step(setup, PLAINEST)
     stages = [getattr(step.model, f"layer{i}") for i in range(1, step.model.num_stages + 1)]
     first = [stage[0].conv1 for stage in stages]
@@ -134,16 +135,10 @@ def released_loop(setup: Setup, num_steps: int | None = None, *, double: bool = 
         )
         gamma = float(step.companions["balance"].gamma)
         modules = [m.to(setup.device, torch.float64 if double else torch.float32) for m in (network, predictors)]
-        loop = plain.ARATLoop(*modules, epsilon=EPSILON, step_size=STEP_SIZE, num_steps=num_steps, gamma=gamma)
+        loop = plain.ARATLoop(*modules, gamma=gamma, **budget)
     else:
-        loop = plain.SimpleLoop(
-            network.to(setup.device),
-            trades=setup.defense == "trades",
-            attack_mode=setup.attack_bn,
-            epsilon=EPSILON,
-            step_size=STEP_SIZE,
-            num_steps=num_steps,
-        )
+        trades, network = setup.defense == "trades", network.to(setup.device)
+        loop = plain.SimpleLoop(network, trades=trades, attack_mode=setup.attack_bn, **budget)
     level(step, loop)
     return loop
 

@@ -309,7 +309,6 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
 
 
 def _report(parser: _Parser, argv: list[str]) -> int:
-    from fastarat.device import pick_device
     from fastarat.report import report
 
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -318,9 +317,7 @@ def _report(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--data-dir", help="default: the run's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     args = parser.parse(argv)
-    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
-    runs, device = [Path(run) for run in args.runs], pick_device(args.device)
-    where = report(runs, out, num_images=args.images, device=device, data_dir=args.data_dir)
+    where = report(args.runs, args.out, num_images=args.images, device=args.device, data_dir=args.data_dir)
     print(f"wrote {where}")
     return 0
 

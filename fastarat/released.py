@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from fastarat.config import Config
@@ -76,18 +77,15 @@ def departures(
     return (*own, *defense.departures(settings), *added, *_common(config, precision or config.precision, num_train))
 
 
-def _common(config: Config, precision: str, num_train: int | None) -> tuple[str, ...]:
+def _common(config: Config, precision: str, num_train: int | None) -> Iterator[str]:
     """Where a run departs from every release."""
-    found: tuple[str, ...] = ()
     if precision != "fp32":
-        found += (f"precision {precision}: the releases run in float32 throughout (--precision fp32)",)
+        yield f"precision {precision}: the releases run in float32 throughout (--precision fp32)"
     if held := config.eval.val_images:
         of = "" if num_train is None else f" of {held + num_train:,}"
-        found += (
-            f"{held:,}{of} training images are held out for validation; the releases train on all "
-            "(--eval.val-images 0)",
+        yield (
+            f"{held:,}{of} training images are held out for validation; the releases train on all (--eval.val-images 0)"
         )
-    return found
 
 
 def _changed(config: Config, settings: Settings) -> list[str]:
@@ -144,56 +142,52 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _averages(config: Config, swa_every: int) -> tuple[str, ...]:
-    found: tuple[str, ...] = ()
-    if config.swa:
-        if not config.swa_config.exact:
-            found += (
-                "SWA: while BatchNorm is re-estimated the attack's forwards leave the statistics alone; in AR-AT's "
-                "release they move them, and dominate (--swa-config.exact)",
-            )
-        if config.swa_config.start != 0.75 or swa_every != 500:
-            found += (
-                f"SWA: a snapshot every {swa_every} steps from {config.swa_config.start:.0%} of the run on; AR-AT's "
-                "release has 500 and 75% (--swa-config.every 500 --swa-config.start 0.75)",
-            )
-        if config.defense.name != "ar-at":
-            found += (
-                "SWA is AR-AT's; the code that averages other adversarial training takes a snapshot per epoch and "
-                "re-estimates BatchNorm on clean images",
-            )
+def _averages(config: Config, swa_every: int) -> Iterator[str]:
+    if config.swa and not config.swa_config.exact:
+        yield (
+            "SWA: while BatchNorm is re-estimated the attack's forwards leave the statistics alone; in AR-AT's "
+            "release they move them, and dominate (--swa-config.exact)"
+        )
+    if config.swa and (config.swa_config.start != 0.75 or swa_every != 500):
+        yield (
+            f"SWA: a snapshot every {swa_every} steps from {config.swa_config.start:.0%} of the run on; AR-AT's "
+            "release has 500 and 75% (--swa-config.every 500 --swa-config.start 0.75)"
+        )
+    if config.swa and config.defense.name != "ar-at":
+        yield (
+            "SWA is AR-AT's; the code that averages other adversarial training takes a snapshot per epoch and "
+            "re-estimates BatchNorm on clean images"
+        )
     if config.ema is not None:
-        found += ("EMA: no release here keeps one; the weights that are trained do not depend on it",)
-    return found
+        yield "EMA: no release here keeps one; the weights that are trained do not depend on it"
 
 
 _AWP = {"at": (0.01, 0), "trades": (0.005, 10)}
 
 
-def _weight_perturbation(config: Config) -> tuple[str, ...]:
+def _weight_perturbation(config: Config) -> Iterator[str]:
+    name, recipe = config.defense.name, config.optim.recipe
     if config.awp is None:
-        return ()
-    name, found = config.defense.name, ()
-    if name not in (*_AWP, "mart"):
-        return ("AWP was released for at, trades and mart: with another defense it is our combination",)
-    if name == "mart":
-        found += (f"AWP: gamma_w {config.awp:g} is our choice: the one mart was released with is not established",)
+        return
     if name in _AWP and (config.awp, config.awp_warmup) != _AWP[name]:
         gamma, warmup = _AWP[name]
-        found += (
+        yield (
             f"AWP: gamma_w {config.awp:g} after {config.awp_warmup} epochs; its release has {gamma:g} after {warmup} "
-            f"for {name} (--awp {gamma:g} --awp-warmup {warmup})",
+            f"for {name} (--awp {gamma:g} --awp-warmup {warmup})"
         )
-    if name == "at" and config.optim.recipe != "rice":
-        found += ("AWP: its release trains at by the schedule rice (--optim.recipe rice)",)
-    if name == "trades":
-        if config.optim.recipe != "cure-200":
-            found += (
+    if name == "mart":
+        yield f"AWP: gamma_w {config.awp:g} is our choice: the one mart was released with is not established"
+    elif name == "at" and recipe != "rice":
+        yield "AWP: its release trains at by the schedule rice (--optim.recipe rice)"
+    elif name == "trades":
+        if recipe != "cure-200":
+            yield (
                 "AWP: its release trains trades for 200 epochs, a tenth from 100 and a hundredth from 150, with weight "
-                "decay 5e-4 (the same: --optim.recipe cure-200)",
+                "decay 5e-4 (the same: --optim.recipe cure-200)"
             )
-        found += ("AWP: in its release the running statistics of trades move in the order adv, clean, clean",)
-    return found
+        yield "AWP: in its release the running statistics of trades move in the order adv, clean, clean"
+    elif name != "at":
+        yield "AWP was released for at, trades and mart: with another defense it is our combination"
 
 
 def card_rows(config: Config, image_size: int, swa_every: int = 500, **of_run: Any) -> dict[str, str]:

@@ -88,10 +88,8 @@ class Comparison:
                 line |= {f"{key}_{part}": (row.get(key) or {}).get(part) for part in ("mean", "std")}
             line |= {"epoch_s": row["epoch_s"], "schedule": row["schedule"], "settings": _in_words(row["settings"])}
             line |= {"tried": row["tried"], **{k: " ".join(map(str, row[k])) for k in ("collapsed", "diverged")}}
-            published = row["published"] or {}
-            for name, part in (("clean", "clean"), ("aa", "autoattack"), ("source", "source")):
-                line[f"published_{name}"] = published.get(part)
-            lines.append(line)
+            names = {"clean": "published_clean", "autoattack": "published_aa", "source": "published_source"}
+            lines.append(line | {name: (row["published"] or {}).get(part) for part, name in names.items()})
         file = io.StringIO()
         writer = csv.DictWriter(file, lines[0], lineterminator="\n")
         writer.writeheader()

@@ -23,8 +23,7 @@ import torch
 
 from fastarat.device import threads
 from fastarat.doctor import version_of
-from fastarat.errors import UserError
-from fastarat.files import write_text
+from fastarat.files import make_writable, write_text
 
 FORMAT = 1
 _SHORTEST_S = 0.01  # of a sample: below it, clocks and launches are what is measured
@@ -397,8 +396,5 @@ def _commit() -> str | None:
 
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Write JSON whole or not at all, so that a run stopped by the clock leaves its last complete state."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    make_writable(path.parent)
     write_text(path, json.dumps(record, indent=1) + "\n")

@@ -25,7 +25,9 @@ from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
 from fastarat.evaluation.task import Entry, Task, share
-from fastarat.files import write_atomic
+from fastarat.files import write_text
+
+_STATE = ("fingerprint", "robust", "pending", "done", "partial")
 
 
 def find_package() -> ModuleType:
@@ -135,14 +137,8 @@ class AutoAttackRun:
     def _save(self) -> None:
         if self.path is None:
             return
-        state = {
-            "fingerprint": self.fingerprint,
-            "robust": "".join("01"[flag] for flag in self.robust.tolist()),
-            "pending": self.pending,
-            "done": self.done,
-            "partial": self.partial,
-        }
-        write_atomic(self.path, lambda part: part.write_text(json.dumps(state)))
+        state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
+        write_text(self.path, json.dumps(state))
 
 
 def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
@@ -227,7 +223,7 @@ def _digest(tensors: dict[str, Any]) -> str:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
-        if not {"fingerprint", "robust", "pending", "done", "partial"} <= state.keys():
+        if not {*_STATE} <= state.keys():
             raise ValueError("keys are missing")
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the AutoAttack state {path} ({error}): delete it to start again") from error

@@ -22,7 +22,7 @@ from fastarat.errors import UserError
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
 from fastarat.evaluation.task import Entry, Task, collect, device_of, in_pixels, parse_attacks, share
-from fastarat.files import write_atomic
+from fastarat.files import write_text
 from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
 
@@ -56,7 +56,7 @@ class Evaluation:
         """Write `to_json()` to `path`, whole or not at all. Raises: UserError where it cannot be written."""
         path = Path(path)
         check_writable(path)
-        write_atomic(path, lambda part: part.write_text(self.to_json() + "\n"))
+        write_text(path, self.to_json() + "\n")
         return path
 
     def table(self) -> str:

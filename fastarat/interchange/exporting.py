@@ -219,9 +219,7 @@ def _entry(run: Run, which: str, out: Path, meta: dict[str, Any], count: int, di
         "x = (x - mu) / sigma before its forward"
     )
     rows = {
-        "Paper title": fill,
-        "Authors": fill,
-        "Venue, year, URL": fill,
+        **dict.fromkeys(("Paper title", "Authors", "Venue, year, URL"), fill),
         "Data set": meta["dataset"],
         "Architecture": f"{meta['model']}, `{_architecture(meta)}`",
         "Normalisation": normalisation if meta["normalized"] else "none; images in [0, 1]",
@@ -249,12 +247,13 @@ def measured(run: Run, which: str, meta: dict[str, Any]) -> tuple[str, str]:
         return todo, todo
     settings, accuracy = found["settings"], found["accuracy"]
     same = settings.get("branch") == branch and settings["norm"] == meta["norm"]
+    stale = ""
     if file.stat().st_mtime < run.weights(which).stat().st_mtime:
-        todo += f" ({file.name} is older than the weights)"
-        accuracy = {}
+        stale = "older than the weights"
     elif not same or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
-        todo += f" ({file.name} is of another branch or budget)"
-        accuracy = {}
+        stale = "of another branch or budget"
+    if stale:
+        todo, accuracy = f"{todo} ({file.name} is {stale})", {}
     whole = "the whole test set" if settings.get("limit") is None else "NOT the whole test set"
     told = f"on {found['num_images']:,} images ({whole})"
     clean, robust = (

@@ -47,6 +47,7 @@ def report(
     """
     if num_images < 1:
         raise UserError(f"num_images={num_images}: expected 1 or more test images in the grid")
+    device = pick_device(str(device or "auto"))
     paths = list({Path(run).resolve(): Path(run) for run in runs}.values())
     if not paths:
         raise UserError("no run given: expected one run folder or more")
@@ -55,7 +56,6 @@ def report(
     make_writable(folder)
 
     dataset = load_data(subjects[0], data_dir)
-    device = pick_device(str(device or "auto"))
     images, labels = collect(first_per_class(dataset.test, num_images))
     examples = [
         predicted(run.model, images, labels, epsilon=run.meta["epsilon"], norm=run.meta["norm"], device=device)
