@@ -184,6 +184,7 @@ def measure(case: Case, setup: Setup, repeats: int | None = None) -> list[dict[s
     Those of one case have the plain side's samples in common.
     """
     device = torch.device(setup.device)
+    # Recorded before and after: numbers taken while others worked on the machine can be told from the file.
     load = [_load()]
     pairs = case.prepare(setup)
     results = {one.name: {"case": case.name} | ({} if one.skipped else {"info": one.info}) for one in pairs.fast}
@@ -346,6 +347,7 @@ def climb(
     calls = admit(contestants, results, device, deadline=deadline, on_admitted=on_rung)
     if not calls:
         return
+    # Of the plainest step: what a fast path saves is no less work done, or its TFLOP/s would fall as it gets faster.
     flops, cost, _ = step_flops(engine_step(setup, PLAINEST), torch.zeros(1, 3, 32, 32, device=device))
     found["cost"] = cost._asdict() | {"forwards": cost.forwards, "flop_per_image": flops}
     ceiling, work = matmul_ceiling(device, small=setup.dry), flops * setup.batch_size

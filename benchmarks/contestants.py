@@ -119,6 +119,7 @@ def _arat_step(setup: Setup) -> Pairs:
     missing = f"no bf16 row: {why}"
     if setup.precision == "bf16" and not able:
         raise Unavailable(missing)
+    # Both precisions are held against one loop, timed once a round: two baselines would differ by the machine's mood.
     base = _released(setup)
     # On a GPU the loop's convolutions are in TF32, PyTorch's default: the engine's float32 there is the same.
     single, work = _step(replace(setup, precision=setup.precision or ("fp32" if setup.device == "cpu" else "tf32")))
@@ -225,6 +226,7 @@ def _loader(setup: Setup, kind: Literal["resident", "ffcv"]) -> Pairs:
             raise Unavailable(str(error)) from error
     split = Split(pixels, torch.from_numpy(labels), torch.arange(count), (3, IMAGE_SIZE, IMAGE_SIZE), path)
     ours = partial(make_loader, split, batch_size=batch_size, device=device, kind=kind)
+    # More workers than cores slow a CPU's loader down, and eight are what research code usually asks for.
     workers = 0 if setup.dry else 2 if device.type == "cpu" else 8
 
     def theirs(shuffle: bool, padding: int, flip: bool) -> torch.utils.data.DataLoader:

@@ -210,6 +210,7 @@ def _differences(found: Outcome, wanted: Outcome, before: dict[str, Tensor]) -> 
             running = max(running, difference / max(value.norm().item(), 1e-12))
         else:
             update = (value - before[key]).norm().item()
+            # By tensor as well as in all: a wrong gradient of one small layer drowns in the sum over a ResNet.
             worst = max(worst, difference / max(update, 1e-12))
             off, moved = off + difference**2, moved + update**2
     pixels = ((found.crafted.double() - wanted.crafted.double()).abs() > 1e-5).double().mean().item()
@@ -287,6 +288,7 @@ def _pinned(setup: Setup, start: Tensor, *, stays: bool) -> Defense:
 
     stays: the attack ends where it begins, which leaves the training step alone.
     """
+    # A copy: DEFENSES holds one instance for everybody, and this one gets methods of its own.
     defense = copy.copy(DEFENSES[setup.defense][0])
 
     def attack(pgd, forward, images, labels, target, own_start, **options):

@@ -130,6 +130,7 @@ def pgd(
     from the default generator unless given.
     """
     adv = images.detach()
+    # In place, as in the release: detach() shares memory, so the caller's batch is noisy from here on.
     adv += torch.empty_like(adv).uniform_(-epsilon, epsilon) if noise is None else noise
     for _ in range(num_steps):
         adv.requires_grad_()

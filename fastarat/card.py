@@ -169,6 +169,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _fast_paths(config: Config, step: TrainStep) -> dict[str, str]:
+    # Layers of ours alone have a kernel: a timm network's BatchNorm is PyTorch's.
     layers = sum(isinstance(m, BatchNorm2d) for m in step.model.modules())
     why = "asked for plain" if config.kernels == "plain" else why_not_triton(step.device)
     on = {

@@ -206,6 +206,7 @@ def _try_import(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
+        # A missing dependency of an installed package raises the same error; only the name tells the two apart.
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             return None, "not installed"
         return None, f"is installed but fails to import: {_one_line(error)}"

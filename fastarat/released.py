@@ -56,6 +56,7 @@ def departures(
     """
     added = (*_averages(config, swa_every), *_weight_perturbation(config))
     defense = config.defense
+    # By type, not isinstance: a subclass of TRADES is its author's, and departs in ways not known here.
     if type(defense) not in DEFENSES.values():
         return added or None
     settings = Settings(
@@ -110,6 +111,7 @@ def _changed(config: Config, settings: Settings) -> list[str]:
     found += [
         ("optim.recipe", optim.recipe, default_recipe(config, settings.model)),
         ("optim.lr", optim.lr, recipe.lr),
+        # A warm-up of 0 changes nothing in a recipe whose first epoch has the full rate.
         ("optim.warmup", optim.warmup, 0 if optim.warmup == 0 and recipe.warmup == 1.0 else None),
         ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
         ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),

@@ -99,6 +99,8 @@ class Run:
 
     def save(self, which: str, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write NAME.safetensors (weights) and NAME.pt (everything), each whole or not at all, weights first."""
+        # Weights first: a kill in between leaves the older .pt, from which a resumed run makes these same weights
+        # again.
         self.save_weights(which, state["step"]["model"], {**meta, "epoch": state["epoch"]})
         write_atomic(self.checkpoint(which), lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
 
@@ -118,6 +120,7 @@ class Run:
         config = self.read_config()
         if config is None or not self.checkpoint().is_file():
             return False
+        # By the checkpoint and not by metrics.jsonl, which may be a line ahead of what can be resumed.
         done = self.load()["epoch"] >= (config.epochs or 0)
         return done and (not config.swa or self.weights("swa").is_file())
 
@@ -188,6 +191,7 @@ class Run:
             settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
             for key in {*accuracy, *settings.get("attacks", {}).values()}:
                 wilson(float(accuracy[key]), count)
+            # What the report and the export will read, tried here, where the file's name is at hand for the error.
             _ = str(settings["norm"]), float(settings["epsilon"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(
@@ -281,6 +285,7 @@ def network_of(meta: dict[str, Any]) -> nn.Module:
     sizes = {key: meta[key] for key in ("num_classes", "in_channels", "image_size")}
     model = build_model(meta["model"], **sizes, mean=unit, std=unit)
     if meta["branches"]:
+        # Split before loading: the adversarial branch has the ordinary names, so an unsplit network would load half.
         split_batchnorm(model, meta["branches"])
     # torch's stubs of Module.to forget memory_format.
     return model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

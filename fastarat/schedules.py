@@ -41,8 +41,10 @@ class Recipe:
         """The share of `lr` at `step` (from 0) of `steps` in `epoch` (from 1) of `epochs`. warmup: as in `lr_at`."""
         if self.one_cycle:
             return self.cycled(epoch, epochs, first=1 / 25, top=1.0, last=1 / 250_000)
+        # None is not 0: None leaves the recipe's own first epoch as it is, 0 takes it away.
         if warmup is None and epoch == 1 and self.warmup != 1.0:
             return self.warmup
+        # The released codes that go by the step set its rate before it, from the epoch's share that it will complete.
         position = (epoch - 1) + ((step + 1) / steps if self.per_step else 0.0)
         current = 1.0
         for first, factor in self.drops_in(epochs):
@@ -77,6 +79,7 @@ class Recipe:
 
 
 _LBGAT = ((76, 0.1), (91, 0.01))
+# Both in their codes' own counting, where the factor holds from the epoch named on.
 _TRADES = ((75, 0.1), (90, 0.01), (100, 0.001))
 _AS_TABLED = Recipe(epochs=100, warmup=0.2, drops=_LBGAT, source="AR-AT released code, as its table intends")
 RECIPES: dict[str, Recipe] = {

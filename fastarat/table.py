@@ -56,6 +56,7 @@ PUBLISHED: dict[tuple[str, str, str], Published] = {
     )
     for model, accuracies in printed.items()
 }
+# Published numbers are for this budget under L-infinity; beside any other they would mislead.
 _BUDGET = 8 / 255
 
 
@@ -97,6 +98,7 @@ class Comparison:
         return file.getvalue()
 
     def to_json(self) -> str:
+        # NaN is not JSON: strict readers refuse the file, so better to fail here.
         return json.dumps({"settings": self.settings, "rows": self.rows}, indent=2, allow_nan=False) + "\n"
 
     def note(self) -> str:
@@ -196,6 +198,7 @@ class Row(NamedTuple):
 
 def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, out: Path) -> Comparison:
     """Put all rows into one table. dataset: its name. out: where the table is written."""
+    # Any evaluation will do: all rows have the same attacks on the same images, which `compare` saw to.
     one = next(e for row in rows.values() for e in row.evaluations.values())
     keys = list(one["accuracy"])
     table = [_cells_of(name, row, keys, one["settings"]["num_classes"]) for name, row in rows.items()]
@@ -244,6 +247,7 @@ def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dic
 def _spread(values: list[float]) -> dict[str, Any] | None:
     if not values:
         return None
+    # Of the sample (n - 1), and None for one seed: 0 would claim that seeds agree.
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "values": values}
 

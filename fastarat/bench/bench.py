@@ -94,6 +94,7 @@ def cost_of(
     training = forwards + 2 * backwards
     terms.append(f"{forwards} forward + 2 x {backwards} backward")
     if awp and defense.attacks:
+        # AWP's ascent is a training pass of its own, its weight gradients thrown away.
         training *= 2
         terms.append("the same for AWP")
     teacher = teacher_forwards + 2 * teacher_backwards
@@ -248,6 +249,7 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
     batches = chain.from_iterable(map(loader.epoch, count()))
     made: list[TrainStep] = []
 
+    # Built inside: `warmed` counts building, compiling and capturing as what comes before the first step.
     def build() -> Callable[[], None]:
         made.append(make_step(config, defense, device, precision))
         return once
@@ -311,6 +313,7 @@ def phase_samples(
     labels = torch.randint(config.num_classes, shape[:1], generator=generator, device=device)
     reason = ""
     for capture in dict.fromkeys((config.capture, "off")):
+        # A step of its own: events in its graph cost a little, and the loop that is timed as a whole shall have none.
         step = make_step(dataclasses.replace(config, capture=capture), defense, device, precision)
         step.mark = marks = Marks(device)
         try:

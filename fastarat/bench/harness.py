@@ -49,6 +49,7 @@ class Clock:
                 call()
             took, self.cpu_s = time.perf_counter() - start, (time.process_time() - start_cpu) / calls
             return took / calls
+        # Events, because a launch returns before its work is done: the clock on the wall would time the queue.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         begin.record()
@@ -90,6 +91,7 @@ class Marks:
 
 def quartiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
     """Return {"q1", "median", "q3"} of `values`, each times `scale`."""
+    # Inclusive: the samples are all there is, and with few of them the default reaches beyond the extremes.
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"q1": low * scale, "median": middle * scale, "q3": high * scale}
 
@@ -119,6 +121,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype | None = None, *, sm
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     name = f"matmul {n}x{n}x{n} {str(dtype).removeprefix('torch.')}"
+    # Into a matrix of its own: an allocation per call is not the machine's rate.
     return Ceiling(name, lambda: torch.mm(a, b, out=out), 2.0 * n**3)
 
 
@@ -242,6 +245,7 @@ def race(
     a busy machine. deadline: of time.monotonic(); after it no round begins, from the third on.
     """
     inner = {name: calls_per_sample or max(1, math.ceil(shortest_s / clock(call, 1))) for name, call in calls.items()}
+    # The least of three: the first call also loads the library and chooses its algorithm.
     peaks = {c.name: (c.call, max(1, math.ceil(_SHORTEST_S / min(clock(c.call, 1) for _ in "abc")))) for c in ceilings}
     found = Race({name: [] for name in (*calls, *peaks)}, {name: [] for name in calls}, inner)
     names = list(calls)
@@ -250,6 +254,7 @@ def race(
             break
         for name, (call, count) in peaks.items():
             found.samples[name].append(clock(call, count))
+        # A rotation and not a shuffle: over the rounds everybody is first equally often.
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             found.samples[name].append(clock(calls[name], inner[name]))
@@ -292,6 +297,7 @@ def profiled(call: Call, device: torch.device) -> list[tuple[str, str]]:
         if not cuda:
             if not e["name"].startswith("aten::") or e["ts"] < ends.get(e["tid"], 0):
                 continue
+            # An op that begins before the last outermost one of its thread has ended was called by it.
             ends[e["tid"]] = e["ts"] + e.get("dur", 0)
         found.append((kinds[e["cat"]], e["name"]))
     return found
@@ -320,6 +326,7 @@ def peak_memory(call: Call, device: torch.device) -> dict[str, Any]:
     except ImportError:
         return {"method": "not measured on this system", "peak_bytes": None}
     call()
+    # ru_maxrss counts bytes on macOS and kibibytes on Linux, whatever the manual says.
     unit = 1 if platform.system() == "Darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"method": "resident bytes of the whole process at most since it began", "peak_bytes": peak}

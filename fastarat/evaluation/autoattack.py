@@ -91,6 +91,7 @@ class AutoAttackRun:
                 began = time.perf_counter()
                 rows = torch.tensor(self.pending[: task.batch_size])
                 x, y = task.images[rows].to(task.device), task.labels[rows].to(task.device)
+                # Copies: the distance below must be from images that no attack has had in its hands.
                 points = _perturb(ensemble, member, x.clone(), y.clone())
                 distance = furthest(points, x, task.budget)
                 self.robust[rows] = (task.forward(points).argmax(1) == y).cpu()
@@ -115,6 +116,7 @@ class AutoAttackRun:
             "epsilon": task.budget.epsilon,
             "norm": task.budget.norm,
             "seed": task.seed,
+            # Each batch seeds the attacks again, so another batch size is another random start for most images.
             "batch_size": task.batch_size,
             "branch": task.branch,
             "tf32": task.tf32,
@@ -137,6 +139,8 @@ class AutoAttackRun:
     def _save(self) -> None:
         if self.path is None:
             return
+        # A digit per image: this file is written anew after every batch, and a JSON list of booleans is seven times
+        # as long.
         state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
         write_text(self.path, json.dumps(state))
 
@@ -162,6 +166,7 @@ def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
 
 def build_ensemble(package: ModuleType, task: Task, num_classes: int) -> Any:
     """Return the official standard ensemble with everything its defaults would guess stated."""
+    # The original prints at every batch unless told; its successor has no such argument and logs instead.
     silent = {"verbose": False} if package.__name__ == "autoattack" else {}
     ensemble = package.AutoAttack(
         task.forward,
@@ -172,6 +177,7 @@ def build_ensemble(package: ModuleType, task: Task, num_classes: int) -> Any:
         device=str(task.device),
         **silent,
     )
+    # Nine is right for ten classes and more: with fewer it would ask for the logit of a class that is not there.
     ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(9, num_classes - 1)
     return ensemble
 
@@ -215,6 +221,7 @@ def _digest(tensors: dict[str, Any]) -> str:
     for name, value in tensors.items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
+            # Equal bytes under another dtype or shape are other weights.
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -135,6 +135,7 @@ def evaluate(
     batch_size, seed = whole("batch_size", batch_size), checked_seed(seed)
     progress, tf32 = coerce(progress, bool, "progress"), coerce(tf32, bool, "tf32")
     check_network(model)
+    # An hour of PGD should not end in the news that a package is missing.
     if any(e.members for e in entries):
         find_package()
     device = device_of(model) if device is None else pick_device(device)
@@ -166,6 +167,7 @@ def _measured(task: Task, entries: list[Entry], limit: int | None, state_dir: st
     }
     result = Evaluation({}, len(task.labels), settings)
     began = time.perf_counter()
+    # Whatever was asked for: AutoAttack attacks what is correct so far, and `doubts` compares with clean accuracy.
     correct = torch.cat([_correct(task, x, y).cpu() for x, y in task.batches()])
     clean_wall_s = time.perf_counter() - began
     for entry in entries:
@@ -187,6 +189,7 @@ def _measured(task: Task, entries: list[Entry], limit: int | None, state_dir: st
                 result.autoattack.update({"clean": share(correct)} | {m: d["accuracy"] for m, d in done.items()})
                 result.wall_s.update({f"{name}/{m}": d["wall_s"] for m, d in done.items()})
         result.accuracy[entry.key] = share(robust)
+    # The same doubt may come up at every batch; a dict keeps the order, a set would not.
     notes = [*task.found, *doubts(entries, result.accuracy, result.autoattack, share(correct))]
     return replace(result, warnings=tuple(dict.fromkeys(notes)))
 
@@ -216,6 +219,7 @@ def adversarial_examples(
     check_network(model)
     check_data(model, images, labels)
     budget = checked_budget(epsilon, step_size, norm, shape=images.shape)
+    # The model's device rules here, not the images': `predicted` keeps its images on the CPU.
     images, device = images.detach(), device_of(model)
     task = Task(model, images, labels, budget, len(images), seed, branch, tf32=False, device=device, progress=False)
     with task.lent():
@@ -240,6 +244,7 @@ def _start(task: Task, images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _pgd(task: Task, images: Tensor, labels: Tensor, start: Tensor, num_steps: int) -> Tensor:
+    # The labels twice: kappa is counted by the first, the cross-entropy taken of the second.
     return pgd(task.forward, images, labels, labels, start, num_steps=num_steps, **task.budget._asdict()).images
 
 
@@ -253,6 +258,7 @@ def _pgd_robust(task: Task, entry: Entry) -> tuple[Tensor, float]:
             for _ in range(entry.num_restarts):
                 # For the whole batch, whatever is left of it: later batches must not depend on this one's success.
                 start = _start(task, x, generator)
+                # Only what has withstood every start so far is attacked again: an image counts once, at its worst.
                 rows = correct.nonzero().squeeze(1)
                 if len(rows):
                     points = _pgd(task, x[rows], y[rows], start[rows], entry.num_steps)
@@ -271,6 +277,8 @@ def wilson(share: float, num_images: int) -> tuple[float, float]:
     """
     from scipy.stats import binomtest  # here, because it takes more than a second to import
 
+    # Wilson's interval, because the usual one has no width at 0 and 100 %. The test wants counts, so the division is
+    # undone.
     interval = binomtest(round(share * num_images), num_images).proportion_ci(0.95, "wilson")
     return float(interval.low), float(interval.high)
 

@@ -115,6 +115,7 @@ def collect(
     if len(split) == 0:
         raise UserError("the split holds no images: expected at least 1; give another split or val_images > 0")
     split = split.take(evenly(len(split)))
+    # Not shuffled, not augmented, the last batch short: row i of the result is row i of the split.
     batches = make_loader(split, batch_size=batch_size, device="cpu").epoch(0)
     return torch.cat([b.images.contiguous() for b in batches]), split.labels
 
@@ -168,11 +169,14 @@ class Task:
             if p.is_floating_point() and p.dtype != torch.float32:
                 raise UserError(f"{name} is {p.dtype}: evaluation is in float32; call model.float() before evaluating")
         home = device_of(model)
+        # Each module's own: train(True) afterwards would also wake the BatchNorm layers that somebody had frozen.
         modes = [(m, m.training) for m in model.modules()]
         try:
             with (
+                # Inside a caller's inference mode no gradient exists, and enable_grad() does not bring it back.
                 torch.inference_mode(False),
                 seeded_apart(self.device),
+                # A caller's autocast would round the logits that an attack compares, to three digits in bf16.
                 torch.autocast(self.device.type, enabled=False),
                 float32_flags(self.tf32),
                 use_branch(model, self.branch),

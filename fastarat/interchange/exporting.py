@@ -91,6 +91,7 @@ def _images(
         raise UserError(f"num_images={count}: expected 1 or more")
     shape = (meta["in_channels"], meta["image_size"], meta["image_size"])
     if format != "robustbench":
+        # Any images tell two networks apart; these need no data set, and a fixed seed makes a failure repeatable.
         return torch.rand((8, *shape), generator=torch.Generator().manual_seed(0))
     _architecture(meta)  # refuses before any work what RobustBench has no class for
     if config is None:
@@ -110,6 +111,7 @@ def _write_checked(
     def write(partial: Path) -> None:
         _write(partial, format, model, meta, images)
         difference = (_read_logits(partial, format, meta, images) - expected).abs().max().item()
+        # The expected logits set the scale: a network's logits may be of size 0.1 or 100.
         measured.extend((difference, difference / expected.abs().max().clamp(min=1e-30).item()))
         if not measured[1] <= TOLERANCE:
             raise UserError(
@@ -122,8 +124,10 @@ def _write_checked(
 
 
 def _write(path: Path, format: str, model: nn.Module, meta: dict[str, Any], images: Tensor) -> None:
+    # Contiguous, because the model is channels-last and safetensors refuses such strides.
     weights = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
     if format == "onnx":
+        # Two images: torch.export takes a dimension of size 1 for a constant, whatever is said of it.
         _write_onnx(model, images[:2], path, meta)
     elif format == "safetensors":
         save_weights(path, weights, meta)
@@ -160,6 +164,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, meta: dict[str, An
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"--format onnx needs {package}: pip install 'fastarat[onnx]' ({error})") from error
+    # The exporter has no translation of our own operators, Triton or not; the plain twin is PyTorch's alone.
     set_backend(model, "plain")
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

@@ -59,6 +59,7 @@ def curves_figure(runs: Sequence[Subject]) -> Figure:
     ]
     curves = _curves(runs)
     terms = "Terms of the loss" if any(run.terms for run in runs) else "Training loss"
+    # Figure, not pyplot: no window system is asked for, and no global list keeps the figure alive.
     figure = Figure(figsize=(_WIDTH_IN, 6.8), facecolor="white", layout="constrained")
     panels = figure.subplot_mosaic([["Training loss", terms], ["Clean accuracy", "Robust accuracy"]])
     shown: set[str] = set()
@@ -151,6 +152,7 @@ def _spread(axes: Axes) -> bool:
 
 def _drops(runs: Sequence[Subject], styles: list[Style]) -> list[tuple[float, str, str]]:
     """Return where the learning rate drops, what to write there, and a colour: the run's when it is its alone."""
+    # Runs of one schedule share their lines: three on top of each other would only be a darker one.
     owners: dict[tuple[int, str], list[int]] = {}
     for number, run in enumerate(runs):
         for before, after in pairwise(run.metrics):
@@ -206,6 +208,7 @@ def _dress(axes: Axes, percent: bool) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         low, high = axes.get_ylim()
         wider = max(0.0, (10 - (high - low)) / 2)
+        # Ten points at least: on a tight axis half a point of noise looks like a trend.
         axes.set_ylim(max(low - wider, -2), min(high + wider, 102))
 
 

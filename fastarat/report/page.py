@@ -64,6 +64,7 @@ def report(
     figures = {"curves": curves_figure(subjects), "examples": examples_figure(subjects, examples, dataset.classes)}
     pictures = {name: _png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
+        # `picture` is bound now: a plain closure would see the loop's last one if it were ever called later.
         write_atomic(folder / f"{name}.png", lambda p, picture=picture: p.write_bytes(picture))
     evaluations = [result for run in subjects for result in run.evaluations.values()]
     page = _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -107,6 +108,7 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
 
 def metric_rows(runs: Sequence[Subject]) -> list[list[str]]:
     """One row per metric of the last epoch, one column per run; validation last, and then the best epoch."""
+    # In the order they were logged; runs of different defenses have different terms.
     keys = list(dict.fromkeys(key for run in runs for key in run.metrics[-1]))
     keys.sort(key=lambda key: key.startswith("val/"))
     rows = []

@@ -106,6 +106,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     parts = [path.resolve().parts for path in paths]
     found = []
     for own in parts:
+        # runs/a/seed0 and runs/b/seed0 become a/seed0 and b/seed0.
         depth = 1
         while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
