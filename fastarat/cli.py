@@ -245,10 +245,8 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     result.save(where)
     best = meta.get("best")
     chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
-    print(
-        f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}{chosen}), {dataset.name} test set"
-    )
-    print(result.table())
+    of = f"{args.weights}, epoch {meta['epoch']}{chosen}"
+    print(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set\n{result.table()}")
     print(f"saved: {where}")
     return 0
 

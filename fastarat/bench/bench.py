@@ -94,7 +94,7 @@ def cost_of(
     training = forwards + 2 * backwards
     terms.append(f"{forwards} forward + 2 x {backwards} backward")
     if awp and defense.attacks:
-        # AWP's ascent is a training pass of its own, its weight gradients thrown away.
+        # AWP's ascent is a training pass of its own, whose gradients only move the weights apart.
         training *= 2
         terms.append("the same for AWP")
     teacher = teacher_forwards + 2 * teacher_backwards
@@ -123,7 +123,7 @@ def forward_flops(model: nn.Module, images: Tensor) -> int:
     return total
 
 
-def step_flops(step: TrainStep, example: Tensor, *, objective: str | None = None) -> tuple[float, Cost, int]:
+def step_flops(step: TrainStep, example: Tensor) -> tuple[float, Cost, int]:
     """Return FLOP per image of a training step by `cost_of`, that cost, and FLOP of one forward.
 
     example: float32 [1, C, H, W].
@@ -132,7 +132,7 @@ def step_flops(step: TrainStep, example: Tensor, *, objective: str | None = None
         step.defense,
         num_steps=step.spec.num_steps,
         num_restarts=step.spec.num_restarts,
-        objective=objective or step.spec.objective,
+        objective=step.spec.objective,
         awp=step.perturbation is not None,
     )
     # Copies: hooks and mode changes must not touch the network that is timed.

@@ -263,12 +263,10 @@ def race(
     return found
 
 
-def race_phases(
-    calls: Mapping[str, tuple[Call, Marks]], *, rounds: int, warmups: int = 2
-) -> dict[str, dict[str, list[float]]]:
+def race_phases(calls: Mapping[str, tuple[Call, Marks]], *, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Time the phases that each call tells its marks, in turn: {name: {phase: [seconds, one a round]}}."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
-    for number in range(-warmups, rounds):
+    for number in range(-2, rounds):  # two to warm up
         for name, (call, marks) in calls.items():
             call()
             # Read after each call: a replayed graph sets the same marks again.
