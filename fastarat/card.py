@@ -46,6 +46,8 @@ def card(
     config: resolved. step: built of it. precision_note: what it computes in, and why. swa_plan: first epoch and steps
     between snapshots.
     """
+    on, off = fast_paths(step)
+    paths = {"fast paths on": ", ".join(on), "fast paths off": "; ".join(off)}
     rows = {
         **_method(config, step),
         **_data(config, step, dataset, loader),
@@ -60,7 +62,7 @@ def card(
             precision=step.fast.precision,
             num_train=len(dataset.train),
         ),
-        **_fast_paths(config, step),
+        **{name: text for name, text in paths.items() if text},
         "seed": str(config.seed),
         "run folder": str(config.out),
     }
@@ -168,27 +170,25 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def _fast_paths(config: Config, step: TrainStep) -> dict[str, str]:
+def fast_paths(step: TrainStep) -> tuple[list[str], list[str]]:
+    """Name the fast paths that a step takes, and those it was built without, with the reason."""
+    fast, captured = step.fast, not step.why_eager
     # Layers of ours alone have a kernel: a timm network's BatchNorm is PyTorch's.
     layers = sum(isinstance(m, BatchNorm2d) for m in step.model.modules())
-    why = "asked for plain" if config.kernels == "plain" else why_not_triton(step.device)
+    why = "asked for plain" if fast.kernels == "plain" else why_not_triton(step.device)
     on = {
-        "channels-last": config.channels_last,
-        "one forward for [clean; adv]": config.defense.needs_clean,
-        "input gradients only in the attack": config.defense.attacks,
+        "channels-last": fast.channels_last,
+        "one forward for [clean; adv]": step.defense.needs_clean,
+        "input gradients only in the attack": step.defense.attacks,
         "BatchNorm folded into the attack's convolutions": step.attacker.folds,
-        "compiled loss": config.compile_loss,
-        "fake capture": not step.why_eager and config.capture == "fake",
-        "step captured as one CUDA graph": not step.why_eager and config.capture != "fake",
+        "compiled loss": fast.compile_loss,
+        "fake capture": captured and fast.capture == "fake",
+        "step captured as one CUDA graph": captured and fast.capture != "fake",
         f"fused BN+add+ReLU Triton kernels ({layers} layers)": layers and why is None,
     }
     off = {
-        "channels-last (asked for)": not config.channels_last,
+        "channels-last (asked for)": not fast.channels_last,
         f"captured step ({step.why_eager})": step.why_eager,
         f"Triton kernels ({why})": layers and why is not None,
     }
-    rows = {
-        "fast paths on": ", ".join(name for name, holds in on.items() if holds),
-        "fast paths off": "; ".join(name for name, holds in off.items() if holds),
-    }
-    return {name: text for name, text in rows.items() if text}
+    return [name for name, holds in on.items() if holds], [name for name, holds in off.items() if holds]

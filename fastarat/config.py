@@ -165,19 +165,16 @@ class Config(Fast):
         return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)})
 
     def _check_weight_perturbation(self) -> None:
-        if self.awp is None:
-            if self.awp_warmup:
-                raise UserError(
-                    f"awp_warmup={self.awp_warmup}: there is no weight perturbation to wait for; leave it out, or set "
-                    "--awp"
-                )
-            return
-        if not self.defense.attacks:
+        if self.awp is None and self.awp_warmup:
+            raise UserError(
+                f"awp_warmup={self.awp_warmup}: there is no weight perturbation to wait for; leave it out, or set --awp"
+            )
+        if self.awp is not None and not self.defense.attacks:
             raise UserError(
                 f"awp={self.awp:g}: the defense {self.defense.name} has no attack, and the perturbation is of "
                 "adversarial training; leave it out, or choose another --defense"
             )
-        if self.epochs is not None and self.awp_warmup >= self.epochs:
+        if self.awp is not None and self.epochs is not None and self.awp_warmup >= self.epochs:
             raise UserError(
                 f"awp_warmup={self.awp_warmup}: weights would never be perturbed in a run of "
                 f"{counted(self.epochs, 'epoch')}; write a smaller number, or leave --awp out"

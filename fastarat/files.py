@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -46,15 +47,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def make_writable(folder: Path) -> None:
-    """Make a folder and find out, before the work rather than after it, whether files can be written there."""
+def make_writable(folder: Path, file: Path | None = None) -> None:
+    """Make a folder and find out, before the work rather than after it, whether files (`file`) can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # of no name, so that two processes may ask at once
+            pass
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+        where, why = file or f"to {folder}", error.strerror or error
+        raise UserError(f"cannot write {where}: {why}. Choose another --out, or make room.") from error
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:

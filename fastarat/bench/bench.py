@@ -30,13 +30,13 @@ from fastarat.bench.harness import (
     race_phases,
     warmed,
 )
+from fastarat.card import fast_paths
 from fastarat.config import from_dict, resolve_defense
 from fastarat.data import Augment, Split, make_loader
 from fastarat.defenses import Defense
 from fastarat.device import backend_flags, pick_device, seeded_apart, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
-from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
 from fastarat.runs import load_start
 from fastarat.specs import Attack, Fast, known, setting
@@ -270,7 +270,7 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
         "precision": precision,
         "captured": not step.why_eager,
         "why_eager": step.why_eager,
-        "fast_paths": _fast_paths(config, step, device),
+        "fast_paths": fast_paths(step)[0],
         "repeats": config.repeats,
         "steps_per_sample": timed.calls["loop"],
         "warmup_s": warmup_s,
@@ -326,19 +326,6 @@ def phase_samples(
         samples = {phase: s for phase, s in found["step"].items() if phase != "attack" or defense.attacks}
         return samples, ("the same step uncaptured" + reason) if step.why_eager else "the captured step"
     raise AssertionError("an eager step has phases")
-
-
-def _fast_paths(config: BenchConfig, step: TrainStep, device: torch.device) -> list[str]:
-    found = ["channels-last"] if config.channels_last else []
-    if config.kernels != "plain" and why_not_triton(device) is None:
-        found.append("Triton kernels")
-    if step.attacker.folds:
-        found.append("BatchNorm folded in the attack")
-    if not step.why_eager:
-        found.append("fake capture" if config.capture == "fake" else "one CUDA graph")
-    if config.compile_loss:
-        found.append("compiled loss")
-    return found
 
 
 def render(record: dict[str, Any]) -> str:

@@ -401,5 +401,5 @@ def _commit() -> str | None:
 
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Write JSON whole or not at all, so that a run stopped by the clock leaves its last complete state."""
-    make_writable(path.parent)
+    make_writable(path.parent, path)
     write_text(path, json.dumps(record, indent=1) + "\n")

@@ -6,7 +6,6 @@ Source: Madry et al., ICLR 2018 (PGD); Wilson, JASA 1927 (the interval).
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastarat.errors import UserError
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
 from fastarat.evaluation.task import Entry, Task, collect, device_of, in_pixels, parse_attacks, share
-from fastarat.files import write_text
+from fastarat.files import make_writable, write_text
 from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
 
@@ -287,9 +286,4 @@ def check_writable(path: Path) -> None:
     """Make the folder of `path`; raise UserError when a file cannot be written there. Nothing else changes."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another place") from error
+    make_writable(path.parent, path)

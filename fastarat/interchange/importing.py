@@ -190,12 +190,10 @@ def _unwrap(content: Any, path: Path, prefer: str, notes: list[str]) -> dict[str
     return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
 
 
-def _holds_tensors(value: Mapping, depth: int = 2) -> bool:
-    return any(
-        isinstance(v, Tensor) or (depth and isinstance(v, Mapping) and _holds_tensors(v, depth - 1))
-        for k, v in value.items()
-        if isinstance(k, str)
-    )
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    if not depth or not isinstance(value, Mapping):
+        return isinstance(value, Tensor)
+    return any(_holds_tensors(v, depth - 1) for k, v in value.items() if isinstance(k, str))
 
 
 def _strip(tensors: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
