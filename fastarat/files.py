@@ -54,8 +54,13 @@ def make_writable(folder: Path, file: Path | None = None) -> None:
         with tempfile.TemporaryFile(dir=folder):  # of no name, so that two processes may ask at once
             pass
     except OSError as error:
-        where, why = file or f"to {folder}", error.strerror or error
-        raise UserError(f"cannot write {where}: {why}. Choose another --out, or make room.") from error
+        why = error.strerror or error
+        told = (
+            f"{file}: {why}; make room or choose another place"
+            if file
+            else f"to {folder}: {why}. Choose another --out."
+        )
+        raise UserError(f"cannot write {told}") from error
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
