@@ -159,21 +159,20 @@ def _run_cases(record: dict[str, Any], names: Sequence[str], setup: Setup, args:
     return any("unequal" in result or "failed" in result for result in record["results"])
 
 
-def _command(name: str, setup: Setup, *more: str) -> list[str]:
+def _in_a_process(name: str, setup: Setup, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+    """Run a case in a process of its own, in this environment."""
     flags = ["--model", setup.model, "--batch-size", setup.batch_size, "--device", setup.device]
     flags += ["--precision", setup.precision] if setup.precision else []
     flags += ["--threads", torch.get_num_threads(), *(["--dry"] if setup.dry else []), *more]
-    return [sys.executable, "-m", "benchmarks", name, *map(str, flags)]
+    command = [sys.executable, "-m", "benchmarks", name, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
 
 
 def _elsewhere(name: str, setup: Setup, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Measure a case in a process of its own, for what is read from the environment once."""
+    """Measure a case apart, for what a process reads from its environment once."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        command = _command(name, setup, "--out", str(out))
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False
-        )
+        done = _in_a_process(name, setup, environment, "--out", str(out))
         if not out.exists():
             return [{"case": name, "failed": f"{environment}: {done.stderr.strip()[-500:]}"}]
         return json.loads(out.read_text())["results"]
@@ -185,6 +184,7 @@ def measure(case: Case, setup: Setup, repeats: int | None = None) -> list[dict[s
     Those of one case have the plain side's samples in common.
     """
     device = torch.device(setup.device)
+    # Recorded before and after: numbers taken while others worked on the machine can be told from the file.
     load = [_load()]
     pairs = case.prepare(setup)
     results = {one.name: {"case": case.name} | ({} if one.skipped else {"info": one.info}) for one in pairs.fast}
@@ -282,9 +282,8 @@ def _device_rise(call: Callable[[], object], device: torch.device) -> dict[str, 
 
 def _host_rise(case: Case, setup: Setup, side: str) -> dict[str, int]:
     # glibc keeps what is freed; told to give large blocks back at once, the second call shows a side's need.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = _command(case.name, setup, "--memory-of", side)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = _in_a_process(case.name, setup, environment, "--memory-of", side)
     if done.returncode:
         raise Unavailable(f"not measured: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -348,6 +347,7 @@ def climb(
     calls = admit(contestants, results, device, deadline=deadline, on_admitted=on_rung)
     if not calls:
         return
+    # Of the plainest step: what a fast path saves is no less work done, or its TFLOP/s would fall as it gets faster.
     flops, cost, _ = step_flops(engine_step(setup, PLAINEST), torch.zeros(1, 3, 32, 32, device=device))
     found["cost"] = cost._asdict() | {"forwards": cost.forwards, "flop_per_image": flops}
     ceiling, work = matmul_ceiling(device, small=setup.dry), flops * setup.batch_size
@@ -379,8 +379,8 @@ def climb(
         on_rung()
 
     shortest_s = 0.1 if device.type == "cuda" else 0.0
-    options = {"rounds": repeats, "shortest_s": shortest_s, "ceilings": [ceiling], "deadline": deadline}
-    race(calls, Clock(device), on_round=on_round, **options)
+    clock, ceilings = Clock(device), [ceiling]
+    race(calls, clock, rounds=repeats, shortest_s=shortest_s, ceilings=ceilings, deadline=deadline, on_round=on_round)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def released_loop(setup: Setup, num_steps: int | None = None, *, double: bool = 
         raise Unavailable(
             f"the loop of the {plain.STRUCTURE} has no {setup.model}; choose --model {' or '.join(PLAIN_MODELS)}"
         )
+    budget = {"epsilon": EPSILON, "step_size": STEP_SIZE, "num_steps": num_steps}
     step = engine_step(setup, PLAINEST)
     stages = [getattr(step.model, f"layer{i}") for i in range(1, step.model.num_stages + 1)]
     first = [stage[0].conv1 for stage in stages]
@@ -134,16 +135,10 @@ def released_loop(setup: Setup, num_steps: int | None = None, *, double: bool = 
         )
         gamma = float(step.companions["balance"].gamma)
         modules = [m.to(setup.device, torch.float64 if double else torch.float32) for m in (network, predictors)]
-        loop = plain.ARATLoop(*modules, epsilon=EPSILON, step_size=STEP_SIZE, num_steps=num_steps, gamma=gamma)
+        loop = plain.ARATLoop(*modules, gamma=gamma, **budget)
     else:
-        loop = plain.SimpleLoop(
-            network.to(setup.device),
-            trades=setup.defense == "trades",
-            attack_mode=setup.attack_bn,
-            epsilon=EPSILON,
-            step_size=STEP_SIZE,
-            num_steps=num_steps,
-        )
+        trades, network = setup.defense == "trades", network.to(setup.device)
+        loop = plain.SimpleLoop(network, trades=trades, attack_mode=setup.attack_bn, **budget)
     level(step, loop)
     return loop
 
@@ -215,6 +210,7 @@ def _differences(found: Outcome, wanted: Outcome, before: dict[str, Tensor]) -> 
             running = max(running, difference / max(value.norm().item(), 1e-12))
         else:
             update = (value - before[key]).norm().item()
+            # By tensor as well as in all: a wrong gradient of one small layer drowns in the sum over a ResNet.
             worst = max(worst, difference / max(update, 1e-12))
             off, moved = off + difference**2, moved + update**2
     pixels = ((found.crafted.double() - wanted.crafted.double()).abs() > 1e-5).double().mean().item()
@@ -292,6 +288,7 @@ def _pinned(setup: Setup, start: Tensor, *, stays: bool) -> Defense:
 
     stays: the attack ends where it begins, which leaves the training step alone.
     """
+    # A copy: DEFENSES holds one instance for everybody, and this one gets methods of its own.
     defense = copy.copy(DEFENSES[setup.defense][0])
 
     def attack(pgd, forward, images, labels, target, own_start, **options):

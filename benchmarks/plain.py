@@ -130,6 +130,7 @@ def pgd(
     from the default generator unless given.
     """
     adv = images.detach()
+    # In place, as in the release: detach() shares memory, so the caller's batch is noisy from here on.
     adv += torch.empty_like(adv).uniform_(-epsilon, epsilon) if noise is None else noise
     for _ in range(num_steps):
         adv.requires_grad_()
@@ -164,15 +165,11 @@ class ARATLoop:
         step_size: float,
         num_steps: int,
         gamma: float = 30.0,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
     ) -> None:
         self.model, self.predictors = model, predictors
         self.epsilon, self.step_size, self.num_steps, self.gamma = epsilon, step_size, num_steps, gamma
-        self.optimizer = torch.optim.SGD(
-            [*model.parameters(), *predictors.parameters()], lr=lr, momentum=momentum, weight_decay=weight_decay
-        )
+        parameters = [*model.parameters(), *predictors.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
         self.total_loss = 0.0
 
     def __call__(
@@ -225,9 +222,8 @@ class SimpleLoop:
         epsilon: float,
         step_size: float,
         num_steps: int,
-        beta: float = 6.0,
     ) -> None:
-        self.model, self.trades, self.attack_mode, self.beta = model, trades, attack_mode, beta
+        self.model, self.trades, self.attack_mode, self.beta = model, trades, attack_mode, 6.0
         self.epsilon, self.step_size, self.num_steps = epsilon, step_size, num_steps
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         self.total_loss, self.correct = 0.0, 0

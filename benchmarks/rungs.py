@@ -55,6 +55,8 @@ PREDICTED = {
     "fold": Predicted(14, 4.3, 4.3),
     "compile": Predicted(16, 0.05, 0.1),
 }
+# Most telling first, not in the ladder's order: a time budget ends the building, and half a ladder should say the
+# most.
 _BUILT_FIRST = ("graph", "released", "bf16", "step", "triton", "fold", "channels-last", "compile")
 _COMPILING_S = 45
 

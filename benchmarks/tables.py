@@ -119,6 +119,7 @@ def _of_cpu(found: dict[str, Any]) -> str:
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
+    # A bar ends a cell, and GitHub's escape for it is not everybody's.
     return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in lines)
 
 

@@ -6,39 +6,38 @@ A public name is imported at its first use: `fastarat --version` needs no PyTorc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastarat import attacks as attacks
-    from fastarat import losses as losses
+    from fastarat import attacks as attacks, losses as losses
     from fastarat.config import Config as Config
-    from fastarat.defenses import ARAT as ARAT
-    from fastarat.defenses import ARREST as ARREST
-    from fastarat.defenses import AT as AT
-    from fastarat.defenses import CAAT as CAAT
-    from fastarat.defenses import CURE as CURE
-    from fastarat.defenses import DEFENSES as DEFENSES
-    from fastarat.defenses import DONE as DONE
-    from fastarat.defenses import FAT as FAT
-    from fastarat.defenses import GAIRAT as GAIRAT
-    from fastarat.defenses import GAIRFAT as GAIRFAT
-    from fastarat.defenses import LBGAT as LBGAT
-    from fastarat.defenses import MART as MART
-    from fastarat.defenses import TRADES as TRADES
-    from fastarat.defenses import VIR as VIR
-    from fastarat.defenses import Defense as Defense
-    from fastarat.defenses import Standard as Standard
-    from fastarat.defenses import Views as Views
-    from fastarat.engine import TrainStep as TrainStep
-    from fastarat.engine import capture as capture
+    from fastarat.defenses import (
+        ARAT as ARAT,
+        ARREST as ARREST,
+        AT as AT,
+        CAAT as CAAT,
+        CURE as CURE,
+        DEFENSES as DEFENSES,
+        DONE as DONE,
+        FAT as FAT,
+        GAIRAT as GAIRAT,
+        GAIRFAT as GAIRFAT,
+        LBGAT as LBGAT,
+        MART as MART,
+        TRADES as TRADES,
+        VIR as VIR,
+        Defense as Defense,
+        Standard as Standard,
+        Views as Views,
+    )
+    from fastarat.engine import TrainStep as TrainStep, capture as capture
     from fastarat.errors import UserError as UserError
-    from fastarat.evaluation import Evaluation as Evaluation
-    from fastarat.evaluation import evaluate as evaluate
-    from fastarat.nets.batchnorm import SplitBatchNorm2d as SplitBatchNorm2d
-    from fastarat.nets.batchnorm import branch as branch
-    from fastarat.nets.batchnorm import split_batchnorm as split_batchnorm
+    from fastarat.evaluation import Evaluation as Evaluation, evaluate as evaluate
+    from fastarat.nets.batchnorm import (
+        SplitBatchNorm2d as SplitBatchNorm2d,
+        branch as branch,
+        split_batchnorm as split_batchnorm,
+    )
     from fastarat.nets.models import build_model as build_model
-    from fastarat.specs import Attack as Attack
-    from fastarat.specs import Fast as Fast
-    from fastarat.training import Result as Result
-    from fastarat.training import train as train
+    from fastarat.specs import Attack as Attack, Fast as Fast
+    from fastarat.training import Result as Result, train as train
 
     __version__: str
 else:  # out of a type checker's sight, which would take any name for one that `__getattr__` knows

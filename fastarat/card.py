@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-from fractions import Fraction
 
 import torch
 
 from fastarat.config import Config
 from fastarat.data import Dataset, Loader
 from fastarat.engine.step import TrainStep
-from fastarat.evaluation import attack_title
+from fastarat.evaluation import attack_title, in_pixels
 from fastarat.kernels import why_not_triton
 from fastarat.nets.batchnorm import BatchNorm2d
 from fastarat.released import card_rows
@@ -48,6 +46,8 @@ def card(
     config: resolved. step: built of it. precision_note: what it computes in, and why. swa_plan: first epoch and steps
     between snapshots.
     """
+    on, off = fast_paths(step)
+    paths = {"fast paths on": ", ".join(on), "fast paths off": "; ".join(off)}
     rows = {
         **_method(config, step),
         **_data(config, step, dataset, loader),
@@ -62,7 +62,7 @@ def card(
             precision=step.fast.precision,
             num_train=len(dataset.train),
         ),
-        **_fast_paths(config, step),
+        **{name: text for name, text in paths.items() if text},
         "seed": str(config.seed),
         "run folder": str(config.out),
     }
@@ -160,11 +160,8 @@ def accuracy_name(key: str) -> str:
 
 def pixels(value: float) -> str:
     """Format a length in pixel units, as a fraction of 255 where it is one: 8/255 (0.03137)."""
-    top = value * 255
-    if math.isclose(top, round(top), abs_tol=1e-6) and round(top) > 0:
-        return f"{round(top)}/255 ({value:.5f})"
-    fraction = Fraction(value).limit_denominator(1000)
-    return f"{value:.5g}" if abs(float(fraction) - value) > 1e-9 else f"{float(fraction):.5g}"
+    typed = in_pixels(value)
+    return f"{typed} ({value:.5f})" if "/" in typed else typed
 
 
 def _device_name(device: torch.device) -> str:
@@ -173,26 +170,25 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def _fast_paths(config: Config, step: TrainStep) -> dict[str, str]:
+def fast_paths(step: TrainStep) -> tuple[list[str], list[str]]:
+    """Name the fast paths that a step takes, and those it was built without, with the reason."""
+    fast, captured = step.fast, not step.why_eager
+    # Layers of ours alone have a kernel: a timm network's BatchNorm is PyTorch's.
     layers = sum(isinstance(m, BatchNorm2d) for m in step.model.modules())
-    why = "asked for plain" if config.kernels == "plain" else why_not_triton(step.device)
+    why = "asked for plain" if fast.kernels == "plain" else why_not_triton(step.device)
     on = {
-        "channels-last": config.channels_last,
-        "one forward for [clean; adv]": config.defense.needs_clean,
-        "input gradients only in the attack": config.defense.attacks,
+        "channels-last": fast.channels_last,
+        "one forward for [clean; adv]": step.defense.needs_clean,
+        "input gradients only in the attack": step.defense.attacks,
         "BatchNorm folded into the attack's convolutions": step.attacker.folds,
-        "compiled loss": config.compile_loss,
-        "fake capture": not step.why_eager and config.capture == "fake",
-        "step captured as one CUDA graph": not step.why_eager and config.capture != "fake",
+        "compiled loss": fast.compile_loss,
+        "fake capture": captured and fast.capture == "fake",
+        "step captured as one CUDA graph": captured and fast.capture != "fake",
         f"fused BN+add+ReLU Triton kernels ({layers} layers)": layers and why is None,
     }
     off = {
-        "channels-last (asked for)": not config.channels_last,
+        "channels-last (asked for)": not fast.channels_last,
         f"captured step ({step.why_eager})": step.why_eager,
         f"Triton kernels ({why})": layers and why is not None,
     }
-    rows = {
-        "fast paths on": ", ".join(name for name, holds in on.items() if holds),
-        "fast paths off": "; ".join(name for name, holds in off.items() if holds),
-    }
-    return {name: text for name, text in rows.items() if text}
+    return [name for name, holds in on.items() if holds], [name for name, holds in off.items() if holds]

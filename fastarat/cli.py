@@ -34,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest known flag, and that makes flags of a dataclass's fields."""
 
     def __init__(self, **kwargs: Any) -> None:
+        # No abbreviations: --epo would change its meaning on the day that a second flag begins with it.
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -80,6 +81,7 @@ class _Parser(argparse.ArgumentParser):
             if default is not None and default is not False and default is not dataclasses.MISSING:
                 text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
             flag = "--" + name.replace("_", "-")
+            # % begins a substitution in argparse's help texts.
             group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
 
     def parse_fields(
@@ -123,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = _INTERRUPTED.get(argv[0] if argv else "", "nothing was written; the same command starts again")
         print(f"fastarat: interrupted; {kept}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+        return 130  # 128 + SIGINT, as shells have it
+    except BrokenPipeError:  # its output went into `head`, say: what was read was enough
         return 1
 
 
@@ -147,6 +149,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"unknown command {name!r}{nearest(name, commands) or '.'} Known: {', '.join(commands)}.")
     run, text = commands[name]
     if name != "doctor" and not {"-h", "--help"} & set(rest):
+        # Commands import for themselves, here and below: PyTorch takes seconds, which --version need not spend.
         from fastarat.training import one_process
 
         one_process()
@@ -177,6 +180,7 @@ def _train(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML with the same names; flags win over it")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder after its last checkpoint")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
+    # Read before the parser is complete: the defense, named in the file or on the line, decides which flags exist.
     file = _early(argv, "--config")
     from_file = c.read_yaml(file) if file else {}
     kind, _ = c.defense_of(_early(argv, "--defense") or from_file.get("defense", {}), file or "flags")
@@ -232,7 +236,7 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
         print(f"note: --limit {args.limit} is above the {len(dataset.test):,} test images: all of them are evaluated")
     run = Run.holding(args.run)
     where = Path(args.out) if args.out else run.evaluation(args.weights)
-    check_writable(where)
+    check_writable(where)  # before the evaluation, which may take hours
     result = evaluate(
         model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
         seed=args.seed, branch=args.branch, state_dir=run.state_dir, tf32=args.tf32,
@@ -241,10 +245,8 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     result.save(where)
     best = meta.get("best")
     chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
-    print(
-        f"{meta['defense']}, {meta['model']} ({args.weights}, epoch {meta['epoch']}{chosen}), {dataset.name} test set"
-    )
-    print(result.table())
+    of = f"{args.weights}, epoch {meta['epoch']}{chosen}"
+    print(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set\n{result.table()}")
     print(f"saved: {where}")
     return 0
 
@@ -309,7 +311,6 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
 
 
 def _report(parser: _Parser, argv: list[str]) -> int:
-    from fastarat.device import pick_device
     from fastarat.report import report
 
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -318,9 +319,7 @@ def _report(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--data-dir", help="default: the run's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     args = parser.parse(argv)
-    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
-    runs, device = [Path(run) for run in args.runs], pick_device(args.device)
-    where = report(runs, out, num_images=args.images, device=device, data_dir=args.data_dir)
+    where = report(args.runs, args.out, num_images=args.images, device=args.device, data_dir=args.data_dir)
     print(f"wrote {where}")
     return 0
 

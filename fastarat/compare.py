@@ -213,6 +213,7 @@ class _Runner:
         needs = self.plan("standard", seed, self.standard, self.out) if kind.starts_from else None
         defense: dict[str, Any] = {"name": bare}
         if needs is not None:
+            # One `standard` run per seed, for all rows that need one: they start from the very same weights.
             defense[kind.starts_from] = str(needs.config.out)
         values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": bool(plus)}
         source = "compare" if not settings else f"compare, {row} with {settings}"
@@ -258,6 +259,7 @@ class _Runner:
         """Train each trial and return what tuning maximises, from validation images; a diverged one has 0."""
         plans = []
         for row, settings, seed in trials:
+            # The settings are in the folder's name: a grid that is extended later finds what it has trained already.
             text = json.dumps(settings, sort_keys=True, default=str)
             tag = f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
             plans.append(self.plan(row, seed, settings, self.out / "tune", tag))
@@ -268,6 +270,7 @@ class _Runner:
         scores = []
         for plan in plans:
             if plan.name in failed:
+                # Kept with score 0 rather than left out, so that tune.md says what was tried and failed.
                 scores.append({"score": 0.0, "diverged": True})
                 continue
             found = plan.run.last_validation()
@@ -328,10 +331,12 @@ class _Runner:
         why = _last_line(log) or f"exit code {code}"
         if code < 0:
             why = f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
+        # The exit code alone does not tell: 1 is every stop while running, a full disk among them.
         diverged = code == 1 and why.startswith("training stopped")
         return Failure(why if diverged else f"{why} (log: {log})", diverged)
 
     def _call(self, command: list[str | Path], log: Path) -> int:
+        # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
         threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
         with open(log, "a") as file:
             return subprocess.run(
@@ -385,6 +390,7 @@ class _Runner:
         """Call `call` on every job, `parallel` at a time."""
         if self.parallel == 1:
             return [call(job) for job in jobs]
+        # Threads are enough: each of these jobs only waits for a process of its own.
         with ThreadPoolExecutor(self.parallel) as pool:
             return list(pool.map(call, jobs))
 
@@ -402,6 +408,7 @@ def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, A
         return None
     meta = run.meta(plan.which)
     saved = json.loads(file.read_text(encoding="utf-8"))
+    # The run's own epoch is among them: weights trained further make an evaluation old.
     found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
     asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
     asked |= {key: meta[key] for key in ("epoch", "epsilon", "norm")}

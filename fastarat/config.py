@@ -126,6 +126,7 @@ class Config(Fast):
     swa_config: SwaConfig = field(default_factory=SwaConfig)
 
     def __post_init__(self) -> None:
+        # Frozen for everybody else; a name, a dict or a class becomes a Defense here, from Python as from YAML.
         object.__setattr__(self, "defense", _build_defense(self.defense, "config"))
         for name, hint in hints_of(Config).items():
             part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
@@ -164,19 +165,16 @@ class Config(Fast):
         return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)})
 
     def _check_weight_perturbation(self) -> None:
-        if self.awp is None:
-            if self.awp_warmup:
-                raise UserError(
-                    f"awp_warmup={self.awp_warmup}: there is no weight perturbation to wait for; leave it out, or set "
-                    "--awp"
-                )
-            return
-        if not self.defense.attacks:
+        if self.awp is None and self.awp_warmup:
+            raise UserError(
+                f"awp_warmup={self.awp_warmup}: there is no weight perturbation to wait for; leave it out, or set --awp"
+            )
+        if self.awp is not None and not self.defense.attacks:
             raise UserError(
                 f"awp={self.awp:g}: the defense {self.defense.name} has no attack, and the perturbation is of "
                 "adversarial training; leave it out, or choose another --defense"
             )
-        if self.epochs is not None and self.awp_warmup >= self.epochs:
+        if self.awp is not None and self.epochs is not None and self.awp_warmup >= self.epochs:
             raise UserError(
                 f"awp_warmup={self.awp_warmup}: weights would never be perturbed in a run of "
                 f"{counted(self.epochs, 'epoch')}; write a smaller number, or leave --awp out"
@@ -203,11 +201,13 @@ def _defense_from_file(name: str) -> type[Defense]:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file: a defense of your own is named FILE.py:CLASS")
     module = importlib.util.module_from_spec(spec)
+    # Registered before it runs: dataclasses look their module up by name while the class is being made.
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    # Only by name, not the file's only class: a file may import the defense that it derives from.
     found = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Defense) and c is not Defense]
     if cls not in found:
         raise UserError(
@@ -231,6 +231,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if isinstance(value, Defense):
+            # asdict would turn the defense into its fields alone, and lose which one it was.
             value = {"name": defense_key(value), **to_dict(value)}
         elif dataclasses.is_dataclass(value):
             value = to_dict(value)
@@ -293,6 +294,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read config {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
+        # YAML 1.1: `off` arrives as False and 1e-3, for want of a point, as text. `coerce` knows both.
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

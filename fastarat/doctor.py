@@ -94,7 +94,7 @@ def _triton(device: torch.device) -> Found:
     from fastarat.kernels import why_not_triton
 
     reason = why_not_triton(device)
-    version = _version("triton")
+    version = version_of("triton")
     if reason is None:
         does = "fused split BatchNorm and PGD update, the stem's input gradient, SGD that writes bf16 weights"
         return "used", f"{version}: {does}", ""
@@ -171,7 +171,7 @@ def _apex(device: torch.device) -> Found:
         return "not used", f"{problem or 'installed without its CUDA extensions'}; {instead}", APEX_MEND
     if device.type != "cuda":
         return "not used", f"FusedSGD runs on CUDA only; {instead}", "run on an NVIDIA GPU"
-    return "used", f"{_version('apex')}: FusedSGD", ""
+    return "used", f"{version_of('apex')}: FusedSGD", ""
 
 
 def _autoattack(device: torch.device) -> Found:
@@ -179,7 +179,7 @@ def _autoattack(device: torch.device) -> Found:
     for name in ("pyautoattack", "autoattack"):
         module, problem = _try_import(name)
         if module is not None:
-            return "used", f"{_version(name, module)} ({name}), the authors' code", ""
+            return "used", f"{version_of(name, module)} ({name}), the authors' code", ""
         problems.append((name, problem))
     broken = [f"{name} {problem}" for name, problem in problems if problem != "not installed"]
     mend = "pip install pyautoattack"
@@ -193,7 +193,7 @@ def _package(module: str, use: str, instead: str, mend: str) -> Look:
 
     def look(device: torch.device) -> Found:
         found, problem = _try_import(module)
-        version = _version(module.split(".")[-1], found)
+        version = version_of(module.split(".")[-1], found)
         if found is not None:
             return "used", f"{version}: {use}", ""
         return ("not used" if version else "missing"), f"{problem}; {instead}", mend
@@ -206,6 +206,7 @@ def _try_import(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
+        # A missing dependency of an installed package raises the same error; only the name tells the two apart.
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             return None, "not installed"
         return None, f"is installed but fails to import: {_one_line(error)}"
@@ -213,7 +214,7 @@ def _try_import(name: str) -> tuple[ModuleType | None, str]:
         return None, f"is installed but fails to import: {_one_line(error)}"
 
 
-def _version(package: str, module: ModuleType | None = None) -> str:
+def version_of(package: str, module: ModuleType | None = None) -> str:
     """Return the version of an installed package, or "" when there is none."""
     try:
         return metadata.version(package)

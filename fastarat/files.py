@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(partial)
         with open(partial, "rb+") as file:
+            # Without it some file systems rename first and write later: a power cut leaves an empty file of the right
+            # name.
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
@@ -44,15 +47,20 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def make_writable(folder: Path) -> None:
-    """Make a folder and find out, before the work rather than after it, whether files can be written there."""
+def make_writable(folder: Path, file: Path | None = None) -> None:
+    """Make a folder and find out, before the work rather than after it, whether files (`file`) can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # of no name, so that two processes may ask at once
+            pass
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+        why = error.strerror or error
+        told = (
+            f"{file}: {why}; make room or choose another place"
+            if file
+            else f"to {folder}: {why}. Choose another --out."
+        )
+        raise UserError(f"cannot write {told}") from error
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -80,6 +88,7 @@ _KINDS = (
 def check_kind(path: Path) -> None:
     """Raise UserError for a file whose first bytes say that it is something else than a checkpoint."""
     with open(path, "rb") as file:
+        # Enough for a tar header, whose mark stands at byte 257.
         head = file.read(512)
     found = next((what for magic, what in _KINDS if head.lstrip().startswith(magic)), None)
     if not head:
@@ -151,6 +160,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check_kind(path)
     try:
         with safe_open(path, "pt") as file:
+            # Metadata of the format is text by text, so ours is one entry of JSON.
             meta = (file.metadata() or {}).get("fastarat")
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -165,6 +175,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Load a state dict strictly. Raises: UserError naming the first difference when the architectures differ."""
     own = model.state_dict()
+    # Before load_state_dict, whose error lists every key of a wide network; the first one says enough.
     for key in own:
         if key not in weights:
             raise UserError(f"{path} is of another architecture: it has no {key!r}; check --model and --defense")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from fastarat.config import Config
@@ -26,18 +27,10 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     model = config.model or ("resnet18" if size >= 32 else "resnet-small")
     recipe_name = config.optim.recipe or default_recipe(config, model)
     recipe = recipe_of(recipe_name)
-    optim = dataclasses.replace(
-        config.optim,
-        recipe=recipe_name,
-        lr=recipe.lr if config.optim.lr is None else config.optim.lr,
-        weight_decay=recipe.weight_decay if config.optim.weight_decay is None else config.optim.weight_decay,
-        momentum=None
-        if recipe.one_cycle
-        else recipe.momentum
-        if config.optim.momentum is None
-        else config.optim.momentum,
-        nesterov=recipe.nesterov if config.optim.nesterov is None else config.optim.nesterov,
-    )
+    # A one-cycle recipe moves the momentum by itself: there it stays unset, which `momentum_at` reads as the recipe's.
+    follows = ("lr", "weight_decay", "nesterov", *(() if recipe.one_cycle else ("momentum",)))
+    unset = {name: getattr(recipe, name) for name in follows if getattr(config.optim, name) is None}
+    optim = dataclasses.replace(config.optim, recipe=recipe_name, **unset)
     name = f"{dataset.name}-{model}-{config.defense.name or type(config.defense).__name__.lower()}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     return dataclasses.replace(
@@ -63,6 +56,7 @@ def departures(
     """
     added = (*_averages(config, swa_every), *_weight_perturbation(config))
     defense = config.defense
+    # By type, not isinstance: a subclass of TRADES is its author's, and departs in ways not known here.
     if type(defense) not in DEFENSES.values():
         return added or None
     settings = Settings(
@@ -84,18 +78,15 @@ def departures(
     return (*own, *defense.departures(settings), *added, *_common(config, precision or config.precision, num_train))
 
 
-def _common(config: Config, precision: str, num_train: int | None) -> tuple[str, ...]:
+def _common(config: Config, precision: str, num_train: int | None) -> Iterator[str]:
     """Where a run departs from every release."""
-    found: tuple[str, ...] = ()
     if precision != "fp32":
-        found += (f"precision {precision}: the releases run in float32 throughout (--precision fp32)",)
+        yield f"precision {precision}: the releases run in float32 throughout (--precision fp32)"
     if held := config.eval.val_images:
         of = "" if num_train is None else f" of {held + num_train:,}"
-        found += (
-            f"{held:,}{of} training images are held out for validation; the releases train on all "
-            "(--eval.val-images 0)",
+        yield (
+            f"{held:,}{of} training images are held out for validation; the releases train on all (--eval.val-images 0)"
         )
-    return found
 
 
 def _changed(config: Config, settings: Settings) -> list[str]:
@@ -120,6 +111,7 @@ def _changed(config: Config, settings: Settings) -> list[str]:
     found += [
         ("optim.recipe", optim.recipe, default_recipe(config, settings.model)),
         ("optim.lr", optim.lr, recipe.lr),
+        # A warm-up of 0 changes nothing in a recipe whose first epoch has the full rate.
         ("optim.warmup", optim.warmup, 0 if optim.warmup == 0 and recipe.warmup == 1.0 else None),
         ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
         ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),
@@ -152,56 +144,52 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _averages(config: Config, swa_every: int) -> tuple[str, ...]:
-    found: tuple[str, ...] = ()
-    if config.swa:
-        if not config.swa_config.exact:
-            found += (
-                "SWA: while BatchNorm is re-estimated the attack's forwards leave the statistics alone; in AR-AT's "
-                "release they move them, and dominate (--swa-config.exact)",
-            )
-        if config.swa_config.start != 0.75 or swa_every != 500:
-            found += (
-                f"SWA: a snapshot every {swa_every} steps from {config.swa_config.start:.0%} of the run on; AR-AT's "
-                "release has 500 and 75% (--swa-config.every 500 --swa-config.start 0.75)",
-            )
-        if config.defense.name != "ar-at":
-            found += (
-                "SWA is AR-AT's; the code that averages other adversarial training takes a snapshot per epoch and "
-                "re-estimates BatchNorm on clean images",
-            )
+def _averages(config: Config, swa_every: int) -> Iterator[str]:
+    if config.swa and not config.swa_config.exact:
+        yield (
+            "SWA: while BatchNorm is re-estimated the attack's forwards leave the statistics alone; in AR-AT's "
+            "release they move them, and dominate (--swa-config.exact)"
+        )
+    if config.swa and (config.swa_config.start != 0.75 or swa_every != 500):
+        yield (
+            f"SWA: a snapshot every {swa_every} steps from {config.swa_config.start:.0%} of the run on; AR-AT's "
+            "release has 500 and 75% (--swa-config.every 500 --swa-config.start 0.75)"
+        )
+    if config.swa and config.defense.name != "ar-at":
+        yield (
+            "SWA is AR-AT's; the code that averages other adversarial training takes a snapshot per epoch and "
+            "re-estimates BatchNorm on clean images"
+        )
     if config.ema is not None:
-        found += ("EMA: no release here keeps one; the weights that are trained do not depend on it",)
-    return found
+        yield "EMA: no release here keeps one; the weights that are trained do not depend on it"
 
 
 _AWP = {"at": (0.01, 0), "trades": (0.005, 10)}
 
 
-def _weight_perturbation(config: Config) -> tuple[str, ...]:
+def _weight_perturbation(config: Config) -> Iterator[str]:
+    name, recipe = config.defense.name, config.optim.recipe
     if config.awp is None:
-        return ()
-    name, found = config.defense.name, ()
-    if name not in (*_AWP, "mart"):
-        return ("AWP was released for at, trades and mart: with another defense it is our combination",)
-    if name == "mart":
-        found += (f"AWP: gamma_w {config.awp:g} is our choice: the one mart was released with is not established",)
+        return
     if name in _AWP and (config.awp, config.awp_warmup) != _AWP[name]:
         gamma, warmup = _AWP[name]
-        found += (
+        yield (
             f"AWP: gamma_w {config.awp:g} after {config.awp_warmup} epochs; its release has {gamma:g} after {warmup} "
-            f"for {name} (--awp {gamma:g} --awp-warmup {warmup})",
+            f"for {name} (--awp {gamma:g} --awp-warmup {warmup})"
         )
-    if name == "at" and config.optim.recipe != "rice":
-        found += ("AWP: its release trains at by the schedule rice (--optim.recipe rice)",)
-    if name == "trades":
-        if config.optim.recipe != "cure-200":
-            found += (
+    if name == "mart":
+        yield f"AWP: gamma_w {config.awp:g} is our choice: the one mart was released with is not established"
+    elif name == "at" and recipe != "rice":
+        yield "AWP: its release trains at by the schedule rice (--optim.recipe rice)"
+    elif name == "trades":
+        if recipe != "cure-200":
+            yield (
                 "AWP: its release trains trades for 200 epochs, a tenth from 100 and a hundredth from 150, with weight "
-                "decay 5e-4 (the same: --optim.recipe cure-200)",
+                "decay 5e-4 (the same: --optim.recipe cure-200)"
             )
-        found += ("AWP: in its release the running statistics of trades move in the order adv, clean, clean",)
-    return found
+        yield "AWP: in its release the running statistics of trades move in the order adv, clean, clean"
+    elif name != "at":
+        yield "AWP was released for at, trades and mart: with another defense it is our combination"
 
 
 def card_rows(config: Config, image_size: int, swa_every: int = 500, **of_run: Any) -> dict[str, str]:

@@ -99,6 +99,8 @@ class Run:
 
     def save(self, which: str, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write NAME.safetensors (weights) and NAME.pt (everything), each whole or not at all, weights first."""
+        # Weights first: a kill in between leaves the older .pt, from which a resumed run makes these same weights
+        # again.
         self.save_weights(which, state["step"]["model"], {**meta, "epoch": state["epoch"]})
         write_atomic(self.checkpoint(which), lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
 
@@ -118,6 +120,7 @@ class Run:
         config = self.read_config()
         if config is None or not self.checkpoint().is_file():
             return False
+        # By the checkpoint and not by metrics.jsonl, which may be a line ahead of what can be resumed.
         done = self.load()["epoch"] >= (config.epochs or 0)
         return done and (not config.swa or self.weights("swa").is_file())
 
@@ -188,6 +191,7 @@ class Run:
             settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
             for key in {*accuracy, *settings.get("attacks", {}).values()}:
                 wilson(float(accuracy[key]), count)
+            # What the report and the export will read, tried here, where the file's name is at hand for the error.
             _ = str(settings["norm"]), float(settings["epsilon"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(
@@ -269,21 +273,22 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
             there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
             raise UserError(f"{path} has no {which} weights (there: {there})")
     weights, meta = load_weights(file)
-    mean = [0.0] * meta["in_channels"] if meta["normalized"] else None
-    model = build_model(
-        meta["model"],
-        num_classes=meta["num_classes"],
-        in_channels=meta["in_channels"],
-        image_size=meta["image_size"],
-        mean=mean,
-        std=None if mean is None else [1.0] * len(mean),
-    )
-    if meta["branches"]:
-        split_batchnorm(model, meta["branches"])
+    model = network_of(meta)
     load_into(model, weights, file)
-    # torch's stubs of Module.to forget memory_format.
-    model = model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return model, meta, run.read_config()
+
+
+def network_of(meta: dict[str, Any]) -> nn.Module:
+    """Build the network that `meta_of` describes, channels-last and in eval mode, its weights still to be loaded."""
+    # The mean and the deviation are buffers: loading the weights puts the true ones in.
+    unit = [1.0] * meta["in_channels"] if meta["normalized"] else None
+    sizes = {key: meta[key] for key in ("num_classes", "in_channels", "image_size")}
+    model = build_model(meta["model"], **sizes, mean=unit, std=unit)
+    if meta["branches"]:
+        # Split before loading: the adversarial branch has the ordinary names, so an unsplit network would load half.
+        split_batchnorm(model, meta["branches"])
+    # torch's stubs of Module.to forget memory_format.
+    return model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None:

@@ -6,7 +6,7 @@ Epochs count from 1. Sources: the released code named in each recipe.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastarat.errors import unknown
 
@@ -41,8 +41,10 @@ class Recipe:
         """The share of `lr` at `step` (from 0) of `steps` in `epoch` (from 1) of `epochs`. warmup: as in `lr_at`."""
         if self.one_cycle:
             return self.cycled(epoch, epochs, first=1 / 25, top=1.0, last=1 / 250_000)
+        # None is not 0: None leaves the recipe's own first epoch as it is, 0 takes it away.
         if warmup is None and epoch == 1 and self.warmup != 1.0:
             return self.warmup
+        # The released codes that go by the step set its rate before it, from the epoch's share that it will complete.
         position = (epoch - 1) + ((step + 1) / steps if self.per_step else 0.0)
         current = 1.0
         for first, factor in self.drops_in(epochs):
@@ -76,47 +78,35 @@ class Recipe:
         return high + (low - high) * (1 + math.cos(math.pi * share)) / 2
 
 
+_LBGAT = ((76, 0.1), (91, 0.01))
+# Both in their codes' own counting, where the factor holds from the epoch named on.
+_TRADES = ((75, 0.1), (90, 0.01), (100, 0.001))
+_AS_TABLED = Recipe(epochs=100, warmup=0.2, drops=_LBGAT, source="AR-AT released code, as its table intends")
 RECIPES: dict[str, Recipe] = {
     # The released table intends the drops one epoch earlier; its scheduler is stepped with the finished epoch's number.
-    "arat": Recipe(
-        epochs=100,
-        warmup=0.2,
+    "arat": replace(
+        _AS_TABLED,
         drops=((77, 0.1), (92, 0.01)),
         source="AR-AT released code, as executed (every drop one epoch after its table)",
     ),
-    "arat-intended": Recipe(
-        epochs=100, warmup=0.2, drops=((76, 0.1), (91, 0.01)), source="AR-AT released code, as its table intends"
-    ),
-    "lbgat": Recipe(
-        epochs=100, warmup=0.2, drops=((76, 0.1), (91, 0.01)), weight_decay=2e-4, source="LBGAT released code"
-    ),
+    "arat-intended": _AS_TABLED,
+    "lbgat": replace(_AS_TABLED, weight_decay=2e-4, source="LBGAT released code"),
     "trades": Recipe(
         epochs=100,
-        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
+        drops=_TRADES,
         weight_decay=2e-4,
         unscaled=(76, 120),
         source="TRADES released code at 100 epochs, our choice for networks it was not released with",
     ),
     "trades-wrn": Recipe(
         epochs=76,
-        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
+        drops=_TRADES,
         weight_decay=2e-4,
         unscaled=(100, 120),
         source="TRADES released code, WRN-34-10 (stops one epoch after the first drop)",
     ),
-    "mart": Recipe(
-        epochs=120,
-        lr=0.01,
-        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
-        weight_decay=3.5e-3,
-        source="MART released code, ResNet-18",
-    ),
-    "mart-wrn": Recipe(
-        epochs=90,
-        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
-        weight_decay=7e-4,
-        source="MART released code, WRN-34-10",
-    ),
+    "mart": Recipe(epochs=120, lr=0.01, drops=_TRADES, weight_decay=3.5e-3, source="MART released code, ResNet-18"),
+    "mart-wrn": Recipe(epochs=90, drops=_TRADES, weight_decay=7e-4, source="MART released code, WRN-34-10"),
     "rice": Recipe(
         epochs=200, drops=((101, 0.1), (151, 0.01)), per_step=True, source="robust-overfitting released code"
     ),
@@ -135,12 +125,7 @@ RECIPES: dict[str, Recipe] = {
     "cure-200": Recipe(
         epochs=200, drops=((100, 0.1), (150, 0.01)), source="CURE released code, the defaults of its arguments"
     ),
-    "vir": Recipe(
-        epochs=115,
-        drops=((75, 0.1), (90, 0.01), (100, 0.001)),
-        weight_decay=7e-4,
-        source="VIR released code",
-    ),
+    "vir": Recipe(epochs=115, drops=_TRADES, weight_decay=7e-4, source="VIR released code"),
     "ca-at": Recipe(
         epochs=200,
         one_cycle=0.025,

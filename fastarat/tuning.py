@@ -53,6 +53,7 @@ def grids_of(defenses: Sequence[str], tune: Mapping[str, Sequence[Any]]) -> dict
         if isinstance(values, str) or not values:
             raise UserError(f"tune: {name}={values!r}: expected a list of values")
         part, _, field = key.partition(".")
+        # The threat model, the data and the length stay out: choosing those per row would compare different tasks.
         own = part == "defense" and field != "name" and bool(field)
         if not (own or (part == "optim" and field) or (part == "attack" and field in _TUNED) or part in _ADDED):
             raise UserError(
@@ -90,6 +91,8 @@ def choose(
             t["mean"] = statistics.fmean(r["score"] for r in t["runs"])
 
     add(tried, seeds[:1])
+    # One round of successive halving: most settings are seen to be bad with one seed, and luck decides only near the
+    # top.
     add({row: sorted(all_, key=lambda t: -t["mean"])[:FINALISTS] for row, all_ in tried.items()}, seeds[1:])
     chosen = {row: Choice(grid[0], []) for row, grid in grids.items()}
     for row, all_ in tried.items():

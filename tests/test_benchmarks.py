@@ -11,8 +11,7 @@ import pytest
 import torch
 from costs import Backwards
 
-from benchmarks import __main__ as harness
-from benchmarks import contestants, gates, plain, tables
+from benchmarks import __main__ as harness, contestants, gates, plain, tables
 from benchmarks.contestants import CASES, Case, Pairs, Setup, Work
 from fastarat.bench.bench import forward_flops
 from fastarat.bench.harness import Clock, Contestant

@@ -11,8 +11,7 @@ import time
 import pytest
 from costs import Backwards
 
-from benchmarks import __main__ as harness
-from benchmarks import gates, rungs, tables
+from benchmarks import __main__ as harness, gates, rungs, tables
 
 
 def tiny(defense: str, num_steps: int = 10) -> gates.Setup:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +30,13 @@ from fastarat.bench.harness import (
     race_phases,
     warmed,
 )
+from fastarat.card import fast_paths
 from fastarat.config import from_dict, resolve_defense
-from fastarat.data import Augment, Batch, Loader, Split, make_loader
+from fastarat.data import Augment, Split, make_loader
 from fastarat.defenses import Defense
 from fastarat.device import backend_flags, pick_device, seeded_apart, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
-from fastarat.kernels import why_not_triton
 from fastarat.nets.models import build_model
 from fastarat.runs import load_start
 from fastarat.specs import Attack, Fast, known, setting
@@ -93,6 +94,7 @@ def cost_of(
     training = forwards + 2 * backwards
     terms.append(f"{forwards} forward + 2 x {backwards} backward")
     if awp and defense.attacks:
+        # AWP's ascent is a training pass of its own, whose gradients only move the weights apart.
         training *= 2
         terms.append("the same for AWP")
     teacher = teacher_forwards + 2 * teacher_backwards
@@ -121,7 +123,7 @@ def forward_flops(model: nn.Module, images: Tensor) -> int:
     return total
 
 
-def step_flops(step: TrainStep, example: Tensor, *, objective: str | None = None) -> tuple[float, Cost, int]:
+def step_flops(step: TrainStep, example: Tensor) -> tuple[float, Cost, int]:
     """Return FLOP per image of a training step by `cost_of`, that cost, and FLOP of one forward.
 
     example: float32 [1, C, H, W].
@@ -130,7 +132,7 @@ def step_flops(step: TrainStep, example: Tensor, *, objective: str | None = None
         step.defense,
         num_steps=step.spec.num_steps,
         num_restarts=step.spec.num_restarts,
-        objective=objective or step.spec.objective,
+        objective=step.spec.objective,
         awp=step.perturbation is not None,
     )
     # Copies: hooks and mode changes must not touch the network that is timed.
@@ -239,29 +241,15 @@ def make_step(config: BenchConfig, defense: Defense, device: torch.device, preci
         return TrainStep(model, defense, example, attack=config.attack, fast=fast, awp=config.awp)
 
 
-def _forever(loader: Loader) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
-
-
 def _measured(config: BenchConfig, defense: Defense, device: torch.device, precision: str) -> dict[str, Any]:
     clock, size, side, rounds = Clock(device), known(config.batch_size), config.image_size, known(config.repeats)
     split = random_split(size * (64 if device.type == "cuda" else 4), (3, side, side), config.num_classes)
-    batches = _forever(
-        make_loader(
-            split,
-            batch_size=size,
-            device=device,
-            kind="resident",
-            shuffle=True,
-            augment=Augment(4, True),
-            drop_last=True,
-        )
-    )
+    options: dict[str, Any] = {"shuffle": True, "augment": Augment(4, True), "drop_last": True}
+    loader = make_loader(split, batch_size=size, device=device, kind="resident", **options)
+    batches = chain.from_iterable(map(loader.epoch, count()))
     made: list[TrainStep] = []
 
+    # Built inside: `warmed` counts building, compiling and capturing as what comes before the first step.
     def build() -> Callable[[], None]:
         made.append(make_step(config, defense, device, precision))
         return once
@@ -275,13 +263,14 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
     _, warmup_s = warmed(build, device)
     step = made[0]
     ceiling = matmul_ceiling(device)
-    options = {"rounds": rounds, "shortest_s": 0.5, "calls_per_sample": config.steps}
-    timed = race({"loop": once}, clock, ceilings=[ceiling], **options)
+    timed = race(
+        {"loop": once}, clock, ceilings=[ceiling], rounds=rounds, shortest_s=0.5, calls_per_sample=config.steps
+    )
     found = {
         "precision": precision,
         "captured": not step.why_eager,
         "why_eager": step.why_eager,
-        "fast_paths": _fast_paths(config, step, device),
+        "fast_paths": fast_paths(step)[0],
         "repeats": config.repeats,
         "steps_per_sample": timed.calls["loop"],
         "warmup_s": warmup_s,
@@ -324,6 +313,7 @@ def phase_samples(
     labels = torch.randint(config.num_classes, shape[:1], generator=generator, device=device)
     reason = ""
     for capture in dict.fromkeys((config.capture, "off")):
+        # A step of its own: events in its graph cost a little, and the loop that is timed as a whole shall have none.
         step = make_step(dataclasses.replace(config, capture=capture), defense, device, precision)
         step.mark = marks = Marks(device)
         try:
@@ -336,19 +326,6 @@ def phase_samples(
         samples = {phase: s for phase, s in found["step"].items() if phase != "attack" or defense.attacks}
         return samples, ("the same step uncaptured" + reason) if step.why_eager else "the captured step"
     raise AssertionError("an eager step has phases")
-
-
-def _fast_paths(config: BenchConfig, step: TrainStep, device: torch.device) -> list[str]:
-    found = ["channels-last"] if config.channels_last else []
-    if config.kernels != "plain" and why_not_triton(device) is None:
-        found.append("Triton kernels")
-    if step.attacker.folds:
-        found.append("BatchNorm folded in the attack")
-    if not step.why_eager:
-        found.append("fake capture" if config.capture == "fake" else "one CUDA graph")
-    if config.compile_loss:
-        found.append("compiled loss")
-    return found
 
 
 def render(record: dict[str, Any]) -> str:

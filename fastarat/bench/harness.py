@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -23,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastarat.device import threads
-from fastarat.errors import UserError
-from fastarat.files import write_text
+from fastarat.doctor import version_of
+from fastarat.files import make_writable, write_text
 
 FORMAT = 1
 _SHORTEST_S = 0.01  # of a sample: below it, clocks and launches are what is measured
@@ -50,6 +49,7 @@ class Clock:
                 call()
             took, self.cpu_s = time.perf_counter() - start, (time.process_time() - start_cpu) / calls
             return took / calls
+        # Events, because a launch returns before its work is done: the clock on the wall would time the queue.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         begin.record()
@@ -91,6 +91,7 @@ class Marks:
 
 def quartiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
     """Return {"q1", "median", "q3"} of `values`, each times `scale`."""
+    # Inclusive: the samples are all there is, and with few of them the default reaches beyond the extremes.
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"q1": low * scale, "median": middle * scale, "q3": high * scale}
 
@@ -120,6 +121,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype | None = None, *, sm
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     name = f"matmul {n}x{n}x{n} {str(dtype).removeprefix('torch.')}"
+    # Into a matrix of its own: an allocation per call is not the machine's rate.
     return Ceiling(name, lambda: torch.mm(a, b, out=out), 2.0 * n**3)
 
 
@@ -243,6 +245,7 @@ def race(
     a busy machine. deadline: of time.monotonic(); after it no round begins, from the third on.
     """
     inner = {name: calls_per_sample or max(1, math.ceil(shortest_s / clock(call, 1))) for name, call in calls.items()}
+    # The least of three: the first call also loads the library and chooses its algorithm.
     peaks = {c.name: (c.call, max(1, math.ceil(_SHORTEST_S / min(clock(c.call, 1) for _ in "abc")))) for c in ceilings}
     found = Race({name: [] for name in (*calls, *peaks)}, {name: [] for name in calls}, inner)
     names = list(calls)
@@ -251,6 +254,7 @@ def race(
             break
         for name, (call, count) in peaks.items():
             found.samples[name].append(clock(call, count))
+        # A rotation and not a shuffle: over the rounds everybody is first equally often.
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             found.samples[name].append(clock(calls[name], inner[name]))
@@ -259,12 +263,10 @@ def race(
     return found
 
 
-def race_phases(
-    calls: Mapping[str, tuple[Call, Marks]], *, rounds: int, warmups: int = 2
-) -> dict[str, dict[str, list[float]]]:
+def race_phases(calls: Mapping[str, tuple[Call, Marks]], *, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Time the phases that each call tells its marks, in turn: {name: {phase: [seconds, one a round]}}."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
-    for number in range(-warmups, rounds):
+    for number in range(-2, rounds):  # two to warm up
         for name, (call, marks) in calls.items():
             call()
             # Read after each call: a replayed graph sets the same marks again.
@@ -293,6 +295,7 @@ def profiled(call: Call, device: torch.device) -> list[tuple[str, str]]:
         if not cuda:
             if not e["name"].startswith("aten::") or e["ts"] < ends.get(e["tid"], 0):
                 continue
+            # An op that begins before the last outermost one of its thread has ended was called by it.
             ends[e["tid"]] = e["ts"] + e.get("dur", 0)
         found.append((kinds[e["cat"]], e["name"]))
     return found
@@ -321,6 +324,7 @@ def peak_memory(call: Call, device: torch.device) -> dict[str, Any]:
     except ImportError:
         return {"method": "not measured on this system", "peak_bytes": None}
     call()
+    # ru_maxrss counts bytes on macOS and kibibytes on Linux, whatever the manual says.
     unit = 1 if platform.system() == "Darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"method": "resident bytes of the whole process at most since it began", "peak_bytes": peak}
@@ -350,8 +354,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "ffcv": _version("ffcv"),
+        "triton": version_of("triton") or None,
+        "ffcv": version_of("ffcv") or None,
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -369,13 +373,6 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _said(*command: str, cwd: Path | None = None) -> str | None:
@@ -404,8 +401,5 @@ def _commit() -> str | None:
 
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Write JSON whole or not at all, so that a run stopped by the clock leaves its last complete state."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    make_writable(path.parent, path)
     write_text(path, json.dumps(record, indent=1) + "\n")

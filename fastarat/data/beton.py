@@ -116,6 +116,7 @@ def _mended(iterator: Any, loader: Any) -> tuple[type, type]:
 
         def generate_code(self) -> None:
             image = self.reader.metadata["f0"][:1]
+            # Numba compiles for the shape, and apart for one thread and for several: about a second each.
             key = (int(image["height"][0]), int(image["width"][0]), self.num_workers > 1)
             if key not in self.compiled:
                 super().generate_code()
@@ -151,6 +152,7 @@ def write(
         allocator = ffcv.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
         with allocator:
             for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+                # FFCV's image field knows three channels only; `FFCVLoader` drops the copies again.
                 sample = (np.broadcast_to(image, (height, width, 3)), int(label))
                 ffcv.handle_sample(sample, row, table.dtype.names, table, allocator, writer.fields)
         writer.metadata_sm.buf[:] = table.tobytes()
@@ -262,6 +264,8 @@ def read_split(path: Path, *, count: int, shape: tuple[int, int, int], num_class
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise corrupt(f"its labels lie in {labels.min()}..{labels.max()}, outside the {num_classes} classes")
     raw = image["mode"] == _RAW
+    # Allocations lie in the order of writing, rows in the order of images: they are matched by the rank of the
+    # address.
     sizes = allocations["size"][np.argsort(allocations["ptr"])][np.argsort(np.argsort(image["data_ptr"]))]
     if (
         not np.array_equal(np.sort(allocations["ptr"]), np.sort(image["data_ptr"]))
@@ -270,6 +274,7 @@ def read_split(path: Path, *, count: int, shape: tuple[int, int, int], num_class
         or (sizes[raw] != height * width * 3).any()
     ):
         raise corrupt("its table points outside the stored images")
+    # A copy: the table is a read-only view of the file's bytes, all of which the labels would keep alive.
     return Split(None, torch.from_numpy(labels.copy()), torch.arange(count), shape, path, bool(raw.all()))
 
 

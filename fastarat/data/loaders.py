@@ -23,6 +23,7 @@ from fastarat.errors import UserError, unknown
 LoaderKind = Literal["auto", "resident", "ffcv"]
 LOADERS: tuple[LoaderKind, ...] = get_args(LoaderKind)
 
+# The other three quarters are for the activations; FFCV streams what is larger.
 _RESIDENT_FRACTION = 0.25  # of the free device memory, or of the host's memory
 
 
@@ -60,6 +61,8 @@ def augment(images: Tensor, recipe: Augment | None, generator: torch.Generator |
     pixels = images.permute(0, 2, 3, 1)
     if recipe is not None and (recipe.padding or recipe.flip):
         device, padding = images.device, recipe.padding
+        # Crop and flip are one gather of whole pixels: slicing per image is a Python loop, and grid_sample
+        # interpolates.
         draw = partial(torch.randint, generator=generator, device=device)
         rows = torch.arange(height, device=device).expand(batch, height)
         columns = torch.arange(width, device=device).expand(batch, width)
@@ -111,6 +114,7 @@ class Loader:
         """Return the positions that epoch number `epoch` visits: int64 [N], on the CPU."""
         count = len(self.split)
         if self.shuffle:
+            # On the CPU, so that a run visits the same images in the same order on every device.
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             order = torch.randperm(count, generator=generator)
         else:
@@ -120,6 +124,7 @@ class Loader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of epoch number `epoch`, the last one short unless drop_last is set."""
         order = self.order(epoch)
+        # On the device, for speed: a GPU's crops and flips are others than a CPU's, by the same seed.
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "augment", epoch))
         indices = order.to(self.device).split(self.batch_size) if len(order) else ()
         pixels = self._pixels(order, indices)
@@ -143,6 +148,7 @@ class ResidentLoader(Loader):
     def __post_init__(self) -> None:
         super().__post_init__()
         images = self.split.images
+        # uint8 takes a quarter of float32's room; the division by 255 belongs to `augment`, on the batch alone.
         self._images = (_read_whole(self.split) if images is None else images).to(self.device)
 
     def _pixels(self, order: Tensor, indices: Sequence[Tensor]) -> Generator[Tensor, None, None]:
@@ -253,6 +259,7 @@ def _size(count: int) -> str:
 def mean_std(split: Split) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of the pixels, per channel, in [0, 1]."""
     loader = make_loader(split, batch_size=1024, device="cpu")
+    # In float64: the variance is a small difference of two large sums, of which float32 keeps few digits.
     total, square, count = *torch.zeros(2, dtype=torch.float64), 0
     for batch in loader.epoch(0):
         pixels_ = batch.images.double()

@@ -19,6 +19,7 @@ from fastarat.errors import UserError, unknown
 # download. Help texts and error messages take the names from here.
 SETS: dict[str, Callable[[str, Path, bool], Stored]] = {
     "digits": open_digits,
+    # The authors' binary archives rather than their Python ones, which are pickles: reading those runs their code.
     "cifar10": CifarArchive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         md5="c32a1d4ab5d03f1284b67883e8d87530",
@@ -71,6 +72,8 @@ def load_dataset(
             f"val_images={val_images} does not fit: {stored.name} has {count} training images to cut from: "
             f"write 0 to {count - 1}"
         )
+    # Cut by row and seed, never stored: every source of one data set, .beton files too, has the same validation
+    # images.
     train, val = (torch.from_numpy(rows) for rows in held_out(stored.train.labels.numpy(), val_images, val_seed))
     return Dataset(
         name=stored.name,

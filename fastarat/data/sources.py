@@ -83,6 +83,7 @@ class CifarArchive:
         wanted = {*self.train, *self.test, self.class_names}
         files: dict[str, bytes] = {}
         try:
+            # Read member by member and never extracted: no name in the archive can write outside the folder.
             with tarfile.open(path, "r:gz") as tar:
                 for member in tar:
                     file_name = PurePosixPath(member.name).name
@@ -145,6 +146,7 @@ def unpacked(path: Path, data_dir: Path) -> Path:
     folder = data_dir / "unpacked" / f"{path.name.split('.')[0]}-{key:016x}"
     if not folder.exists():
         make_folder(folder.parent)
+        # With the process's number, and renamed when done: two runs may unpack the same archive at once.
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             with tarfile.open(path) as tar:
@@ -178,6 +180,7 @@ def _subfolders(path: Path) -> list[Path]:
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
     """List the images of each class folder, at any depth in it; classes and files in order of their names."""
+    # Labels are positions in the sorted names, as in torchvision's ImageFolder: checkpoints of either agree.
     found: dict[str, list[Path]] = {}
     for class_folder in _subfolders(folder):
         files = [
@@ -230,6 +233,7 @@ def open_folder(root: Path, name: str, data_dir: Path, image_size: int | None) -
 
 def _decoded(root: Path, files: Sequence[Path], data_dir: Path, image_size: int | None) -> np.ndarray:
     """Decode images into uint8 [N, H, W, C], kept in data_dir until a file's name, size or time changes."""
+    # Names, sizes and times, not contents: hashing those would mean reading every image at each start.
     listing = hashlib.blake2b(digest_size=8)
     for file in files:
         stat = file.stat()
@@ -290,6 +294,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image, its pixels still to be read. Raises: UserError, also for what goes wrong while it is open."""
     try:
         with Image.open(path) as image:
+            # Converting 16 bits to 8, Pillow clips at 255 without a word: a dark image would come out white.
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are of mode {image.mode}, more than 8 bits")
             yield image

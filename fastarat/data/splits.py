@@ -102,7 +102,10 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     The parts are hashed (BLAKE2b) with their types and lengths, so neighbouring seeds and epochs give unrelated
     streams, ("a", "bc") and ("ab", "c") differ, and the value is the same on every machine and Python.
     """
+    # As JSON, because joined strings would make ("a", "bc") and ("ab", "c") one stream; int() because NumPy's
+    # integers are not JSON.
     text = json.dumps([int(seed), *(part if isinstance(part, str) else int(part) for part in parts)])
+    # The sign bit goes, so that the seed fits an int64 wherever it is stored.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -115,6 +118,7 @@ def stratified_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     sizes = np.bincount(labels)
     share = sizes * count / max(len(labels), 1)
     take = np.floor(share).astype(np.int64)
+    # Stable: of equal remainders the lower class gets the image, on every platform; quicksort leaves that open.
     take[np.argsort(take - share, kind="stable")[: count - take.sum()]] += 1
     chosen = [order[labels[order] == label][:number] for label, number in enumerate(take)]
     return np.sort(np.concatenate(chosen)).astype(np.int64)

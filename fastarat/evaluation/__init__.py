@@ -5,7 +5,7 @@ Every number is measured in eval mode and float32 with frozen parameters, around
 
 from fastarat.evaluation.checks import NonFinite
 from fastarat.evaluation.evaluate import Evaluation, adversarial_examples, check_writable, evaluate, wilson
-from fastarat.evaluation.task import attack_title, collect, parse_attacks
+from fastarat.evaluation.task import attack_title, collect, in_pixels, parse_attacks
 
 __all__ = [
     "Evaluation",
@@ -15,6 +15,7 @@ __all__ = [
     "check_writable",
     "collect",
     "evaluate",
+    "in_pixels",
     "parse_attacks",
     "wilson",
 ]

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +21,13 @@ import torch
 from torch import Tensor
 
 from fastarat.device import switched
+from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
 from fastarat.evaluation.task import Entry, Task, share
-from fastarat.files import write_atomic
+from fastarat.files import write_text
+
+_STATE = ("fingerprint", "robust", "pending", "done", "partial")
 
 
 def find_package() -> ModuleType:
@@ -39,12 +41,9 @@ def find_package() -> ModuleType:
     raise UserError("AutoAttack is not installed: run pip install pyautoattack")
 
 
-def version_of(package: ModuleType) -> str:
+def named_version(package: ModuleType) -> str:
     """Return name and version of the package, as results record them."""
-    try:
-        return f"{package.__name__} {metadata.version(package.__name__)}"
-    except metadata.PackageNotFoundError:
-        return f"{package.__name__} {getattr(package, '__version__', 'of unknown version')}"
+    return f"{package.__name__} {version_of(package.__name__, package)}"
 
 
 @dataclass
@@ -92,6 +91,7 @@ class AutoAttackRun:
                 began = time.perf_counter()
                 rows = torch.tensor(self.pending[: task.batch_size])
                 x, y = task.images[rows].to(task.device), task.labels[rows].to(task.device)
+                # Copies: the distance below must be from images that no attack has had in its hands.
                 points = _perturb(ensemble, member, x.clone(), y.clone())
                 distance = furthest(points, x, task.budget)
                 self.robust[rows] = (task.forward(points).argmax(1) == y).cpu()
@@ -116,10 +116,11 @@ class AutoAttackRun:
             "epsilon": task.budget.epsilon,
             "norm": task.budget.norm,
             "seed": task.seed,
+            # Each batch seeds the attacks again, so another batch size is another random start for most images.
             "batch_size": task.batch_size,
             "branch": task.branch,
             "tf32": task.tf32,
-            "package": version_of(self.package),
+            "package": named_version(self.package),
         }
         digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,14 +139,10 @@ class AutoAttackRun:
     def _save(self) -> None:
         if self.path is None:
             return
-        state = {
-            "fingerprint": self.fingerprint,
-            "robust": "".join("01"[flag] for flag in self.robust.tolist()),
-            "pending": self.pending,
-            "done": self.done,
-            "partial": self.partial,
-        }
-        write_atomic(self.path, lambda part: part.write_text(json.dumps(state)))
+        # A digit per image: this file is written anew after every batch, and a JSON list of booleans is seven times
+        # as long.
+        state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
+        write_text(self.path, json.dumps(state))
 
 
 def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
@@ -169,6 +166,7 @@ def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
 
 def build_ensemble(package: ModuleType, task: Task, num_classes: int) -> Any:
     """Return the official standard ensemble with everything its defaults would guess stated."""
+    # The original prints at every batch unless told; its successor has no such argument and logs instead.
     silent = {"verbose": False} if package.__name__ == "autoattack" else {}
     ensemble = package.AutoAttack(
         task.forward,
@@ -179,6 +177,7 @@ def build_ensemble(package: ModuleType, task: Task, num_classes: int) -> Any:
         device=str(task.device),
         **silent,
     )
+    # Nine is right for ten classes and more: with fewer it would ask for the logit of a class that is not there.
     ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(9, num_classes - 1)
     return ensemble
 
@@ -222,6 +221,7 @@ def _digest(tensors: dict[str, Any]) -> str:
     for name, value in tensors.items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
+            # Equal bytes under another dtype or shape are other weights.
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -230,7 +230,7 @@ def _digest(tensors: dict[str, Any]) -> str:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
-        if not {"fingerprint", "robust", "pending", "done", "partial"} <= state.keys():
+        if not {*_STATE} <= state.keys():
             raise ValueError("keys are missing")
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the AutoAttack state {path} ({error}): delete it to start again") from error

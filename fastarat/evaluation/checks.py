@@ -71,6 +71,7 @@ def check_model(task: Task, *, needs_gradient: bool) -> int:
                 "the logits do not depend on the images through autograd: gradient attacks cannot work; "
                 "remove detach(), no_grad() or quantisation from the model's forward"
             )
+        # The sum: a mean divides each image's gradient by the batch size, and a small one may then underflow to zero.
         (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x, allow_unused=True)
     zero = len(x) if grad is None else int((grad.flatten(1).abs().amax(1) == 0).sum())
     if zero:
@@ -98,8 +99,10 @@ def furthest(points: Tensor, images: Tensor, budget: Budget) -> float:
         # Both our projection and the official one take a float32 norm over C*H*W terms.
         distance, slack = delta.double().norm(dim=1).max().item(), slack + 1e-5 * budget.epsilon
     low, high = (v.item() for v in points.aminmax())
+    # Before the assertions, which NaN would fail with a text that blames our projection for the checkpoint's fault.
     if math.isnan(low):
         raise NonFinite("the model's input gradient is NaN: expected a finite one; check the checkpoint")
+    # Assertions: no input of a person's can bring these about, so a traceback is what is wanted.
     assert distance <= budget.epsilon + slack, f"perturbation {distance} exceeds epsilon {budget.epsilon}"
     assert -1e-6 <= low <= high <= 1 + 1e-6, f"adversarial images span [{low}, {high}]"
     return distance
@@ -121,6 +124,7 @@ def doubts(entries: Sequence[Entry], accuracy: dict[str, float], members: dict[s
                 "points the defense probably masks gradients"
             )
     if "square" in members:
+        # Members run in turn on what is left, so what square took is the drop from the lowest of the others.
         gap = min(v for k, v in members.items() if k != "square") - members["square"]
         if gap > SQUARE_GAP:
             notes.append(

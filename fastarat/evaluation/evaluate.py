@@ -6,7 +6,6 @@ Source: Madry et al., ICLR 2018 (PGD); Wilson, JASA 1927 (the interval).
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,10 +18,10 @@ from fastarat.attacks import pgd, random_start
 from fastarat.checks import input_channels
 from fastarat.device import pick_device
 from fastarat.errors import UserError
-from fastarat.evaluation.autoattack import AutoAttackRun, find_package, plan, version_of
+from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
-from fastarat.evaluation.task import Entry, Task, collect, device_of, parse_attacks, share
-from fastarat.files import write_atomic
+from fastarat.evaluation.task import Entry, Task, collect, device_of, in_pixels, parse_attacks, share
+from fastarat.files import make_writable, write_text
 from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
 
@@ -56,7 +55,7 @@ class Evaluation:
         """Write `to_json()` to `path`, whole or not at all. Raises: UserError where it cannot be written."""
         path = Path(path)
         check_writable(path)
-        write_atomic(path, lambda part: part.write_text(self.to_json() + "\n"))
+        write_text(path, self.to_json() + "\n")
         return path
 
     def table(self) -> str:
@@ -82,7 +81,7 @@ class Evaluation:
         lines.insert(1, "-" * len(lines[0]))
         s = self.settings
         lines.append(
-            f"{s['norm']} epsilon {_fraction(s['epsilon'])}, PGD step {_fraction(s['step_size'])}, "
+            f"{s['norm']} epsilon {in_pixels(s['epsilon'])}, PGD step {in_pixels(s['step_size'])}, "
             f"branch {s['branch']}, seed {s['seed']}, {s['precision']}, {s['device']}"
         )
         lines += [f"warning: {text}" for text in self.warnings]
@@ -135,6 +134,7 @@ def evaluate(
     batch_size, seed = whole("batch_size", batch_size), checked_seed(seed)
     progress, tf32 = coerce(progress, bool, "progress"), coerce(tf32, bool, "tf32")
     check_network(model)
+    # An hour of PGD should not end in the news that a package is missing.
     if any(e.members for e in entries):
         find_package()
     device = device_of(model) if device is None else pick_device(device)
@@ -162,10 +162,11 @@ def _measured(task: Task, entries: list[Entry], limit: int | None, state_dir: st
         "precision": "tf32" if task.tf32 else "float32",
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else task.device.type,
         "torch": torch.__version__,
-        "autoattack_package": version_of(find_package()) if plans else None,
+        "autoattack_package": named_version(find_package()) if plans else None,
     }
     result = Evaluation({}, len(task.labels), settings)
     began = time.perf_counter()
+    # Whatever was asked for: AutoAttack attacks what is correct so far, and `doubts` compares with clean accuracy.
     correct = torch.cat([_correct(task, x, y).cpu() for x, y in task.batches()])
     clean_wall_s = time.perf_counter() - began
     for entry in entries:
@@ -187,6 +188,7 @@ def _measured(task: Task, entries: list[Entry], limit: int | None, state_dir: st
                 result.autoattack.update({"clean": share(correct)} | {m: d["accuracy"] for m, d in done.items()})
                 result.wall_s.update({f"{name}/{m}": d["wall_s"] for m, d in done.items()})
         result.accuracy[entry.key] = share(robust)
+    # The same doubt may come up at every batch; a dict keeps the order, a set would not.
     notes = [*task.found, *doubts(entries, result.accuracy, result.autoattack, share(correct))]
     return replace(result, warnings=tuple(dict.fromkeys(notes)))
 
@@ -216,6 +218,7 @@ def adversarial_examples(
     check_network(model)
     check_data(model, images, labels)
     budget = checked_budget(epsilon, step_size, norm, shape=images.shape)
+    # The model's device rules here, not the images': `predicted` keeps its images on the CPU.
     images, device = images.detach(), device_of(model)
     task = Task(model, images, labels, budget, len(images), seed, branch, tf32=False, device=device, progress=False)
     with task.lent():
@@ -240,6 +243,7 @@ def _start(task: Task, images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _pgd(task: Task, images: Tensor, labels: Tensor, start: Tensor, num_steps: int) -> Tensor:
+    # The labels twice: kappa is counted by the first, the cross-entropy taken of the second.
     return pgd(task.forward, images, labels, labels, start, num_steps=num_steps, **task.budget._asdict()).images
 
 
@@ -253,6 +257,7 @@ def _pgd_robust(task: Task, entry: Entry) -> tuple[Tensor, float]:
             for _ in range(entry.num_restarts):
                 # For the whole batch, whatever is left of it: later batches must not depend on this one's success.
                 start = _start(task, x, generator)
+                # Only what has withstood every start so far is attacked again: an image counts once, at its worst.
                 rows = correct.nonzero().squeeze(1)
                 if len(rows):
                     points = _pgd(task, x[rows], y[rows], start[rows], entry.num_steps)
@@ -271,6 +276,8 @@ def wilson(share: float, num_images: int) -> tuple[float, float]:
     """
     from scipy.stats import binomtest  # here, because it takes more than a second to import
 
+    # Wilson's interval, because the usual one has no width at 0 and 100 %. The test wants counts, so the division is
+    # undone.
     interval = binomtest(round(share * num_images), num_images).proportion_ci(0.95, "wilson")
     return float(interval.low), float(interval.high)
 
@@ -279,15 +286,4 @@ def check_writable(path: Path) -> None:
     """Make the folder of `path`; raise UserError when a file cannot be written there. Nothing else changes."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another place") from error
-
-
-def _fraction(value: float) -> str:
-    """Return 0.031372 as `8/255`, and other values as they are."""
-    scaled = value * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 and scaled >= 0.5 else f"{value:g}"
+    make_writable(path.parent, path)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -68,12 +68,19 @@ def parse_attacks(attack: str) -> list[Entry]:
 
 
 def attack_title(key: str) -> str:
-    """Name what an accuracy was measured under: robust_acc_pgd20_r5 -> PGD-20 x5 restarts, clean_acc -> clean."""
-    name = key.removeprefix("robust_acc_")
+    """Name what an accuracy was measured under: robust_acc_pgd20_r5 -> PGD-20 x5 restarts, val/clean_acc -> clean."""
+    name = key.removeprefix("val/").removeprefix("robust_acc_")
     if found := re.fullmatch(r"pgd(\d+)(?:_r(\d+))?", name):
         return f"PGD-{found[1]}" + (f" x{found[2]} restarts" if found[2] else "")
     titles = {"clean_acc": "clean", "aa": "AutoAttack", "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab_t": "FAB-T"}
     return titles.get(name, name.capitalize())
+
+
+def in_pixels(value: float) -> str:
+    """Write a length in pixel units as one types it: 8/255, or 0.03 where it is no fraction of 255."""
+    # A tolerance, because 8/255 has passed through float32, or through JSON, on its way here.
+    top = round(value * 255)
+    return f"{top}/255" if top > 0 and abs(value * 255 - top) < 1e-6 else f"{value:.5g}"
 
 
 def collect(
@@ -107,9 +114,8 @@ def collect(
         )
     if len(split) == 0:
         raise UserError("the split holds no images: expected at least 1; give another split or val_images > 0")
-    wanted = evenly(len(split))
-    images = None if split.images is None else split.images[wanted]
-    split = replace(split, images=images, labels=split.labels[wanted], indices=split.indices[wanted])
+    split = split.take(evenly(len(split)))
+    # Not shuffled, not augmented, the last batch short: row i of the result is row i of the split.
     batches = make_loader(split, batch_size=batch_size, device="cpu").epoch(0)
     return torch.cat([b.images.contiguous() for b in batches]), split.labels
 
@@ -163,11 +169,14 @@ class Task:
             if p.is_floating_point() and p.dtype != torch.float32:
                 raise UserError(f"{name} is {p.dtype}: evaluation is in float32; call model.float() before evaluating")
         home = device_of(model)
+        # Each module's own: train(True) afterwards would also wake the BatchNorm layers that somebody had frozen.
         modes = [(m, m.training) for m in model.modules()]
         try:
             with (
+                # Inside a caller's inference mode no gradient exists, and enable_grad() does not bring it back.
                 torch.inference_mode(False),
                 seeded_apart(self.device),
+                # A caller's autocast would round the logits that an attack compares, to three digits in bf16.
                 torch.autocast(self.device.type, enabled=False),
                 float32_flags(self.tf32),
                 use_branch(model, self.branch),

@@ -21,10 +21,8 @@ from fastarat.errors import UserError, unknown
 from fastarat.evaluation import collect
 from fastarat.files import make_writable, save_weights, write_atomic, write_text
 from fastarat.interchange.importing import refuse_existing
-from fastarat.nets.batchnorm import branch as use_branch
-from fastarat.nets.batchnorm import set_backend, single_branch
-from fastarat.nets.models import build_model
-from fastarat.runs import Run, check_branch, dataset_of, load_network
+from fastarat.nets.batchnorm import branch as use_branch, set_backend, single_branch
+from fastarat.runs import Run, check_branch, dataset_of, load_network, network_of
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.
@@ -93,6 +91,7 @@ def _images(
         raise UserError(f"num_images={count}: expected 1 or more")
     shape = (meta["in_channels"], meta["image_size"], meta["image_size"])
     if format != "robustbench":
+        # Any images tell two networks apart; these need no data set, and a fixed seed makes a failure repeatable.
         return torch.rand((8, *shape), generator=torch.Generator().manual_seed(0))
     _architecture(meta)  # refuses before any work what RobustBench has no class for
     if config is None:
@@ -112,6 +111,7 @@ def _write_checked(
     def write(partial: Path) -> None:
         _write(partial, format, model, meta, images)
         difference = (_read_logits(partial, format, meta, images) - expected).abs().max().item()
+        # The expected logits set the scale: a network's logits may be of size 0.1 or 100.
         measured.extend((difference, difference / expected.abs().max().clamp(min=1e-30).item()))
         if not measured[1] <= TOLERANCE:
             raise UserError(
@@ -124,8 +124,10 @@ def _write_checked(
 
 
 def _write(path: Path, format: str, model: nn.Module, meta: dict[str, Any], images: Tensor) -> None:
+    # Contiguous, because the model is channels-last and safetensors refuses such strides.
     weights = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
     if format == "onnx":
+        # Two images: torch.export takes a dimension of size 1 for a constant, whatever is said of it.
         _write_onnx(model, images[:2], path, meta)
     elif format == "safetensors":
         save_weights(path, weights, meta)
@@ -146,13 +148,9 @@ def _read_logits(path: Path, format: str, meta: dict[str, Any], images: Tensor) 
 
 
 def rebuilt(weights: dict[str, Tensor], meta: dict[str, Any]) -> nn.Module:
-    unit = [1.0] * meta["in_channels"]
-    model = build_model(
-        meta["model"], num_classes=meta["num_classes"], in_channels=meta["in_channels"], image_size=meta["image_size"],
-        mean=unit if meta["normalized"] else None, std=unit if meta["normalized"] else None,
-    )  # fmt: skip
+    model = network_of(meta)
     model.load_state_dict(weights)
-    return model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model
 
 
 @torch.no_grad()
@@ -166,6 +164,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, meta: dict[str, An
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"--format onnx needs {package}: pip install 'fastarat[onnx]' ({error})") from error
+    # The exporter has no translation of our own operators, Triton or not; the plain twin is PyTorch's alone.
     set_backend(model, "plain")
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
@@ -225,9 +224,7 @@ def _entry(run: Run, which: str, out: Path, meta: dict[str, Any], count: int, di
         "x = (x - mu) / sigma before its forward"
     )
     rows = {
-        "Paper title": fill,
-        "Authors": fill,
-        "Venue, year, URL": fill,
+        **dict.fromkeys(("Paper title", "Authors", "Venue, year, URL"), fill),
         "Data set": meta["dataset"],
         "Architecture": f"{meta['model']}, `{_architecture(meta)}`",
         "Normalisation": normalisation if meta["normalized"] else "none; images in [0, 1]",
@@ -255,12 +252,13 @@ def measured(run: Run, which: str, meta: dict[str, Any]) -> tuple[str, str]:
         return todo, todo
     settings, accuracy = found["settings"], found["accuracy"]
     same = settings.get("branch") == branch and settings["norm"] == meta["norm"]
+    stale = ""
     if file.stat().st_mtime < run.weights(which).stat().st_mtime:
-        todo += f" ({file.name} is older than the weights)"
-        accuracy = {}
+        stale = "older than the weights"
     elif not same or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
-        todo += f" ({file.name} is of another branch or budget)"
-        accuracy = {}
+        stale = "of another branch or budget"
+    if stale:
+        todo, accuracy = f"{todo} ({file.name} is {stale})", {}
     whole = "the whole test set" if settings.get("limit") is None else "NOT the whole test set"
     told = f"on {found['num_images']:,} images ({whole})"
     clean, robust = (

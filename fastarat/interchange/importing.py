@@ -24,7 +24,9 @@ from fastarat.nets.models import build_model
 from fastarat.runs import Run
 from fastarat.values import checked_budget
 
+# In order of preference: some files hold the weights under one of these beside an optimiser under another.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
+# "1.": the network of nn.Sequential(normalise, network). "module.": DataParallel. "_orig_mod.": torch.compile.
 _PREFIX = re.compile(r"(module|model|net|network|_orig_mod|1)\.")
 _NORMALIZATION = re.compile(r"(?:(?:normalize|normalizer|normalization|norm|0)\.)?(mean|mu|std|sigma)")
 _STATE = re.compile(r"(?:(?P<module>.+?)(?:\.(?P<branch>clean|adv|base|base_adv))?\.)?(?P<leaf>[^.]+)")
@@ -108,6 +110,8 @@ def import_checkpoint(
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
     network = build_model(name, **size, mean=normalisation.get("mean"), std=normalisation.get("std"))
+    # After the network is known whole: its ordinary BatchNorm becomes the adversarial set, the published numbers'
+    # one.
     network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {
@@ -140,6 +144,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             check_kind(path)
             return load_file(path)
+        # Inside the block only: an allowance that stayed would weaken every later torch.load of the process.
         with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load_tensors(path)
@@ -185,12 +190,10 @@ def _unwrap(content: Any, path: Path, prefer: str, notes: list[str]) -> dict[str
     return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
 
 
-def _holds_tensors(value: Mapping, depth: int = 2) -> bool:
-    return any(
-        isinstance(v, Tensor) or (depth and isinstance(v, Mapping) and _holds_tensors(v, depth - 1))
-        for k, v in value.items()
-        if isinstance(k, str)
-    )
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    if not depth or not isinstance(value, Mapping):
+        return isinstance(value, Tensor)
+    return any(_holds_tensors(v, depth - 1) for k, v in value.items() if isinstance(k, str))
 
 
 def _strip(tensors: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
@@ -337,6 +340,7 @@ def _weights(parts: list[_Part], path: Path, notes: list[str]) -> dict[str, Tens
                 raise UserError(
                     f"{path}: {part.key!r} holds values that are not finite: the training diverged, or it is corrupt"
                 )
+            # Files in half precision are common; our BatchNorm and evaluation are float32 throughout.
             kinds |= {str(value.dtype)} - {"torch.float32"}
             value = value.float()
         weights[key], sources[key] = value, part.key

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from fastarat.report.subjects import NUM_STEPS, Examples, Subject, attack_of
+from fastarat.evaluation import attack_title
+from fastarat.report.subjects import NUM_STEPS, Examples, Subject
 
 DPI = 200
 RIGHT, WRONG = "#00694A", "#B3261E"
@@ -58,6 +59,7 @@ def curves_figure(runs: Sequence[Subject]) -> Figure:
     ]
     curves = _curves(runs)
     terms = "Terms of the loss" if any(run.terms for run in runs) else "Training loss"
+    # Figure, not pyplot: no window system is asked for, and no global list keeps the figure alive.
     figure = Figure(figsize=(_WIDTH_IN, 6.8), facecolor="white", layout="constrained")
     panels = figure.subplot_mosaic([["Training loss", terms], ["Clean accuracy", "Robust accuracy"]])
     shown: set[str] = set()
@@ -104,7 +106,7 @@ def _curves(runs: Sequence[Subject]) -> list[_Curve]:
           for i, key in enumerate(terms)),
         _Curve("Clean accuracy", "val/clean_acc", "validation"),
         _Curve("Clean accuracy", "train/clean_acc", "training batches", _DOTTED, hollow=True),
-        *(_Curve("Robust accuracy", key, f"validation, {attack_of(key)}", solid[i % len(solid)])
+        *(_Curve("Robust accuracy", key, f"validation, {attack_title(key)}", solid[i % len(solid)])
           for i, key in enumerate(attacks)),
         _Curve("Robust accuracy", "train/robust_acc", "training attack", _DOTTED, hollow=True),
     ]  # fmt: skip
@@ -150,6 +152,7 @@ def _spread(axes: Axes) -> bool:
 
 def _drops(runs: Sequence[Subject], styles: list[Style]) -> list[tuple[float, str, str]]:
     """Return where the learning rate drops, what to write there, and a colour: the run's when it is its alone."""
+    # Runs of one schedule share their lines: three on top of each other would only be a darker one.
     owners: dict[tuple[int, str], list[int]] = {}
     for number, run in enumerate(runs):
         for before, after in pairwise(run.metrics):
@@ -205,6 +208,7 @@ def _dress(axes: Axes, percent: bool) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         low, high = axes.get_ylim()
         wider = max(0.0, (10 - (high - low)) / 2)
+        # Ten points at least: on a tight axis half a point of noise looks like a trend.
         axes.set_ylim(max(low - wider, -2), min(high + wider, 102))
 
 

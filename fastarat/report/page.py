@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 
 from fastarat.device import pick_device
 from fastarat.errors import UserError
-from fastarat.evaluation import collect, wilson
+from fastarat.evaluation import attack_title, collect, wilson
 from fastarat.files import make_writable, write_atomic, write_text
 from fastarat.report.figures import DPI, curves_figure, examples_figure
-from fastarat.report.subjects import NUM_STEPS, Subject, attack_of, budget_of, first_per_class, load_data, predicted
-from fastarat.report.subjects import read as read_runs
+from fastarat.report.subjects import NUM_STEPS, Subject, budget_of, first_per_class, load_data, predicted, read
 
 # What run folders and data sets say (names, notes, cards) is text, never markup.
 _PAGES = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -48,15 +47,15 @@ def report(
     """
     if num_images < 1:
         raise UserError(f"num_images={num_images}: expected 1 or more test images in the grid")
+    device = pick_device(str(device or "auto"))
     paths = list({Path(run).resolve(): Path(run) for run in runs}.values())
     if not paths:
         raise UserError("no run given: expected one run folder or more")
-    subjects = read_runs(paths)
+    subjects = read(paths)
     folder = Path(out) if out is not None else paths[0] / "report"
     make_writable(folder)
 
     dataset = load_data(subjects[0], data_dir)
-    device = pick_device(str(device or "auto"))
     images, labels = collect(first_per_class(dataset.test, num_images))
     examples = [
         predicted(run.model, images, labels, epsilon=run.meta["epsilon"], norm=run.meta["norm"], device=device)
@@ -65,6 +64,7 @@ def report(
     figures = {"curves": curves_figure(subjects), "examples": examples_figure(subjects, examples, dataset.classes)}
     pictures = {name: _png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
+        # `picture` is bound now: a plain closure would see the loop's last one if it were ever called later.
         write_atomic(folder / f"{name}.png", lambda p, picture=picture: p.write_bytes(picture))
     evaluations = [result for run in subjects for result in run.evaluations.values()]
     page = _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -76,7 +76,7 @@ def report(
         num_steps=NUM_STEPS,
         evaluation=evaluation_rows(subjects),
         counts=sorted({result["num_images"] for result in evaluations}),
-        attacks=sorted({attack_of(run.robust_key) for run in subjects if run.robust_key}),
+        attacks=sorted({attack_title(run.robust_key) for run in subjects if run.robust_key}),
         metrics=metric_rows(subjects),
     )
     write_text(folder / "report.html", page)
@@ -101,13 +101,14 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
             for name, key in settings.get("attacks", {}).items():
                 value = result["accuracy"][key]
                 low, high = wilson(value, count)
-                attack = ["none (clean)", ""] if name == "clean" else [attack_of(key), budget_of(settings)]
+                attack = ["none (clean)", ""] if name == "clean" else [attack_title(key), budget_of(settings)]
                 rows.append([run.label, weights, *attack, f"{count:,}", f"{value:.2%}", f"{low:.2%} to {high:.2%}"])
     return rows
 
 
 def metric_rows(runs: Sequence[Subject]) -> list[list[str]]:
     """One row per metric of the last epoch, one column per run; validation last, and then the best epoch."""
+    # In the order they were logged; runs of different defenses have different terms.
     keys = list(dict.fromkeys(key for run in runs for key in run.metrics[-1]))
     keys.sort(key=lambda key: key.startswith("val/"))
     rows = []
@@ -120,7 +121,7 @@ def metric_rows(runs: Sequence[Subject]) -> list[list[str]]:
 def _best(best: dict[str, Any] | None) -> str:
     if best is None:
         return "none"
-    by = "clean" if best["by"] == "clean_acc" else f"under {attack_of(best['by'])}"
+    by = "clean" if best["by"] == "clean_acc" else f"under {attack_title(best['by'])}"
     return f"{best['epoch']} (chosen by {best['value']:.2%} {by})"
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastarat.card import pixels
 from fastarat.config import Config
 from fastarat.data import Dataset, Split
 from fastarat.errors import UserError
-from fastarat.evaluation import adversarial_examples, attack_title
+from fastarat.evaluation import adversarial_examples, in_pixels
 from fastarat.nets.batchnorm import branch
 from fastarat.runs import Run, dataset_of, load_network
 from fastarat.values import Norm
@@ -81,12 +80,7 @@ class Examples(NamedTuple):
 def budget_of(settings: dict[str, Any]) -> str:
     """Name the perturbations that `settings` (a run's metadata or an evaluation's) allow: L∞ ε = 8/255."""
     norm = {"linf": "L∞", "l2": "L2"}.get(settings["norm"], settings["norm"])
-    return f"{norm} ε = {pixels(settings['epsilon']).split(' ')[0]}"
-
-
-def attack_of(key: str) -> str:
-    """val/robust_acc_pgd10 -> PGD-10."""
-    return attack_title(key.removeprefix("val/"))
+    return f"{norm} ε = {in_pixels(settings['epsilon'])}"
 
 
 def read(paths: Sequence[Path]) -> list[Subject]:
@@ -112,6 +106,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     parts = [path.resolve().parts for path in paths]
     found = []
     for own in parts:
+        # runs/a/seed0 and runs/b/seed0 become a/seed0 and b/seed0.
         depth = 1
         while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
             depth += 1
@@ -177,13 +172,7 @@ def first_per_class(split: Split, num_images: int) -> Split:
     for row, label in enumerate(split.labels.tolist()):
         ranks.append((seen[label], label, row))
         seen[label] += 1
-    rows = torch.tensor([row for *_, row in sorted(ranks)[:num_images]])
-    return replace(
-        split,
-        images=None if split.images is None else split.images[rows],
-        labels=split.labels[rows],
-        indices=split.indices[rows],
-    )
+    return split.take(torch.tensor([row for *_, row in sorted(ranks)[:num_images]]))
 
 
 def predicted(
