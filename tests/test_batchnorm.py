@@ -165,11 +165,6 @@ def test_networks_that_cannot_be_split(model, words):
         split_batchnorm(model)
 
 
-def test_unknown_branch():
-    with pytest.raises(fastarat.UserError, match="clean, adv"), branch(split_batchnorm(plain_net()), "noisy"):
-        pass
-
-
 def test_branch_state_is_restored_after_an_error():
     model = split_batchnorm(plain_net()).eval()
     x = torch.rand(2, 3, 8, 8)

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from small import batch, small_model, step_of, trained
 
 import fastarat
 from fastarat.attacks import PGD
 from fastarat.config import OptimConfig
-from fastarat.nets.models import build_model
 
 CUDA = torch.cuda.is_available()
 MODES = ["fake", "cuda"] if CUDA else ["fake"]
@@ -25,34 +26,17 @@ def where(mode: str) -> torch.device:
     return torch.device("cuda" if mode == "cuda" else "cpu")
 
 
-def small_model(device="cpu", channels=3):
-    torch.manual_seed(0)
-    return build_model("resnet-small", num_classes=4, in_channels=channels).to(device)
-
-
-def batch(n=8, seed=0, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
-    images = torch.rand(n, 3, 8, 8, generator=g).to(memory_format=torch.channels_last)
-    return images.to(device), torch.randint(4, (n,), generator=g).to(device)
-
-
-def steps(mode, count=2, defense=None, **options):
-    """`count` equal training steps: the first eager, the rest captured."""
-    made = []
-    for i in range(count):
-        made.append(
-            fastarat.TrainStep(
-                small_model(where(mode)), defense or fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2,
-                capture=False if i == 0 else (mode if mode == "fake" else True),
-                # On a GPU, as in a captured step: a Python number has other digits.
-                optimizer=lambda p: torch.optim.SGD(
-                    p, lr=torch.tensor(0.1, device=where(mode)) if mode == "cuda" else 0.1, momentum=0.9,
-                    weight_decay=5e-4, fused=True,
-                ),
-                **options,
-            )
-        )  # fmt: skip
-    return made
+def steps(mode, defense=None):
+    """Two equal training steps: the first eager, the second captured."""
+    # On a GPU, as in a captured step: a Python number has other digits.
+    lr = torch.tensor(0.1, device="cuda") if mode == "cuda" else 0.1
+    return [
+        step_of(
+            defense, where(mode), num_steps=2, capture=capture,
+            optimizer=lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=5e-4, fused=True),
+        )
+        for capture in (False, mode if mode == "fake" else True)
+    ]  # fmt: skip
 
 
 def assert_equal_state(a, b, exact=True):
@@ -190,9 +174,9 @@ def test_loading_a_state_drops_the_graphs():
         step(*batch())
     fast.load_state_dict(copy.deepcopy(eager.state_dict()))
     assert not fast._run.graphs
-    seeds = [s.generator.manual_seed(3) for s in (eager, fast)]
-    assert len(seeds) == 2
-    eager(*batch(seed=4)), fast(*batch(seed=4))
+    for step in (eager, fast):
+        step.generator.manual_seed(3)
+        step(*batch(seed=4))
     assert_equal_state(eager, fast)
 
 
@@ -210,26 +194,18 @@ def test_what_cannot_be_captured_says_why():
         why_eager = "it asks an oracle"
 
     with pytest.raises(fastarat.UserError, match="it asks an oracle"):
-        fastarat.TrainStep(small_model(), Eager(), torch.empty(2, 3, 8, 8), capture=True)
-    step = fastarat.TrainStep(small_model(), Eager(), torch.empty(2, 3, 8, 8), capture="fake")
-    assert step.why_eager == "it asks an oracle"
+        step_of(Eager(), capture=True)
+    assert step_of(Eager(), capture="fake").why_eager == "it asks an oracle"
     if not CUDA:
         with pytest.raises(fastarat.UserError, match="cpu has no CUDA graphs"):
-            fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), capture=True)
+            step_of(fastarat.AT(), capture=True)
 
 
 def test_a_captured_run_has_the_weights_of_an_eager_one(tmp_path):
-    from safetensors.torch import load_file
-    from test_train import small
-
-    from fastarat.training import train
-
-    results = []
-    for capture in ("off", "fake"):
-        options = {"limit_train": 150, "epochs": 2, "capture": capture, "optim": OptimConfig(lr=0.05)}
-        result = train(small(tmp_path / capture, device="cpu", **options), progress=False)
-        results.append(load_file(result.run / "last.safetensors"))
-    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    options = {"limit_train": 150, "epochs": 2, "device": "cpu", "optim": OptimConfig(lr=0.05)}
+    runs = [trained(tmp_path / capture, capture=capture, **options) for capture in ("off", "fake")]
+    eager, captured = (load_file(run / "last.safetensors") for run in runs)
+    assert all(torch.equal(eager[k], captured[k]) for k in eager)
 
 
 @pytest.mark.parametrize("defense", [d for d, kind in fastarat.DEFENSES.items() if kind is not None])
@@ -237,7 +213,7 @@ def test_losses_compile_whole(defense):
     """fullgraph: no graph break; every term and gradient equal to the eager loss."""
     kind = fastarat.DEFENSES[defense]
     try:
-        step = fastarat.TrainStep(small_model(), kind(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2)
+        step = step_of(kind(), num_steps=2)
     except fastarat.UserError:
         return
     seen = []
@@ -255,12 +231,7 @@ def test_losses_compile_whole(defense):
 
 
 def test_a_step_with_a_compiled_loss_equals_the_eager_step():
-    eager, fast = (
-        fastarat.TrainStep(
-            small_model(), fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, compile_loss=c
-        )
-        for c in (False, True)
-    )
+    eager, fast = (step_of(compile_loss=compiled) for compiled in (False, True))
     for i in range(2):
         a, b = eager(*batch(seed=i)), fast(*batch(seed=i))
         for name in a:
@@ -271,10 +242,7 @@ def test_a_step_with_a_compiled_loss_equals_the_eager_step():
 def test_awp_by_hand():
     """Wu et al.: v = gamma_w ||w|| g / ||g|| per weight tensor; loss at w + v; step there; subtract the same v."""
     images, labels = batch()
-    step = fastarat.TrainStep(
-        small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, awp=0.01, attack_bn="eval",
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-    )  # fmt: skip
+    step = step_of(fastarat.AT(), awp=0.01, attack_bn="eval", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     by_hand = copy.deepcopy(step.model)
     kept = []
     attack = step.attack
@@ -301,10 +269,7 @@ def test_awp_by_hand():
 
 def test_awp_warmup_changes_nothing():
     images, labels = batch()
-    plain, warm = (
-        fastarat.TrainStep(small_model(), fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, **o)
-        for o in ({}, {"awp": 0.01, "awp_warmup": 1})
-    )
+    plain, warm = step_of(), step_of(awp=0.01, awp_warmup=1)
     plain(images, labels), warm(images, labels)
     assert_equal_state(plain, warm, exact=False)
     warm.forward.epoch.fill_(2)
@@ -318,9 +283,7 @@ def test_awp_warmup_changes_nothing():
 @pytest.mark.parametrize("defense", ["at", "fat"])
 def test_an_attack_that_stands_still_is_noticed(capture, defense):
     """A NaN gradient has no sign: the images stay fine, the training terms too, and the attack is none."""
-    step = fastarat.TrainStep(
-        small_model(), fastarat.DEFENSES[defense](), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, capture=capture
-    )
+    step = step_of(fastarat.DEFENSES[defense](), num_steps=3, capture=capture)
     images, labels = batch()
     step(images, labels)
     assert step.meter.bad() is None

@@ -189,13 +189,6 @@ def test_split_checkpoints_give_the_same_logits_in_both_branches(tmp_path, make,
     assert {int(v) for k, v in ours.state_dict().items() if k.endswith("tracked")} == {3}
 
 
-@pytest.mark.parametrize(("name", "words"), [("wrn-30-4", "6n \\+ 4"), ("wrn-4-2", "WRN-4-2"), ("wrn-10-0", "width of 1"),
-                                              ("wrn-28", "unknown model")])  # fmt: skip
-def test_wide_networks_of_impossible_size(name, words):
-    with pytest.raises(UserError, match=words):
-        build_model(name, num_classes=3)
-
-
 def test_the_literal_resnet18_has_the_official_file_s_entries():
     keys = ResNet18(10, ("clean", "adv")).state_dict()
     assert len(keys) == 222

@@ -149,6 +149,7 @@ TAKEN = [
     *((entries, switch, ("no",), False) for entries, switch in SWITCHES),
     (ALL, "epsilon", ("8/255",), 8 / 255),
     (BY_TENSOR, "epsilon", (torch.tensor(0.125),), 0.125),
+    ((pgd_class, pgd_function, several), "step_size", (torch.tensor(0.0625),), 0.0625),
     (COUNTED, "num_steps", ("2", np.float32(2), Fraction(4, 2)), 2.0),
     (SEEDED, "seed", (str(2**63 - 1),), 2**63 - 1),
     ((evaluated,), "device", ("auto", torch.device("cpu")), "cpu"),
