@@ -127,11 +127,8 @@ def attacked_with_its_weights(monkeypatch):
     return seen
 
 
-WRITES = ["load", "in place", "through data", "step's load", "another object"]
-
-
 @pytest.mark.parametrize("capture", ["off", "fake"])
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", ["load", "in place", "through data", "step's load", "another object"])
 def test_weights_written_between_steps_are_what_is_attacked(capture, write, attacked_with_its_weights):
     step = bf16_step(capture=capture)
     images, labels = batch()
@@ -245,5 +242,4 @@ def test_a_resumed_step_minds_the_memory_format(fused):
     for step in made:
         step.generator.manual_seed(1)
         step(*batch(seed=1))
-    for a, b in zip(*(step.model.parameters() for step in made), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(list(step.model.parameters()) for step in made), rtol=1e-4, atol=1e-5)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small import batch
+from small import small_model as network
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,16 +29,6 @@ from fastarat.specs import Attack
 from fastarat.values import coerce, named, settle, within
 
 K = 4
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return fastarat.build_model("resnet-small", num_classes=K)
-
-
-def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, 8, 8, generator=g), torch.randint(K, (n,), generator=g)
 
 
 def train_step(images, labels, **options):
