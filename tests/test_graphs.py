@@ -119,12 +119,8 @@ def test_capture_needs_cuda_tensors():
         fastarat.capture(lambda x: x, (torch.ones(2),))
 
 
-# A defense that starts from a trained network is captured in its own tests.
-FROM_SCRATCH = [name for name, kind in fastarat.DEFENSES.items() if not kind().needs_start]
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("defense", FROM_SCRATCH)
+@pytest.mark.parametrize("defense", fastarat.DEFENSES)
 def test_captured_steps_equal_eager_ones(mode, defense):
     """Full batches, a short last one, a third shape; the learning rate and the balance move between steps."""
     made = eager, fast = steps(mode, defense=fastarat.DEFENSES[defense]())
@@ -203,7 +199,7 @@ def test_a_captured_run_has_the_weights_of_an_eager_one(tmp_path):
     assert all(torch.equal(eager[k], captured[k]) for k in eager)
 
 
-@pytest.mark.parametrize("defense", FROM_SCRATCH)
+@pytest.mark.parametrize("defense", fastarat.DEFENSES)
 def test_losses_compile_whole(defense):
     """fullgraph: no graph break; every term equal to the eager loss."""
     step, seen = step_of(fastarat.DEFENSES[defense](), num_steps=2), []

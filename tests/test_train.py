@@ -415,9 +415,17 @@ def test_every_defense_trains_resumes_and_averages(name, tmp_path, monkeypatch):
     assert_equal(weights(run), whole)
 
 
-def test_swa_that_would_average_nothing_is_refused(tmp_path):
-    with pytest.raises(fastarat.UserError, match="no snapshot would be taken in the 2 epoch"):
-        trained(tmp_path / "a", swa=True, swa_config=SwaConfig(start=0.4, every=500))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"swa": True, "swa_config": SwaConfig(start=0.4, every=500)}, "no snapshot would be taken in the 2 epoch"),
+        ({"optim": OptimConfig(optimizer="apex")}, "Apex"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_a_folder_is_made(options, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(fastarat.UserError, match=words):
+        trained(tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
 
 
@@ -546,13 +554,6 @@ def test_probe_is_the_clean_branch_in_eval_mode_on_augmented_training_images(tmp
 def test_a_last_batch_of_one_is_left_out(tmp_path):
     run = trained(tmp_path / "run", limit_train=129, batch_size=64, epochs=1)
     assert "1 epoch x 2 steps" in (run / "card.txt").read_text()
-
-
-def test_apex_asked_for_and_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
-    with pytest.raises(fastarat.UserError, match="Apex"):
-        trained(tmp_path / "run", optim=OptimConfig(optimizer="apex"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_apex_asked_for_and_installed(tmp_path, monkeypatch):
