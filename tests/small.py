@@ -1,7 +1,5 @@
 """Small networks, batches, steps and runs that several test files share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

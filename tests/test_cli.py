@@ -49,6 +49,7 @@ def mistake(argv, capsys) -> str:
         ("report runs/one ' '", "runs ' ': expected a value"),
         ("trian", "unknown command 'trian'; did you mean 'train'"),
         ("train --dataset digit", "did you mean 'digits'"),
+        ("train --defense arat", "did you mean 'ar-at'"),
         ("train --model resnet8", "did you mean 'resnet18'"),
         ("train --epocs 3", "unknown flag --epocs; did you mean '--epochs'"),
         ("train --defense at --defense.gamma 3", "unknown flag --defense.gamma"),
@@ -73,7 +74,6 @@ def mistake(argv, capsys) -> str:
         ("train --eval.val-images 1436", "leave out 9 of its 10 classes, '0' first: hold out fewer with --eval.val"),
         ("train --eval.val-images 2000", "1437 training images to cut from: write 0 to 1436"),
         ("train --threads 100000", "threads=100000: this machine has"),
-        ("train --seed -1", "seed=-1"),
         ("eval nowhere --seed -1", "seed=-1 is outside [0, 2^63)"),
         (
             "data info digits --image-size 60000",

@@ -609,7 +609,6 @@ def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
     for argv, words in (
         ("import official.pt --out other --mean x --std 1", "--mean"),
         ("export run --branch clean", "exists already"),
-        ("export run --branch cleen", "it has clean, adv"),
         ("export run --format onxx", "did you mean 'onnx'"),
     ):
         assert cli(argv) == 2, argv
