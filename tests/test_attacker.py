@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_graphs import batch, small_model
+from small import batch, small_model, step_of
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -60,10 +60,7 @@ def test_folding_changes_nothing_but_rounding(name, split):
 def test_folded_attacks_follow_the_weights():
     """The fold is made anew each step: after an update the attack is the unfolded one on the new weights."""
     images, labels = batch()
-    made = [
-        fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, bn="eval",
-                           fold_bn=fold) for fold in (True, False)
-    ]  # fmt: skip
+    made = [step_of(fastarat.AT(), num_steps=3, bn="eval", fold_bn=fold) for fold in (True, False)]
     assert [s.attacker.folds for s in made] == [True, False]
     for i in range(3):
         for s in made:
@@ -110,15 +107,13 @@ def assert_fresh(step):
     assert all(torch.equal(p, own[name].detach().bfloat16()) for name, p in used.items())
 
 
-def step_of(defense=None, **options):
-    torch.manual_seed(0)
-    return fastarat.TrainStep(
-        small_model(), defense or fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2, precision="bf16",
-        optimizer=lambda p: torch.optim.SGD(p, fused=True, **OPTIONS), **options,
-    )  # fmt: skip
+def bf16_step(defense=None, **options):
+    options["optimizer"] = lambda p: torch.optim.SGD(p, fused=True, **OPTIONS)
+    return step_of(defense or fastarat.AT(), num_steps=2, precision="bf16", **options)
 
 
-def spied(step):
+@pytest.fixture
+def attacked_with_its_weights(monkeypatch):
     """Whether each attack's weights were the model's, collected as attacks happen."""
     seen, call = [], Attacker.__call__
 
@@ -128,16 +123,14 @@ def spied(step):
         seen.append(bool(low) and all(torch.equal(p, own[n].detach().bfloat16()) for n, p in low))
         return call(self, points)
 
-    return seen, looked_at
-
-
-WRITES = ["load", "in place", "through data", "step's load", "another object"]
+    monkeypatch.setattr(Attacker, "__call__", looked_at)
+    return seen
 
 
 @pytest.mark.parametrize("capture", ["off", "fake"])
-@pytest.mark.parametrize("write", WRITES)
-def test_weights_written_between_steps_are_what_is_attacked(capture, write, monkeypatch):
-    step = step_of(capture=capture)
+@pytest.mark.parametrize("write", ["load", "in place", "through data", "step's load", "another object"])
+def test_weights_written_between_steps_are_what_is_attacked(capture, write, attacked_with_its_weights):
+    step = bf16_step(capture=capture)
     images, labels = batch()
     step(images, labels)
     state = {k: v + 0.5 if v.is_floating_point() else v for k, v in step.model.state_dict().items()}
@@ -151,11 +144,10 @@ def test_weights_written_between_steps_are_what_is_attacked(capture, write, monk
         with torch.no_grad():
             for p in step.model.parameters():
                 (p.data if write == "through data" else p).add_(0.5)
-    seen, looked_at = spied(step)
-    monkeypatch.setattr(Attacker, "__call__", looked_at)
+    attacked_with_its_weights.clear()
     step(images, labels)
-    assert len(seen) >= 2
-    assert all(seen)
+    assert len(attacked_with_its_weights) >= 2
+    assert all(attacked_with_its_weights)
 
 
 @pytest.mark.parametrize("awp", [None, 0.01])
@@ -166,26 +158,24 @@ def test_a_defense_that_writes_weights_after_the_step(awp):
                 for p in model.parameters():
                     p.mul_(0.9)
 
-    step = step_of(Pulling(), capture="fake", awp=awp)
+    step = bf16_step(Pulling(), capture="fake", awp=awp)
     for i in range(2):
         step(*batch(seed=i))
         assert_fresh(step)
 
 
-def test_an_averaged_network_is_attacked_with_its_own_weights(monkeypatch):
-    step = step_of()
+def test_an_averaged_network_is_attacked_with_its_own_weights(attacked_with_its_weights):
+    step = bf16_step()
     images, labels = batch()
     step(images, labels)
     average = WeightAverage(step.model)
     average.update(step.model)
     for mean in average.parameters:
         mean.add_(1.0)
-    seen, looked_at = spied(step)
-    monkeypatch.setattr(Attacker, "__call__", looked_at)
+    attacked_with_its_weights.clear()
     own = step.model
     averaged = averaged_model(step, average, [Batch(images, labels, torch.arange(len(labels)))])
-    assert len(seen) == 2
-    assert all(seen)
+    assert attacked_with_its_weights == [True, True]
     assert averaged is not step.model
     assert step.model is step.attacker.model is own
     assert_fresh(step)
@@ -258,12 +248,8 @@ def test_tied_parametrised_and_hooked_weights_are_followed():
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_resumed_step_minds_the_memory_format(fused):
     """A fused optimiser pairs weights and momentum by address: a checkpoint of another layout would be misread."""
-    made = [
-        fastarat.TrainStep(
-            small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=1e-6, num_steps=1, channels_last=last,
-            optimizer=lambda p: torch.optim.SGD(p, fused=fused, **OPTIONS),
-        ) for last in (False, True)
-    ]  # fmt: skip
+    options = {"epsilon": 1e-6, "optimizer": lambda p: torch.optim.SGD(p, fused=fused, **OPTIONS)}
+    made = [step_of(fastarat.AT(), channels_last=last, **options) for last in (False, True)]
     made[0](*batch())
     made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))
     for p, state in made[1].optimizer.state.items():
@@ -272,5 +258,4 @@ def test_a_resumed_step_minds_the_memory_format(fused):
     for step in made:
         step.generator.manual_seed(1)
         step(*batch(seed=1))
-    for a, b in zip(*(step.model.parameters() for step in made), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(list(step.model.parameters()) for step in made), rtol=1e-4, atol=1e-5)

@@ -55,10 +55,6 @@ def mistake(argv, capsys) -> str:
         ("train --defense at --defense.gamma 3", "unknown flag --defense.gamma"),
         ("train --attack.epsilon 8", "write 8/255"),
         ("train --attack.epsilon", "expected one argument"),
-        ("train --attack.epsilon -0.1", "outside (0, 1]: pixel units where 1.0 is the full range, such as 8/255"),
-        ("train --attack.norm l3", "attack.norm='l3'; did you mean 'l2'? Expected one of: linf, l2."),
-        ("train --defense trades --defense.beta -1", "defense.beta=-1 is outside [0, inf)"),
-        ("bench --attack.norm l1", "Expected one of: linf, l2."),
         ("train --batch-size 1", "at least 2 images"),
         ("train --device cuda:9", "device"),
         ("train --config missing.yaml", "cannot read config missing.yaml"),
@@ -78,7 +74,6 @@ def mistake(argv, capsys) -> str:
         ("train --eval.val-images 1436", "leave out 9 of its 10 classes, '0' first: hold out fewer with --eval.val"),
         ("train --eval.val-images 2000", "1437 training images to cut from: write 0 to 1436"),
         ("train --threads 100000", "threads=100000: this machine has"),
-        ("train --seed -1", "seed=-1"),
         ("eval nowhere --seed -1", "seed=-1 is outside [0, 2^63)"),
         (
             "data info digits --image-size 60000",
@@ -86,7 +81,6 @@ def mistake(argv, capsys) -> str:
         ),
         ("train --defense", "argument --defense: expected one argument (see fastarat train --help)"),
         ("--verison", "unknown flag --verison; did you mean '--version'? (see fastarat --help)"),
-        ("train --precision 32", "precision='32'; did you mean 'fp32'?"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(command, words, capsys, tmp_path, monkeypatch):
@@ -136,14 +130,9 @@ def test_flags_win_over_yaml_and_fractions_are_numbers(tmp_path, monkeypatch):
 
 def test_data_mistakes(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one = draw_classes(tmp_path / "one", 1)
-    assert "class" in mistake(["train", "--dataset", str(one)], capsys)
     two = draw_classes(tmp_path / "two", 2)
     (two / "train" / "class0" / "0.png").write_bytes(b"not an image")
     assert "0.png" in mistake(["train", "--dataset", str(two)], capsys)
-    (tmp_path / "data").mkdir(exist_ok=True)
-    (tmp_path / "data" / "cifar-10-binary.tar.gz").write_bytes(b"broken")
-    assert "cifar-10-binary.tar.gz" in mistake(["train", "--dataset", "cifar10"], capsys)
     (tmp_path / "broken.beton").write_bytes(b"broken")
     assert "dataset.json" in mistake(["train", "--dataset", "broken.beton"], capsys)
 
@@ -154,6 +143,8 @@ def test_a_network_without_batchnorm_cannot_be_split(capsys, tmp_path, monkeypat
     assert "no BatchNorm layer to split" in mistake(["train", "--model", "plain"], capsys)
     assert not (tmp_path / "runs").exists()
     assert main(["train", "--model", "plain", "--no-defense.split-bn", *SMALL, "--quiet"]) == 0, "the mend it names"
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "last.safetensors").exists()
 
 
 def test_a_batch_of_the_whole_set_is_taken(tmp_path):
@@ -224,28 +215,16 @@ def test_what_is_no_checkpoint_is_called_by_its_name(start, what, capsys, tmp_pa
             assert "weights_only" not in error
 
 
-class Person:
-    pass
-
-
-def test_a_checkpoint_of_pickled_classes(capsys, tmp_path):
+def test_a_broken_checkpoint_and_one_of_others(capsys, tmp_path):
     file = tmp_path / "x.pt"
-    torch.save({"state_dict": {}, "who": Person()}, file)
-    for argv in (["import", str(file), "--out", str(tmp_path / "run")], ["eval", str(file)]):
-        error = mistake(argv, capsys)
-        for words in (
-            "test_cli.Person",
-            "run code of the file, which fastarat never does",
-            "torch.save(model.state_dict(), FILE)",
-        ):
-            assert words in error
-        assert "weights_only" not in error
     file.write_bytes(b"\x80\x02broken")
     error = mistake(["import", str(file), "--out", str(tmp_path / "run")], capsys)
     assert "corrupt or not a PyTorch checkpoint" in error
     assert "weights_only" not in error
     torch.save({"conv.weight": torch.ones(2)}, file)
-    assert f"fastarat import {file} --out RUN" in mistake(["eval", str(file)], capsys)
+    error = mistake(["eval", str(file)], capsys)
+    assert "is not a fastarat checkpoint" in error
+    assert f"fastarat import {file} --out RUN" in error
 
 
 COMMANDS = ["train", "eval", "compare", "report", "import", "export", "data", "bench", "doctor"]
@@ -343,7 +322,6 @@ def test_the_norm_of_an_evaluation(run, capsys, tmp_path):
         (["--norm", "l1"], "--norm='l1'"),
         (["--epsilon", "8"], "--epsilon=8 is outside (0, 1]"),
         (["--step-size", "2"], "--step-size=2 is outside (0, 1]"),
-        (["--epsilon", "1000", "--norm", "L2"], "epsilon=1000 is outside (0, 8]"),
     ):
         assert words in mistake(["eval", str(run), *flags], capsys)
 
@@ -381,10 +359,8 @@ def test_corrupt_checkpoints(run, capsys, tmp_path):
     (copy / "last.safetensors").write_bytes(b"\x00" * 100)
     assert "cannot be read" in mistake(["train", "--resume", str(copy)], capsys)
     assert "cannot be read" in mistake(["eval", str(copy)], capsys)
-    assert "leave --config out" in mistake(
-        ["train", "--resume", str(run), "--config", str(run / "config.yaml")], capsys
-    )
-    assert "epochs cannot change" in mistake(["train", "--resume", str(run), "--epochs", "5"], capsys)
+    config = str(run / "config.yaml")
+    assert "leave --config out" in mistake(["train", "--resume", str(run), "--config", config], capsys)
 
 
 def test_checkpoint_of_another_data_set(run, capsys, tmp_path):
@@ -394,7 +370,7 @@ def test_checkpoint_of_another_data_set(run, capsys, tmp_path):
     assert "3 and 3" in error
 
 
-def test_train_eval_resume(run, capsys):
+def test_eval_of_a_run_and_of_a_file(run, capsys):
     assert main(["eval", str(run), "--attack", "clean,pgd-2", "--limit", "20", "--weights", "best"]) == 0
     out = capsys.readouterr().out
     assert "pgd-2" in out
@@ -404,18 +380,6 @@ def test_train_eval_resume(run, capsys):
     assert saved["settings"]["epsilon"] == 0.1
     assert main(["eval", str(run / "best.safetensors"), "--attack", "clean", "--limit", "20", "--out", str(run / "x.json")]) == 0  # fmt: skip
     assert json.loads((run / "x.json").read_text())["accuracy"]["clean_acc"] == saved["accuracy"]["clean_acc"]
-    assert "nothing to do" not in capsys.readouterr().out
-    assert main(["train", "--resume", str(run)]) == 0
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_image_folder_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    images = draw_classes(tmp_path / "images", 3)
-    argv = ["train", "--dataset", str(images), "--epochs", "1", "--batch-size", "4", "--attack.num-steps", "1"]
-    assert main([*argv, "--quiet"]) == 0
-    (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "last.safetensors").exists()
 
 
 def test_beton_end_to_end(tmp_path, monkeypatch, ffcv):
@@ -433,7 +397,6 @@ def test_beton_end_to_end(tmp_path, monkeypatch, ffcv):
     ("body", "words"),
     [
         ("def loss(self):\n        return {}", "mine.py: Mine.loss takes (self): expected (self, views)"),
-        ("def loss(self, views):\n        return {'a': views.logits_adv.detach().mean()}", "no term has a gradient"),
         (
             "def loss(self, views):\n        return {'a': views.logits_clean.mean()}",
             "mine.py:9 in loss: AttributeError",

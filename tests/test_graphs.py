@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from small import batch, small_model, step_of, trained
 
 import fastarat
 from fastarat.attacks import PGD
 from fastarat.config import OptimConfig
-from fastarat.nets.models import build_model
 
 CUDA = torch.cuda.is_available()
 MODES = ["fake", "cuda"] if CUDA else ["fake"]
@@ -25,39 +26,22 @@ def where(mode: str) -> torch.device:
     return torch.device("cuda" if mode == "cuda" else "cpu")
 
 
-def small_model(device="cpu", channels=3):
-    torch.manual_seed(0)
-    return build_model("resnet-small", num_classes=4, in_channels=channels).to(device)
-
-
-def batch(n=8, seed=0, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
-    images = torch.rand(n, 3, 8, 8, generator=g).to(memory_format=torch.channels_last)
-    return images.to(device), torch.randint(4, (n,), generator=g).to(device)
-
-
-def steps(mode, count=2, defense=None, **options):
-    """`count` equal training steps: the first eager, the rest captured."""
-    made = []
-    for i in range(count):
-        made.append(
-            fastarat.TrainStep(
-                small_model(where(mode)), defense or fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2,
-                capture=False if i == 0 else (mode if mode == "fake" else True),
-                # On a GPU, as in a captured step: a Python number has other digits.
-                optimizer=lambda p: torch.optim.SGD(
-                    p, lr=torch.tensor(0.1, device=where(mode)) if mode == "cuda" else 0.1, momentum=0.9,
-                    weight_decay=5e-4, fused=True,
-                ),
-                **options,
-            )
-        )  # fmt: skip
-    return made
+def steps(mode, defense=None):
+    """Two equal training steps: the first eager, the second captured."""
+    # On a GPU, as in a captured step: a Python number has other digits.
+    lr = torch.tensor(0.1, device="cuda") if mode == "cuda" else 0.1
+    return [
+        step_of(
+            defense, where(mode), num_steps=2, capture=capture,
+            optimizer=lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=5e-4, fused=True),
+        )
+        for capture in (False, mode if mode == "fake" else True)
+    ]  # fmt: skip
 
 
 def assert_equal_state(a, b, exact=True):
-    for (name, p), q in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5, msg=name)
+    tolerances = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(a.model.state_dict(), b.model.state_dict(), **tolerances)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -136,20 +120,13 @@ def test_capture_needs_cuda_tensors():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("defense", list(fastarat.DEFENSES))
+@pytest.mark.parametrize("defense", fastarat.DEFENSES)
 def test_captured_steps_equal_eager_ones(mode, defense):
     """Full batches, a short last one, a third shape; the learning rate and the balance move between steps."""
-    kind = fastarat.DEFENSES[defense]
-    try:
-        made = steps(mode, defense=kind())
-    except fastarat.UserError as error:
-        # A defense that starts from a trained network is captured in its own tests.
-        assert "fastarat train --defense standard" in str(error)  # noqa: PT017
+    made = eager, fast = steps(mode, defense=fastarat.DEFENSES[defense]())
+    if fast.defense.why_eager:
+        assert fast.why_eager == fast.defense.why_eager
         return
-    if kind.why_eager:
-        assert made[1].why_eager == kind.why_eager
-        return
-    eager, fast = made
     for i, n in enumerate((8, 8, 5, 8, 5, 3)):
         images, labels = batch(n, seed=i, device=where(mode))
         for step in made:
@@ -159,10 +136,8 @@ def test_captured_steps_equal_eager_ones(mode, defense):
             step.defense.before_epoch(step.companions, lambda name, count, i=i: torch.tensor(i / 6), i + 1)
         a, b = eager(images, labels), fast(images, labels)
         assert list(a) == list(b)
-        for name in a:
-            torch.testing.assert_close(
-                a[name], b[name], rtol=0 if mode == "fake" else 1e-3, atol=0 if mode == "fake" else 1e-4
-            )
+        tolerances = {"rtol": 0, "atol": 0} if mode == "fake" else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(a, b, **tolerances)
     assert len(fast._run.graphs) == 2
     assert_equal_state(eager, fast, exact=mode == "fake")
     assert eager.meter.read() == pytest.approx(fast.meter.read(), rel=1e-12 if mode == "fake" else 1e-3)
@@ -190,9 +165,9 @@ def test_loading_a_state_drops_the_graphs():
         step(*batch())
     fast.load_state_dict(copy.deepcopy(eager.state_dict()))
     assert not fast._run.graphs
-    seeds = [s.generator.manual_seed(3) for s in (eager, fast)]
-    assert len(seeds) == 2
-    eager(*batch(seed=4)), fast(*batch(seed=4))
+    for step in (eager, fast):
+        step.generator.manual_seed(3)
+        step(*batch(seed=4))
     assert_equal_state(eager, fast)
 
 
@@ -210,71 +185,45 @@ def test_what_cannot_be_captured_says_why():
         why_eager = "it asks an oracle"
 
     with pytest.raises(fastarat.UserError, match="it asks an oracle"):
-        fastarat.TrainStep(small_model(), Eager(), torch.empty(2, 3, 8, 8), capture=True)
-    step = fastarat.TrainStep(small_model(), Eager(), torch.empty(2, 3, 8, 8), capture="fake")
-    assert step.why_eager == "it asks an oracle"
+        step_of(Eager(), capture=True)
+    assert step_of(Eager(), capture="fake").why_eager == "it asks an oracle"
     if not CUDA:
         with pytest.raises(fastarat.UserError, match="cpu has no CUDA graphs"):
-            fastarat.TrainStep(small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), capture=True)
+            step_of(fastarat.AT(), capture=True)
 
 
 def test_a_captured_run_has_the_weights_of_an_eager_one(tmp_path):
-    from safetensors.torch import load_file
-    from test_train import small
-
-    from fastarat.training import train
-
-    results = []
-    for capture in ("off", "fake"):
-        options = {"limit_train": 150, "epochs": 2, "capture": capture, "optim": OptimConfig(lr=0.05)}
-        result = train(small(tmp_path / capture, device="cpu", **options), progress=False)
-        results.append(load_file(result.run / "last.safetensors"))
-    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    options = {"limit_train": 150, "epochs": 2, "device": "cpu", "optim": OptimConfig(lr=0.05)}
+    runs = [trained(tmp_path / capture, capture=capture, **options) for capture in ("off", "fake")]
+    eager, captured = (load_file(run / "last.safetensors") for run in runs)
+    assert all(torch.equal(eager[k], captured[k]) for k in eager)
 
 
-@pytest.mark.parametrize("defense", [d for d, kind in fastarat.DEFENSES.items() if kind is not None])
+@pytest.mark.parametrize("defense", fastarat.DEFENSES)
 def test_losses_compile_whole(defense):
-    """fullgraph: no graph break; every term and gradient equal to the eager loss."""
-    kind = fastarat.DEFENSES[defense]
-    try:
-        step = fastarat.TrainStep(small_model(), kind(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=2)
-    except fastarat.UserError:
-        return
-    seen = []
+    """fullgraph: no graph break; every term equal to the eager loss."""
+    step, seen = step_of(fastarat.DEFENSES[defense](), num_steps=2), []
     step.loss = lambda views: seen.append(views) or step.eager_loss(views)
     step(*batch())
     torch._dynamo.reset()
     compiled = torch.compile(step.eager_loss, fullgraph=True, backend="aot_eager", dynamic=False)
-    views = seen[0]
     with torch.no_grad():
-        expected = step.eager_loss(views)
-        got = compiled(views)
+        expected, got = (loss(seen[0]) for loss in (step.eager_loss, compiled))
     assert list(got) == list(expected)
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_with_a_compiled_loss_equals_the_eager_step():
-    eager, fast = (
-        fastarat.TrainStep(
-            small_model(), fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, compile_loss=c
-        )
-        for c in (False, True)
-    )
+    eager, fast = (step_of(compile_loss=compiled) for compiled in (False, True))
     for i in range(2):
-        a, b = eager(*batch(seed=i)), fast(*batch(seed=i))
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(eager(*batch(seed=i)), fast(*batch(seed=i)), rtol=1e-4, atol=1e-4)
     assert_equal_state(eager, fast, exact=False)
 
 
 def test_awp_by_hand():
     """Wu et al.: v = gamma_w ||w|| g / ||g|| per weight tensor; loss at w + v; step there; subtract the same v."""
     images, labels = batch()
-    step = fastarat.TrainStep(
-        small_model(), fastarat.AT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, awp=0.01, attack_bn="eval",
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-    )  # fmt: skip
+    step = step_of(fastarat.AT(), awp=0.01, attack_bn="eval", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     by_hand = copy.deepcopy(step.model)
     kept = []
     attack = step.attack
@@ -295,16 +244,12 @@ def test_awp_by_hand():
             p.sub_(0.1 * p.grad)
         for (_, p), v in zip(weights, moves, strict=True):
             p.sub_(v)
-    for (name, p), q in zip(step.model.state_dict().items(), by_hand.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(step.model.state_dict(), by_hand.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 def test_awp_warmup_changes_nothing():
     images, labels = batch()
-    plain, warm = (
-        fastarat.TrainStep(small_model(), fastarat.ARAT(), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=1, **o)
-        for o in ({}, {"awp": 0.01, "awp_warmup": 1})
-    )
+    plain, warm = step_of(), step_of(awp=0.01, awp_warmup=1)
     plain(images, labels), warm(images, labels)
     assert_equal_state(plain, warm, exact=False)
     warm.forward.epoch.fill_(2)
@@ -318,9 +263,7 @@ def test_awp_warmup_changes_nothing():
 @pytest.mark.parametrize("defense", ["at", "fat"])
 def test_an_attack_that_stands_still_is_noticed(capture, defense):
     """A NaN gradient has no sign: the images stay fine, the training terms too, and the attack is none."""
-    step = fastarat.TrainStep(
-        small_model(), fastarat.DEFENSES[defense](), torch.empty(2, 3, 8, 8), epsilon=0.1, num_steps=3, capture=capture
-    )
+    step = step_of(fastarat.DEFENSES[defense](), num_steps=3, capture=capture)
     images, labels = batch()
     step(images, labels)
     assert step.meter.bad() is None

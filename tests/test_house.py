@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 
 import fastarat
 from fastarat.bench import BenchConfig, bench
-from fastarat.config import EvalConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = [p for folder in ("fastarat", "kernels", "benchmarks", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -78,11 +78,7 @@ def settings() -> dict[str, object]:
 
 
 def trained(tmp_path):
-    small = {"limit_train": 64, "batch_size": 32, "epochs": 1, "tensorboard": False, "device": "cpu", "threads": 3}
-    checks = EvalConfig(val_images=20, num_steps=1)
-    attack = fastarat.Attack(num_steps=1)
-    config = fastarat.Config(**small, amp=True, swa=True, attack=attack, eval=checks, out=str(tmp_path / "run"))
-    return fastarat.train(config, progress=False)
+    return small.trained(tmp_path / "run", limit_train=64, epochs=1, device="cpu", threads=3, amp=True, swa=True)
 
 
 def measured(tmp_path):

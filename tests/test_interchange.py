@@ -189,13 +189,6 @@ def test_split_checkpoints_give_the_same_logits_in_both_branches(tmp_path, make,
     assert {int(v) for k, v in ours.state_dict().items() if k.endswith("tracked")} == {3}
 
 
-@pytest.mark.parametrize(("name", "words"), [("wrn-30-4", "6n \\+ 4"), ("wrn-4-2", "WRN-4-2"), ("wrn-10-0", "width of 1"),
-                                              ("wrn-28", "unknown model")])  # fmt: skip
-def test_wide_networks_of_impossible_size(name, words):
-    with pytest.raises(UserError, match=words):
-        build_model(name, num_classes=3)
-
-
 def test_the_literal_resnet18_has_the_official_file_s_entries():
     keys = ResNet18(10, ("clean", "adv")).state_dict()
     assert len(keys) == 222
@@ -329,20 +322,29 @@ class Harmful:
         return os.mkdir, (self.path,)
 
 
-def test_files_with_pickled_code_are_refused_and_do_not_run(tmp_path):
-    done = tmp_path / "done"
-    file = saved({"state_dict": Wide().state_dict(), "args": Harmful(str(done))}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"pickled posix.mkdir|pickled nt.mkdir") as caught:
-        import_checkpoint(file, tmp_path / "run")
-    assert not done.exists()
-    assert "run code of the file, which fastarat never does" in str(caught.value)
+@pytest.mark.parametrize(
+    "read", [lambda file: import_checkpoint(file, file.parent / "run"), load_network], ids=["import", "load"]
+)
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (lambda done: {"format": 1, "step": {}, "state_dict": {}, "args": Harmful(str(done))}, r"(posix|nt)\.mkdir"),
+        (lambda done: Wide(), r"[\w.]*test_interchange\.Wide"),
+        (lambda done: {"state_dict": {}, "args": argparse.Namespace(lr=0.1)}, r"argparse\.Namespace"),
+    ],
+)
+def test_files_with_pickled_code_are_refused_and_do_not_run(tmp_path, read, content, named):
+    done, file = tmp_path / "done", tmp_path / "a.pt"
+    torch.save(content(done), file)
+    mend = r"save the state dict alone \(torch.save\(model.state_dict\(\), FILE\)\)"
+    with pytest.raises(
+        UserError, match=f"{named}, .* run code of the file, which fastarat never does; .*{mend}"
+    ) as caught:
+        read(file)
+    assert "weights_only" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     torch.load(file, weights_only=False)
-    assert done.exists(), "the file would have run its code"
-    for number, content in enumerate((Wide(), {"state_dict": {}, "args": argparse.Namespace(lr=0.1)})):
-        file = saved(content, tmp_path / f"{number}.pt")
-        with pytest.raises(UserError, match="save the state dict alone"):
-            import_checkpoint(file, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert done.exists() == ("mkdir" in named), "the file would have run its code"
 
 
 def test_numpy_numbers_of_older_numpy_are_read_and_torchscript_is_not(tmp_path):
@@ -410,10 +412,8 @@ def test_corrupt_and_missing_files(tmp_path):
     good = tmp_path / "a.pt"
     torch.save(Wide().state_dict(), good)
     (tmp_path / "short.pt").write_bytes(good.read_bytes()[:20_000])
-    (tmp_path / "text.pt").write_text("<html>404</html>")
     (tmp_path / "empty.pt").touch()
-    (tmp_path / "text.safetensors").write_text("<html>404</html>")
-    for name in ("short.pt", "text.pt", "empty.pt", "text.safetensors"):
+    for name in ("short.pt", "empty.pt"):
         with pytest.raises(UserError, match="corrupt"):
             import_checkpoint(tmp_path / name, tmp_path / "run")
     for path in (tmp_path, tmp_path / "none.pt"):
@@ -607,14 +607,9 @@ def test_commands_import_eval_export(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run/export/last-clean.safetensors").is_file()
     capsys.readouterr()
     for argv, words in (
-        ("import official.pt --out run", "run exists already"),
-        ("import none.pt --out other", "no checkpoint none.pt"),
         ("import official.pt --out other --mean x --std 1", "--mean"),
         ("export run --branch clean", "exists already"),
-        ("export run --branch cleen", "it has clean, adv"),
         ("export run --format onxx", "did you mean 'onnx'"),
-        ("export run --weights best", "no best weights"),
-        ("export nothing", "no run folder"),
     ):
         assert cli(argv) == 2, argv
         error = capsys.readouterr().err

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small import batch
+from small import small_model as network
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,16 +29,6 @@ from fastarat.specs import Attack
 from fastarat.values import coerce, named, settle, within
 
 K = 4
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return fastarat.build_model("resnet-small", num_classes=K)
-
-
-def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, 8, 8, generator=g), torch.randint(K, (n,), generator=g)
 
 
 def train_step(images, labels, **options):
@@ -149,6 +141,7 @@ TAKEN = [
     *((entries, switch, ("no",), False) for entries, switch in SWITCHES),
     (ALL, "epsilon", ("8/255",), 8 / 255),
     (BY_TENSOR, "epsilon", (torch.tensor(0.125),), 0.125),
+    ((pgd_class, pgd_function, several), "step_size", (torch.tensor(0.0625),), 0.0625),
     (COUNTED, "num_steps", ("2", np.float32(2), Fraction(4, 2)), 2.0),
     (SEEDED, "seed", (str(2**63 - 1),), 2**63 - 1),
     ((evaluated,), "device", ("auto", torch.device("cpu")), "cpu"),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from costs import Costs, counting
+from small import step_of
 from torch import nn
 from torch.nn import functional as F
 
-import fastarat
 from fastarat.defenses import (
     ARAT,
     ARREST,
@@ -51,18 +51,13 @@ TABLE = [
 ]
 
 
-def step_for(kind, options, **engine):
-    net = fastarat.build_model("resnet-small", num_classes=4)
-    return fastarat.TrainStep(net, kind(**options), torch.empty(2, 3, 8, 8), **engine)
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     TABLE,
     ids=[f"{kind.name}{'' if not options else f'-{options}'}" for kind, options, _ in TABLE],
 )
 def test_cost_of_a_step(kind, options, expected):
-    step = step_for(kind, options)
+    step = step_of(kind(**options), num_steps=10)
     # The second step: the first one also builds optimiser state and metrics.
     batches = [(torch.rand(6, 3, 8, 8), torch.randint(4, (6,))) for _ in range(2)]
     step(*batches[0])

@@ -1,0 +1,41 @@
+"""Small networks, batches, steps and runs that several test files share."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastarat
+from fastarat.config import Config, EvalConfig
+from fastarat.specs import Attack
+
+
+def small_model(device="cpu"):
+    """Always the same network of four classes on 8x8 colour images."""
+    torch.manual_seed(0)
+    return fastarat.build_model("resnet-small", num_classes=4).to(device)
+
+
+def batch(n: int = 8, seed: int = 0, device="cpu") -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, 3, 8, 8, generator=g).to(memory_format=torch.channels_last)
+    return images.to(device), torch.randint(4, (n,), generator=g).to(device)
+
+
+def step_of(defense: fastarat.Defense | None = None, device="cpu", **options) -> fastarat.TrainStep:
+    options = {"epsilon": 0.1, "num_steps": 1} | options
+    return fastarat.TrainStep(small_model(device), defense or fastarat.ARAT(), torch.empty(2, 3, 8, 8), **options)
+
+
+def small_config(out: Path, **options) -> Config:
+    """Three epochs of five steps."""
+    options = {
+        "limit_train": 160, "batch_size": 32, "epochs": 3, "tensorboard": False,
+        "attack": Attack(epsilon=0.1, num_steps=2), "eval": EvalConfig(val_images=40, num_steps=2),
+    } | options  # fmt: skip
+    return Config(out=str(out), **options)
+
+
+def trained(out: Path, **options) -> Path:
+    """The folder of a small run."""
+    return fastarat.train(small_config(out, **options), progress=False).run
