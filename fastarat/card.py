@@ -173,7 +173,6 @@ def _device_name(device: torch.device) -> str:
 def fast_paths(step: TrainStep) -> tuple[list[str], list[str]]:
     """Name the fast paths that a step takes, and those it was built without, with the reason."""
     fast, captured = step.fast, not step.why_eager
-    # Layers of ours alone have a kernel: a timm network's BatchNorm is PyTorch's.
     layers = sum(isinstance(m, BatchNorm2d) for m in step.model.modules())
     why = "asked for plain" if fast.kernels == "plain" else why_not_triton(step.device)
     on = {

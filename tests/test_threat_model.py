@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small import batch
-from small import small_model as network
+from small import batch, small_model as network
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -97,9 +97,7 @@ class TrainStep:
         if defense.splits and not branches_of(model):
             model = split_batchnorm(model)
         self.model = self._laid_out(grouped_batchnorm(model), kernels)
-        # Two images, since BatchNorm in a companion may not take one.
-        blank = torch.zeros(2, *example.shape[1:], device=self.device).to(memory_format=self.memory_format)
-        self.num_classes = count_classes(self.model, blank)
+        self.num_classes = count_classes(self.model, example.shape[1:], self.memory_format)
         companions = defense.companions(self.model, torch.rand_like(example[:2], device=self.device))
         self.companions = self._laid_out(companions.to(self.device), kernels).train()
         self._check = BatchCheck(self.model, self.companions, example.shape[1], self.num_classes, where(defense))
@@ -107,7 +105,7 @@ class TrainStep:
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
 
-        # A generator of our own: PyTorch's global one would tie the attack to what else draws from it.
+        # Our own: PyTorch's global one would tie the attack to what else draws from it.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)
         self.attacker = Attacker(self.model, precision=fast.precision, fold=fast.fold_bn and self.spec.bn == "eval")
@@ -124,7 +122,6 @@ class TrainStep:
             self.loss = torch.compile(self.eager_loss, fullgraph=True, dynamic=False, options=_INDUCTOR)
         why_not = defense.why_eager or ("the fp16 loss scale is read on the host" if fast.precision == "fp16" else "")
         mode, self.why_eager = capture_mode(fast.capture, self.device, self.optimizer, why_not)
-        # Nothing stands between an eager call and the step: a traceback shows the step alone.
         self._run: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._step
         if mode is not None:
             self._run = PerShape(self._step, mode, generators=(self.generator,), around=self._undone)

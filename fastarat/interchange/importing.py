@@ -22,7 +22,7 @@ from fastarat.files import check_kind, load_tensors, write_text
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.runs import Run
-from fastarat.values import checked_budget
+from fastarat.values import EPSILON, checked_budget
 
 # In order of preference: some files hold the weights under one of these beside an optimiser under another.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
@@ -74,7 +74,7 @@ def import_checkpoint(
     model: str | None = None,
     num_classes: int | None = None,
     dataset: str | None = None,
-    epsilon: float = 8 / 255,
+    epsilon: float = EPSILON,
     norm: Literal["linf", "l2"] = "linf",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -110,8 +110,7 @@ def import_checkpoint(
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
     network = build_model(name, **size, mean=normalisation.get("mean"), std=normalisation.get("std"))
-    # After the network is known whole: its ordinary BatchNorm becomes the adversarial set, the published numbers'
-    # one.
+    # Only now: the ordinary set becomes the adversarial one, which the published numbers are of.
     network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {
@@ -125,9 +124,10 @@ def import_checkpoint(
     write_text(run.card_file, _card(meta, network, normalisation))
     if dataset is not None:
         # How it was trained is not in the file: only what evaluation needs is written.
-        attack = {"epsilon": epsilon, "norm": norm}
-        known = {"dataset": dataset, "model": name, "normalize": meta["normalized"], "attack": attack}
-        write_text(run.config_file, yaml.safe_dump(known, sort_keys=False))
+        own = {"dataset": dataset, "model": name, "normalize": meta["normalized"]}
+        write_text(
+            run.config_file, yaml.safe_dump(own | {"attack": {"epsilon": epsilon, "norm": norm}}, sort_keys=False)
+        )
     return out
 
 
