@@ -110,7 +110,6 @@ def import_checkpoint(
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
     network = build_model(name, **size, mean=normalisation.get("mean"), std=normalisation.get("std"))
-    # Only now: the ordinary set becomes the adversarial one, which the published numbers are of.
     network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {
@@ -124,10 +123,9 @@ def import_checkpoint(
     write_text(run.card_file, _card(meta, network, normalisation))
     if dataset is not None:
         # How it was trained is not in the file: only what evaluation needs is written.
-        own = {"dataset": dataset, "model": name, "normalize": meta["normalized"]}
-        write_text(
-            run.config_file, yaml.safe_dump(own | {"attack": {"epsilon": epsilon, "norm": norm}}, sort_keys=False)
-        )
+        own: dict[str, Any] = {"dataset": dataset, "model": name, "normalize": bool(normalisation)}
+        own["attack"] = {"epsilon": epsilon, "norm": norm}
+        write_text(run.config_file, yaml.safe_dump(own, sort_keys=False))
     return out
 
 
