@@ -174,3 +174,16 @@ def test_layer_options(affine):
         cumulative(scale * x), torch_one(scale * x)
     torch.testing.assert_close(cumulative.running_mean, torch_one.running_mean)
     torch.testing.assert_close(cumulative.running_var, torch_one.running_var)
+
+
+def test_a_part_of_a_network_takes_its_own_branch():
+    parts = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in "ab"]
+    network = fastarat.split_batchnorm(nn.Sequential(*parts))
+    step = fastarat.TrainStep(
+        nn.Sequential(network, nn.Flatten(), nn.Linear(48, 2)), fastarat.ARAT(), torch.rand(2, 3, 4, 4)
+    )
+    first, second = network[0][1], network[1][1]
+    with branch(step.model, "clean"), branch(network[0], "adv"):
+        network(torch.rand(2, 3, 4, 4))
+    counts = [int(m.num_batches_tracked) for m in (first, first.clean, second, second.clean)]
+    assert counts == [1, 0, 0, 1]

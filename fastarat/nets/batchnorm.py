@@ -248,11 +248,20 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
         raise UserError(
             f"updates={tuple(updates or ())}: {other[0]!r} is not among the branches named, {', '.join(groups)}"
         )
-    for m in _layers(model):
+    layers = _layers(model)
+    for m in layers:
         for name in groups:
             m.branch_set(name)
-    with route_of(model).through(*groups, updates=updates):
-        yield model
+    # A route of the block's own: `model` may be a part of a network whose other layers go another way.
+    own, before = Route(), [m.route for m in layers]
+    for m in layers:
+        m.route = own
+    try:
+        with own.through(*groups, updates=updates):
+            yield model
+    finally:
+        for m, route in zip(layers, before, strict=True):
+            m.route = route
 
 
 def branches_of(model: nn.Module) -> tuple[str, ...]:
