@@ -61,13 +61,14 @@ class _Parser(argparse.ArgumentParser):
         A flag that is not given has no value at all: a YAML file's or a saved run's then stands.
         """
         from fastarat.defenses import ARAT, Defense
+        from fastarat.specs import fields_of
         from fastarat.values import hints_of
 
         title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
         if issubclass(cls, Defense) and cls.name:
             title = f"{cls.name}: {title}"
         group = self.add_argument_group(title) if prefix else self
-        for f in dataclasses.fields(cls):
+        for f in fields_of(cls):
             hint, name, text = hints_of(cls)[f.name], prefix + f.name, f.metadata.get("help", "")
             kind: dict[str, Any] = {"dest": name, "metavar": _metavar(f.name, hint)}
             default = f.default

@@ -17,7 +17,7 @@ from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
-from fastarat.specs import Attack, Fast, setting
+from fastarat.specs import Attack, Fast, fields_of, setting
 from fastarat.values import coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
@@ -228,7 +228,7 @@ def defense_key(defense: Defense) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a Config (or a part) into plain YAML values; `from_dict` gives back an equal object."""
     result: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
+    for f in fields_of(config):
         value = getattr(config, f.name)
         if isinstance(value, Defense):
             # asdict would turn the defense into its fields alone, and lose which one it was.

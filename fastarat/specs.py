@@ -86,6 +86,13 @@ class Fast:
         settle(self)
 
 
+def fields_of(config: Any) -> list[dataclasses.Field[Any]]:
+    """Fields of a dataclass, or an instance, as people read them: what is run first, how fast after it."""
+    cls = config if isinstance(config, type) else type(config)
+    inherited = {f.name for f in dataclasses.fields(Fast)} if issubclass(cls, Fast) and cls is not Fast else set()
+    return sorted(dataclasses.fields(cls), key=lambda f: f.name in inherited)
+
+
 _Spec = TypeVar("_Spec", Attack, Fast)
 
 
