@@ -157,9 +157,11 @@ def check_same(labels: Any, **tensors: Any) -> None:
 class BatchCheck:
     """Raises UserError for a batch that is not what a step takes; a GPU's values are read once per shape."""
 
-    def __init__(self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: str) -> None:
+    def __init__(
+        self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: object
+    ) -> None:
         self.device = next(model.parameters()).device
-        self.channels, self.num_classes, self.defense = channels, num_classes, defense
+        self.channels, self.num_classes, self.defense = channels, num_classes, type(defense).__name__
         self.needs_two = any(isinstance(m, nn.BatchNorm1d) for m in companions.modules())
         self.seen: set[torch.Size] = set()
 

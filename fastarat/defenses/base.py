@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
 from fastarat.nets.attacker import autocast, mode_of
-from fastarat.nets.batchnorm import route_of
+from fastarat.nets.batchnorm import check_groups, route_of
 from fastarat.nets.taps import Taps, forward_with_features
 from fastarat.specs import Attack
 from fastarat.values import EPSILON, settle
@@ -110,6 +110,7 @@ class Forward:
         training: bool = True,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         taps = Taps(tuple(layers), relu, pool) if layers else None
+        check_groups(branches, updates)
         through = self.route.through(*branches, updates=() if self.still else updates)
         with mode_of(self.model, training), through, autocast(images, self.precision):
             logits = forward_with_features(self.model, images, taps)

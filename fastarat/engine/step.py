@@ -100,7 +100,9 @@ class TrainStep:
         self.num_classes = count_classes(self.model, example.shape[1:], self.memory_format)
         companions = defense.companions(self.model, torch.rand_like(example[:2], device=self.device))
         self.companions = self._laid_out(companions.to(self.device), kernels).train()
-        self._check = BatchCheck(self.model, self.companions, example.shape[1], self.num_classes, where(defense))
+        self._check = BatchCheck(
+            self.model, self.companions, example.shape[1], self.num_classes, type(defense).__name__
+        )
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
@@ -319,18 +321,20 @@ def _check_objects(model: object, defense: object, optimizer: object) -> None:
 
 
 def _check_start(model: nn.Module, defense: Defense) -> None:
-    """Raise UserError where a run to start from is named and `runs.load_start` has not loaded it: nobody else does."""
+    """Raise UserError where the run to start from is not loaded, which `runs.load_start` does and nobody else."""
     named = getattr(defense, defense.starts_from) if defense.starts_from else None
-    if named is not None and getattr(model, "started_from", None) != named:
+    started = getattr(model, "started_from", None)
+    if (named is not None and started != named) or (defense.needs_start and started is None):
         raise UserError(
-            f"defense.{defense.starts_from}={named} is not loaded into this model: write "
-            "fastarat.runs.load_start(defense, model) first, or leave the field out for a model that is trained already"
+            f"{defense.name} starts from a standardly trained network, and defense.{defense.starts_from}={named} is "
+            "not loaded into this model: write fastarat.runs.load_start(defense, model) first; for a model that is trained "
+            "already leave the field out and write model.started_from = 'memory'"
         )
 
 
 def _specs(attack: Attack | None, fast: Fast | None, options: dict[str, Any]) -> tuple[Attack, Fast]:
     for old, new in (("attack_bn", "bn"), ("fold", "fold_bn")):  # their names before there were specs
-        if old in options:
+        if old in options and new not in options:
             options[new] = options.pop(old)
     specs = spec_of(Attack, attack, options), spec_of(Fast, fast, options)
     none_left(options, "TrainStep", Attack, Fast)

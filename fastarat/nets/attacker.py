@@ -69,11 +69,15 @@ class Attacker:
 
     def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False) -> None:
         self.model, self.network, self.precision = model, model, precision
-        self.route = route_of(model)
-        dtype = HALF.get(precision)
+        self.route, self._fold_asked = route_of(model), fold
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make room for the weights that the attack has of its own."""
+        model, dtype = self.model, HALF.get(self.precision)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._folded: dict[nn.Conv2d, FoldedConv] = {}
-        if fold and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None:
+        if self._fold_asked and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None:
             self._folded = _folded_convs(model, dtype)
         self.folds = bool(self._folded)
         taken = {id(conv.weight) for conv in self._folded}
@@ -83,18 +87,26 @@ class Attacker:
             for name, p in model.named_parameters()
             if dtype is not None and p.dim() >= 2 and id(p) not in taken
         }
+        self._made_for = self._layers()
+
+    def _layers(self) -> list[tuple[str, int, torch.Size]]:
+        """What the room depends on: it is made anew when a person puts another layer in a layer's place."""
+        return [(name, id(m), w.shape) for name, m in self.model.named_modules() for w in m.parameters(recurse=False)]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the attack's weights anew from the model's, in place: a captured step reads them by address.
 
         The twin's structure is made anew as well (its modules are a few Python dictionaries), so that whatever a
-        person changes on the model between steps, a drop rate or a layer, is what the attack sees.
+        person changes on the model between steps, a drop rate or a layer, is what the attack sees. What a forward
+        writes to a plain attribute of its module (a counter, say) stays on the twin; buffers are the model's.
         """
         self.route = route_of(self.model)
         # Full precision attacks the model itself: a copy would cost memory and could only be stale.
         if not self._cast and not self._folded:
             return
+        if self._layers() != self._made_for:
+            self._prepare()
         own = dict(self.model.named_parameters())
         if self._cast:
             torch._foreach_copy_(list(self._cast.values()), [own[name] for name in self._cast])
@@ -116,7 +128,9 @@ def _twin(module: nn.Module, weights: dict[int, Tensor], made: dict[nn.Module, n
         return module
     if module not in made:
         # As torch.nn.DataParallel makes its replicas: a deep copy would copy tensors, and fail on hooked weights.
-        twin = made[module] = module.__new__(type(module))
+        twin = made[module] = object.__new__(type(module))
+        for name in {s for cls in type(module).__mro__ for s in getattr(cls, "__slots__", ()) if hasattr(module, s)}:
+            setattr(twin, name, getattr(module, name))
         twin.__dict__ = module.__dict__ | {
             "_parameters": {n: None if p is None else weights.get(id(p), p) for n, p in module._parameters.items()},
             "_modules": {n: None if m is None else _twin(m, weights, made) for n, m in module._modules.items()},

@@ -240,14 +240,7 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
     Running-statistic updates take effect, in order, when the block ends.
     Raises: UserError for an unknown branch name, no name at all, or an update of a branch that is not in `groups`.
     """
-    if not groups:
-        raise UserError(
-            "branch(model, ...) names no branch: write branch(model, 'adv'), or 'clean', 'adv' for [clean; adv]"
-        )
-    if other := [name for name in updates or () if name not in groups]:
-        raise UserError(
-            f"updates={tuple(updates or ())}: {other[0]!r} is not among the branches named, {', '.join(groups)}"
-        )
+    check_groups(groups, updates)
     layers = _layers(model)
     for m in layers:
         for name in groups:
@@ -262,6 +255,18 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
     finally:
         for m, route in zip(layers, before, strict=True):
             m.route = route
+
+
+def check_groups(groups: Sequence[str], updates: Sequence[str] | None) -> None:
+    """Raise UserError where no branch is named, or an update of one that is not among those named."""
+    if not groups:
+        raise UserError(
+            "branch(model, ...) names no branch: write branch(model, 'adv'), or 'clean', 'adv' for [clean; adv]"
+        )
+    if other := [name for name in updates or () if name not in groups]:
+        raise UserError(
+            f"updates={tuple(updates or ())}: {other[0]!r} is not among the branches named, {', '.join(groups)}"
+        )
 
 
 def branches_of(model: nn.Module) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from costs import Costs, counting
-from small import step_of
+from small import batch, step_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -59,10 +59,9 @@ TABLE = [
 def test_cost_of_a_step(kind, options, expected):
     step = step_of(kind(**options), num_steps=10)
     # The second step: the first one also builds optimiser state and metrics.
-    batches = [(torch.rand(6, 3, 8, 8), torch.randint(4, (6,))) for _ in range(2)]
-    step(*batches[0])
+    step(*batch(6))
     with counting(step, 6) as counter:
-        step(*batches[1])
+        step(*batch(6, seed=1))
     assert counter.costs == expected
     assert counter.host_reads == [], "the step waits for the device"
 
