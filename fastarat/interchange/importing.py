@@ -110,8 +110,6 @@ def import_checkpoint(
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
     network = build_model(name, **size, mean=normalisation.get("mean"), std=normalisation.get("std"))
-    # After the network is known whole: its ordinary BatchNorm becomes the adversarial set, the published numbers'
-    # one.
     network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {
