@@ -161,7 +161,7 @@ class BatchCheck:
         self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: object
     ) -> None:
         self.device = next(model.parameters()).device
-        self.channels, self.num_classes, self.defense = channels, num_classes, type(defense).__name__
+        self.channels, self.num_classes, self.owner = channels, num_classes, type(of).__name__
         self.needs_two = any(isinstance(m, nn.BatchNorm1d) for m in companions.modules())
         self.seen: set[torch.Size] = set()
 
@@ -173,7 +173,7 @@ class BatchCheck:
         check_device(self.device, images=images, labels=labels)
         if len(images) == 1 and self.needs_two:
             raise UserError(
-                f"images are a batch of one: BatchNorm in what {self.defense} trains beside the model needs at least "
+                f"images are a batch of one: BatchNorm in what {self.owner} trains beside the model needs at least "
                 "2 images; leave a last batch of one out, drop_last=True"
             )
         if (waits(images) and images.shape in self.seen) or not readable(images):

@@ -100,9 +100,7 @@ class TrainStep:
         self.num_classes = count_classes(self.model, example.shape[1:], self.memory_format)
         companions = defense.companions(self.model, torch.rand_like(example[:2], device=self.device))
         self.companions = self._laid_out(companions.to(self.device), kernels).train()
-        self._check = BatchCheck(
-            self.model, self.companions, example.shape[1], self.num_classes, type(defense).__name__
-        )
+        self._check = BatchCheck(self.model, self.companions, example.shape[1], self.num_classes, defense)
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
@@ -327,8 +325,8 @@ def _check_start(model: nn.Module, defense: Defense) -> None:
     if (named is not None and started != named) or (defense.needs_start and started is None):
         raise UserError(
             f"{defense.name} starts from a standardly trained network, and defense.{defense.starts_from}={named} is "
-            "not loaded into this model: write fastarat.runs.load_start(defense, model) first; for a model that is trained "
-            "already leave the field out and write model.started_from = 'memory'"
+            "not loaded into this model: write fastarat.runs.load_start(defense, model) first; for a model that is "
+            "trained already leave the field out and write model.started_from = 'memory'"
         )
 
 
