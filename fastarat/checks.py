@@ -161,7 +161,7 @@ class BatchCheck:
         self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: object
     ) -> None:
         self.device = next(model.parameters()).device
-        self.channels, self.num_classes, self.owner = channels, num_classes, type(of).__name__
+        self.channels, self.num_classes, self.owner = channels, num_classes, type(defense).__name__
         self.needs_two = any(isinstance(m, nn.BatchNorm1d) for m in companions.modules())
         self.seen: set[torch.Size] = set()
 
