@@ -259,3 +259,93 @@ def test_a_resumed_step_minds_the_memory_format(fused):
         step.generator.manual_seed(1)
         step(*batch(seed=1))
     torch.testing.assert_close(*(list(step.model.parameters()) for step in made), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_convolution_replaced_between_steps_is_folded_anew(precision):
+    step = step_of(fastarat.AT(), bn="eval", precision=precision)
+    step(*batch())
+    step.model.layer2[0].conv2 = nn.Conv2d(32, 32, 3, 1, 1, bias=False)
+    step.model.linear = nn.Linear(64, 4)
+    step(*batch(seed=1))
+    step.model.eval()
+    step.attacker.refresh()
+    point = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(step.attacker(point).float(), step.model(point), rtol=0.05, atol=0.05)
+
+
+def test_modules_with_slots_or_arguments_of_their_own_have_twins():
+    class Slots(nn.Linear):
+        __slots__ = ("factor",)
+
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.factor = 2.0
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    class NewArguments(nn.Linear):
+        def __new__(cls, width, count):
+            return super().__new__(cls)
+
+    model, x = nn.Sequential(nn.Flatten(), Slots(12, 8), NewArguments(8, 4)), torch.rand(2, 3, 2, 2)
+    torch.testing.assert_close(attacker_of(model, precision="bf16")(x).float(), model(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("use", ["evaluate", "PGD", "branch", "step"])
+def test_a_network_used_within_another_between_steps_goes_on_as_before(use):
+    class Both(nn.Module):
+        def __init__(self, *networks):
+            super().__init__()
+            self.networks = nn.ModuleList(networks)
+
+        def forward(self, x):
+            return sum(network(x) for network in self.networks)
+
+    images, labels = batch()
+    step = step_of(fastarat.ARAT())
+    step(images, labels)
+    both = Both(fastarat.split_batchnorm(small_model()), step.model)
+    if use == "evaluate":
+        fastarat.evaluate(both.eval(), (images, labels), "clean", progress=False)
+    elif use == "PGD":
+        fastarat.attacks.PGD(both, epsilon=0.1, num_steps=1)(images, labels)
+    elif use == "step":
+        fastarat.TrainStep(both, fastarat.AT(), images, epsilon=0.1, num_steps=1)
+    else:
+        with fastarat.branch(both, "adv"):
+            both(images)
+    before = int(step.model.bn1.clean.num_batches_tracked), step.model.bn1.clean.running_mean.clone()
+    step(images, labels)
+    assert step.model.bn1.clean.num_batches_tracked == before[0] + 1
+    assert not torch.equal(step.model.bn1.clean.running_mean, before[1])
+
+
+@pytest.mark.parametrize(("defense", "refused"), [
+    (fastarat.ARREST(), True), (fastarat.CURE(), True), (fastarat.CURE(warmup_epochs=1), False), (fastarat.AT(), False),
+])  # fmt: skip
+def test_a_network_that_is_not_known_to_be_trained_is_refused_where_that_matters(defense, refused):
+    model, example = fastarat.build_model("resnet-small", num_classes=4), torch.empty(2, 3, 8, 8)
+    if not refused:
+        fastarat.TrainStep(model, defense, example)
+        return
+    with pytest.raises(fastarat.UserError, match=r"starts from a standardly trained network.*load_start"):
+        fastarat.TrainStep(model, defense, example)
+    model.started_from = "memory"
+    fastarat.TrainStep(model, defense, example)
+
+
+@pytest.mark.parametrize(("branches", "updates", "words"), [
+    ((), None, "names no branch"), (("adv",), ("advv",), "'advv' is not among"), (("ad",), None, "unknown BatchNorm branch 'ad'"),
+])  # fmt: skip
+def test_a_forward_of_ones_own_that_names_no_branch_is_told(branches, updates, words):
+    class Mine(fastarat.AT):
+        splits = True
+
+        def forward(self, run, companions, images, labels, attacked):
+            logits, _ = run(attacked.images, *branches, updates=updates)
+            return run.views(labels, logits_adv=logits)
+
+    with pytest.raises(fastarat.UserError, match=words):
+        step_of(Mine())(*batch())
