@@ -74,7 +74,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        # Early on a short memory, or the random initial weights would stay in the average for thousands of steps.
+        # Early on a short memory, so that the random initial weights are soon forgotten.
         weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
         now = model.state_dict()
         torch._foreach_lerp_([self.state[k] for k in self.averaged], [now[k] for k in self.averaged], weight)

@@ -21,15 +21,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _cudnn_flags():
-    """Training sets them for the process; the next test is not to autotune because of it."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic
-    yield
-    cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic = before
-
-
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run: compiled on the GPU when there is one, interpreted on the CPU otherwise."""

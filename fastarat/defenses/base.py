@@ -18,7 +18,7 @@ from fastarat.nets.attacker import autocast, mode_of
 from fastarat.nets.batchnorm import check_groups, route_of
 from fastarat.nets.taps import Taps, forward_with_features
 from fastarat.specs import Attack
-from fastarat.values import EPSILON, settle
+from fastarat.values import EPSILON, checked_budget, settle
 
 _Companion = TypeVar("_Companion", bound=nn.Module)
 # None in a tensor's place: a loss reads only what its own forward has put there, and there it is a tensor.
@@ -136,7 +136,7 @@ class Settings:
 
     norm: str = "linf"
     epsilon: float = EPSILON
-    step_size: float = EPSILON / 4
+    step_size: float = checked_budget(EPSILON).step_size
     model: str = "resnet18"
     image_size: int = 32
     recipe: str = "arat"

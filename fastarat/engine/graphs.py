@@ -37,7 +37,7 @@ def capture_mode(
     if wanted == "off":
         return None, "asked for"
     if reason and wanted == "on":
-        raise UserError(f"this step cannot be captured: {reason}; write capture='auto' or False")
+        raise UserError(f"this step cannot be captured: {reason}; write capture='auto' or 'off'")
     if reason:
         return None, reason
     return "fake" if wanted == "fake" else "cuda", ""
@@ -261,7 +261,7 @@ class PerShape:
                 except RuntimeError as error:
                     first = str(error).strip().split("\n")[0]
                     raise UserError(
-                        f"this step cannot be captured as a CUDA graph ({first}): pass capture=False"
+                        f"this step cannot be captured as a CUDA graph ({first}): write capture='off'"
                     ) from error
         return self.graphs.get(images.shape, self.fn)
 

@@ -153,7 +153,6 @@ def _fold(model: Network, folded: dict[nn.Conv2d, FoldedConv]) -> None:
     biases: dict[nn.Conv2d, Tensor] = {}
     for conv, bn in model.foldable():
         held = bn.branch_set("adv")
-        # In float32 or wider, rounded once at the end: bf16 here would cost three digits of every weight.
         scale = held.weight * torch.rsqrt(known(held.running_var) + bn.eps)
         biases[conv] = held.bias - known(held.running_mean) * scale
         folded[conv].weight.copy_(conv.weight * scale[:, None, None, None])
