@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -85,3 +87,47 @@ def use_triton(backend: Backend, tensor: Tensor, what: str) -> bool:
         names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
         raise TypeError(f"{what} is {tensor.dtype}: the Triton kernels take {names}; write backend='plain'")
     return _use_triton(backend, str(tensor.device)) and supported
+
+
+Counters = dict[tuple[torch.device, int, int], Tensor]
+_counters: Counters = {}
+_owned = False
+
+
+@contextmanager
+def own_arrivals() -> Iterator[Counters]:
+    """Give launches inside the block counters of their own, which must live as long as a graph captured there."""
+    global _counters, _owned
+    before = _counters, _owned
+    # For the whole process, not for a thread: autograd launches its kernels from threads of its own.
+    _counters, _owned = {}, True
+    try:
+        yield _counters
+    finally:
+        _counters, _owned = before
+
+
+def arrivals(like: Tensor, count: int) -> Tensor:
+    """Return at least `count` zeros, int32, for a kernel that leaves them at zero again.
+
+    Programs count themselves in there, to know who is last. Launches share them as far as they cannot overlap: those
+    on one stream; a graph that others capture, to be replayed on any stream, gets some per launch, zeroed inside it.
+    """
+    stream = _stream(like.device)
+    if stream is None:
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    # None is ever given up for a larger one: a graph may hold it by address.
+    size = max(4096, 1 << (count - 1).bit_length())
+    key = like.device, stream, size
+    if key not in _counters:
+        _counters[key] = torch.zeros(size, dtype=torch.int32, device=like.device)
+    return _counters[key]
+
+
+def _stream(device: torch.device) -> int | None:
+    """The current stream, or None while somebody captures it without `own_arrivals`."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing() and not _owned:
+        return None
+    return torch.cuda.current_stream(device).cuda_stream

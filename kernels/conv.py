@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import Backend
+from .backend import Backend, use_triton
+from .fork import take_two, taken
 from .stem import stem_applies, stem_input_grad
 
 _LAST = torch.channels_last
@@ -88,31 +89,62 @@ def conv_bias_relu(
     """relu(conv2d(x, weight) + bias [+ residual]), differentiable by x and residual alone: weights are constants.
 
     x: float [B, I, H, W], cast to the weight's dtype. weight: [O, I, k, k]; bias: [O]; residual: [B, O, H', W']; all of
-    one dtype, on a CUDA device for which `why_not_conv_bias_relu` gives None. Returns: [B, O, H', W'].
+    one dtype, on a CUDA device for which `why_not_conv_bias_relu` gives None. Returns: [B, O, H', W'], to be forked.
     Backward is the ReLU's mask, which is the residual's gradient too, and the convolution's input gradient.
-    backend: of that of a stem, as in `stem_conv`.
+    backend: of backward's kernels, as in `stem_conv`.
     """
-    return _ConvBiasReLU.apply(x.to(weight.dtype), weight, bias, residual, tuple(stride), tuple(padding), backend)
+    return _ConvBiasReLU.apply(x, weight, bias, residual, tuple(stride), tuple(padding), backend)
 
 
 class _ConvBiasReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, stride, padding, backend):
-        y = _fused(x, weight, bias, residual, stride, padding)
-        ctx.save_for_backward(x, weight, y)
+        # Here and not outside: a float32 gradient of a stem need not be rounded on its way to the images.
+        low = x.to(weight.dtype)
+        y = _fused(low, weight, bias, residual, stride, padding)
+        ctx.save_for_backward(low, weight, y)
+        ctx.dtype = x.dtype
         ctx.stride, ctx.padding, ctx.backend = stride, padding, backend
+        ctx.set_materialize_grads(False)
+        take_two(ctx)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor | None):
         x, weight, y = ctx.saved_tensors
-        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        dy2 = taken(ctx)
+        if dy is None:
+            dy, dy2 = dy2, None
+        if dy is None:
+            return (None,) * 7
+        dy = _relu_backward(dy, dy2, y, ctx.backend)
         dx = None
         if ctx.needs_input_grad[0] and ctx.stride == ctx.padding == (1, 1) and stem_applies(dy, weight, ctx.backend):
-            dx = stem_input_grad(dy, weight, ctx.backend).to(x.dtype)
+            dx = stem_input_grad(dy, weight, ctx.backend).to(ctx.dtype)
         elif ctx.needs_input_grad[0]:
             dx = torch.ops.aten.convolution_backward(
                 dy, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
-            )[0]
+            )[0].to(ctx.dtype)
         return dx, None, None, dy if ctx.needs_input_grad[3] else None, None, None, None
+
+
+def _relu_backward(dy: Tensor, dy2: Tensor | None, y: Tensor, backend: Backend) -> Tensor:
+    if dy2 is None:
+        return torch.ops.aten.threshold_backward(dy, y, 0)
+    if not use_triton(backend, y, "y"):
+        return torch.ops.aten.threshold_backward(dy + dy2, y, 0)
+    return _masked_sum_op(*(t.contiguous(memory_format=_LAST) for t in (dy, dy2, y)))
+
+
+@torch.library.custom_op("fastarat::masked_sum", mutates_args=())
+def _masked_sum_op(dy: Tensor, dy2: Tensor, y: Tensor) -> Tensor:
+    from . import conv_triton
+
+    with torch.cuda.device_of(y):
+        return conv_triton.masked_sum(dy, dy2, y)
+
+
+@_masked_sum_op.register_fake
+def _(dy, dy2, y):
+    return torch.empty_like(y)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import Backend, use_triton
+from .fork import take_two, taken
 from .split_bn_plain import split_bn_plain
 
 CHANNELS_LAST = torch.channels_last
@@ -66,11 +67,14 @@ def split_bn(
     if not use_triton(backend, x, "x"):
         return SplitBN(*split_bn_plain(x, weight, bias, residual, relu, running, eps))
     x = x.contiguous(memory_format=CHANNELS_LAST)
+    keep_bits = False
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST)
+        # Without a residual the ReLU's mask is worked out from x, which backward reads anyway.
+        keep_bits = relu and torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, residual))
     if running is None:
-        return SplitBN(*_train_op(x, weight, bias, residual, relu, eps))
-    return SplitBN(_eval_op(x, weight, bias, *running, residual, relu, eps), *running)
+        return SplitBN(*_train_op(x, weight, bias, residual, relu, eps, keep_bits)[:3])
+    return SplitBN(_eval_op(x, weight, bias, *running, residual, relu, eps, keep_bits)[0], *running)
 
 
 def _check(
@@ -123,19 +127,21 @@ def _check(
 
 @torch.library.custom_op("fastarat::split_bn_train", mutates_args=())
 def _train_op(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float, keep_bits: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, variance, and a bit per element that the ReLU let pass, where backward is to have them."""
     from . import split_bn_triton as kernels
 
     with torch.cuda.device_of(x):
         mean, var = kernels.statistics(x, weight.shape[0])
-        return kernels.apply(x, weight, bias, mean, var, residual, relu, eps), mean, var
+        y, bits = kernels.apply(x, weight, bias, mean, var, residual, relu, eps, keep_bits)
+    return y, mean, var, _no_bits(x) if bits is None else bits
 
 
 @_train_op.register_fake
-def _(x, weight, bias, residual, relu, eps):
+def _(x, weight, bias, residual, relu, eps, keep_bits):
     mean = x.new_empty(weight.shape, dtype=torch.float32)
-    return torch.empty_like(x, memory_format=CHANNELS_LAST), mean, torch.empty_like(mean)
+    return torch.empty_like(x, memory_format=CHANNELS_LAST), mean, torch.empty_like(mean), _fake_bits(x, keep_bits)
 
 
 @torch.library.custom_op("fastarat::split_bn_eval", mutates_args=())
@@ -148,23 +154,36 @@ def _eval_op(
     residual: Tensor | None,
     relu: bool,
     eps: float,
-) -> Tensor:
+    keep_bits: bool,
+) -> tuple[Tensor, Tensor]:
     from . import split_bn_triton as kernels
 
     with torch.cuda.device_of(x):
-        return kernels.apply(x, weight, bias, mean, var, residual, relu, eps)
+        y, bits = kernels.apply(x, weight, bias, mean, var, residual, relu, eps, keep_bits)
+    return y, _no_bits(x) if bits is None else bits
 
 
 @_eval_op.register_fake
-def _(x, weight, bias, mean, var, residual, relu, eps):
-    return torch.empty_like(x, memory_format=CHANNELS_LAST)
+def _(x, weight, bias, mean, var, residual, relu, eps, keep_bits):
+    return torch.empty_like(x, memory_format=CHANNELS_LAST), _fake_bits(x, keep_bits)
+
+
+def _no_bits(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _fake_bits(x: Tensor, keep_bits: bool) -> Tensor:
+    if not keep_bits:
+        return _no_bits(x)
+    return x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], (x.shape[1] + 7) // 8), dtype=torch.uint8)
 
 
 @torch.library.custom_op("fastarat::split_bn_backward", mutates_args=())
 def _backward_op(
     dy: Tensor,
+    dy2: Tensor | None,
     x: Tensor,
-    y: Tensor | None,
+    bits: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
@@ -178,19 +197,18 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias, residual); one that is not needed comes back with no elements.
 
-    y: the output, only where a residual was added before the ReLU: elsewhere the ReLU's mask is worked out
-    from x, which the pass reads anyway.
+    dy2: more of y's gradient, to be added. bits: what the ReLU let pass, or None to work it out from x.
     """
     from . import split_bn_triton as kernels
 
     with torch.cuda.device_of(x):
         return kernels.backward(
-            dy, x, y, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps
+            dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps
         )
 
 
 @_backward_op.register_fake
-def _(dy, x, y, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps):
+def _(dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps):
     def images(needed):
         return torch.empty_like(x, memory_format=CHANNELS_LAST) if needed else x.new_empty(0)
 
@@ -200,45 +218,42 @@ def _(dy, x, y, weight, bias, mean, var, training, relu, need_x, need_affine, ne
     return images(need_x), affine(weight), affine(bias), images(need_residual)
 
 
-def _save(ctx, x, weight, bias, mean, var, residual, relu, y, eps, training) -> None:
-    ctx.save_for_backward(x, weight, bias, mean, var, y if relu and residual is not None else None)
+def _save(ctx, x, weight, bias, mean, var, bits, relu, eps, training) -> None:
+    ctx.mark_non_differentiable(*([mean, var] if training else []), bits)
+    # Nobody differentiates the statistics, and zeros in place of their gradients would be a launch each.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, var, bits if bits.numel() else None)
     ctx.relu, ctx.eps, ctx.training = relu, eps, training
+    take_two(ctx)
 
 
 def _setup_train(ctx, inputs, output) -> None:
-    x, weight, bias, residual, relu, eps = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    _save(ctx, x, weight, bias, mean, var, residual, relu, y, eps, True)
+    x, weight, bias, _, relu, eps, _ = inputs
+    _, mean, var, bits = output
+    _save(ctx, x, weight, bias, mean, var, bits, relu, eps, True)
 
 
 def _setup_eval(ctx, inputs, output) -> None:
-    x, weight, bias, mean, var, residual, relu, eps = inputs
-    _save(ctx, x, weight, bias, mean, var, residual, relu, output, eps, False)
+    x, weight, bias, mean, var, _, relu, eps, _ = inputs
+    _save(ctx, x, weight, bias, mean, var, output[1], relu, eps, False)
 
 
 def _gradients(ctx, dy, need_x, need_affine, need_residual):
-    x, weight, bias, mean, var, y = ctx.saved_tensors
-    # Without a ReLU the residual's gradient is dy itself: nothing to write.
-    masked_residual = need_residual and ctx.relu
+    dy2 = taken(ctx)
+    if dy is None:
+        dy, dy2 = dy2, None
+    if dy is None:
+        return None, None, None, None
+    x, weight, bias, mean, var, bits = ctx.saved_tensors
+    # Without a ReLU the residual's gradient is dy itself, if it is one: nothing to write.
+    written_residual = need_residual and (ctx.relu or dy2 is not None)
     dx = dweight = dbias = dresidual = None
-    if need_x or need_affine or masked_residual:
+    if need_x or need_affine or written_residual:
         dx, dweight, dbias, dresidual = _backward_op(
-            dy,
-            x,
-            y,
-            weight,
-            bias,
-            mean,
-            var,
-            ctx.training,
-            ctx.relu,
-            need_x,
-            need_affine,
-            masked_residual,
+            dy, dy2, x, bits, weight, bias, mean, var, ctx.training, ctx.relu, need_x, need_affine, written_residual,
             ctx.eps,
-        )
-    if need_residual and not ctx.relu:
+        )  # fmt: skip
+    if need_residual and not written_residual:
         dresidual = dy
     return (
         dx if need_x else None,
@@ -248,16 +263,16 @@ def _gradients(ctx, dy, need_x, need_affine, need_residual):
     )
 
 
-def _backward_train(ctx, dy, _dmean, _dvar):
+def _backward_train(ctx, dy, _dmean, _dvar, _dbits):
     need = ctx.needs_input_grad
     dx, dweight, dbias, dresidual = _gradients(ctx, dy, need[0], need[1] or need[2], need[3])
-    return dx, dweight, dbias, dresidual, None, None
+    return dx, dweight, dbias, dresidual, None, None, None
 
 
-def _backward_eval(ctx, dy):
+def _backward_eval(ctx, dy, _dbits):
     need = ctx.needs_input_grad
     dx, dweight, dbias, dresidual = _gradients(ctx, dy, need[0], need[1] or need[2], need[5])
-    return dx, dweight, dbias, None, None, dresidual, None, None
+    return dx, dweight, dbias, None, None, dresidual, None, None, None
 
 
 _train_op.register_autograd(_backward_train, setup_context=_setup_train)

@@ -113,3 +113,17 @@ def counting(step, size: int):
         engine.waits = waits
         for hook in hooks:
             hook.remove()
+
+
+class Additions(TorchDispatchMode):
+    """Counts additions of two tensors of at least `least` elements."""
+
+    def __init__(self, least: int = 1024) -> None:
+        super().__init__()
+        self.least, self.count = least, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::add", "aten::add_"):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            self.count += len(tensors) == 2 and all(t.numel() >= self.least for t in tensors)
+        return func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastarat.errors import UserError
+from fastarat.kernels import own_arrivals
 from fastarat.specs import Capture
 
 Mode = Literal["cuda", "fake"]
@@ -122,21 +123,23 @@ class Captured:
         # on a side stream, so that no autograd node remembers the default one. One stream for all captures: a memory
         # pool gives a block back only to the stream that freed it.
         stream = _capture_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(warmup):
-                self.fn(*self.inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        self.graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self.graph.register_generator_state(generator)
-        # Other threads (a loader pinning memory) may call CUDA meanwhile; only this one's calls are captured.
-        with (
-            no_collection(),
-            torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            self._outputs = self.fn(*self.inputs)
+        # The kernels' counters are the graph's own: it may be replayed on any stream, beside anything.
+        with own_arrivals() as self._counters:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(warmup):
+                    self.fn(*self.inputs)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.synchronize(device)
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                self.graph.register_generator_state(generator)
+            # Other threads (a loader pinning memory) may call CUDA meanwhile; only this one's calls are captured.
+            with (
+                no_collection(),
+                torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                self._outputs = self.fn(*self.inputs)
 
     @property
     def pool(self) -> Any:

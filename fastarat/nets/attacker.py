@@ -142,10 +142,10 @@ def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[nn.Conv2d, 
     """Convolutions that take up the BatchNorm after them, still empty, by the model's own ones."""
     # Two that are added up need one bias between them: the shortcut has none.
     bare = {shortcut for shortcut, _ in model.shortcuts()}
-    convs = [conv for conv, _ in model.foldable()]
-    dtype = dtype or convs[0].weight.dtype
-    fused = why_not_conv_bias_relu(convs[0].weight.device, dtype) is None
-    return {conv: FoldedConv(conv, dtype, conv not in bare, fused) for conv in convs}
+    convs = list(model.foldable())
+    dtype = dtype or convs[0][0].weight.dtype
+    fused = why_not_conv_bias_relu(convs[0][0].weight.device, dtype) is None
+    return {conv: FoldedConv(conv, dtype, conv not in bare, fused, bn.backend) for conv, bn in convs}
 
 
 def _fold(model: Network, folded: dict[nn.Conv2d, FoldedConv]) -> None:

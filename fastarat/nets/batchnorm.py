@@ -27,12 +27,23 @@ class Route:
 
     groups: branch names, one per equal part of the batch. updates: order in which running statistics follow, None:
     that of `groups`. pending: updates waiting for the end of `through`, None outside: then they happen at once.
+    forks: whether a tensor inside the network may be forked (`kernels.fork`), which gives the gradient by it to nobody
+    else: only inside `through`, and where no module has a hook that could have handed the tensor out.
     """
 
     def __init__(self) -> None:
         self.groups: tuple[str, ...] = ("adv",)
         self.updates: tuple[str, ...] | None = None
         self.pending: list | None = None
+        self.forks = False
+        # PyTorch's own dictionaries, by their ids: a hook that is registered later is found in them.
+        self._hooks: dict[int, dict] = {}
+
+    def watch(self, model: nn.Module) -> None:
+        """Fork from now on, and look at the hooks of these modules first."""
+        of_all = torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks
+        for hooks in (*of_all, *(h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks))):
+            self._hooks[id(hooks)] = hooks
 
     @contextmanager
     def through(self, *groups: str, updates: Sequence[str] | None = None) -> Iterator[None]:
@@ -40,13 +51,14 @@ class Route:
 
         The names are taken as they are: `branch` checks them.
         """
-        before = self.groups, self.updates, self.pending
+        before = self.groups, self.updates, self.pending, self.forks
         pending: list = []
         self.groups, self.updates, self.pending = groups, None if updates is None else tuple(updates), pending
+        self.forks = bool(self._hooks) and not any(self._hooks.values())
         try:
             yield
         finally:
-            self.groups, self.updates, self.pending = before
+            self.groups, self.updates, self.pending, self.forks = before
             _apply_updates(pending)
 
 
@@ -54,6 +66,7 @@ def route_of(model: nn.Module) -> Route:
     """Return the route that all BatchNorm layers of this module's kind in `model` share, from now on if not before."""
     layers = _layers(model)
     route = layers[0].route if layers else Route()
+    route.watch(model)
     for m in layers:
         m.route = route
     return route
@@ -119,7 +132,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         else:
             running = (_stack(sets, "running_mean", x), _stack(sets, "running_var", x))
             y = split_bn(x, weight, bias, residual, relu, running=running, eps=self.eps, backend=self.backend).y
-        y = y.reshape(shape)
+        if y.shape != shape:  # else y itself, which may be forked: a view of it may not
+            y = y.reshape(shape)
         if self.drop is not None:
             y = self.drop(y)
         return y if self.act is None else self.act(y)
@@ -245,7 +259,8 @@ def branch(model: nn.Module, *groups: str, updates: Sequence[str] | None = None)
     for m in layers:
         for name in groups:
             m.branch_set(name)
-    # A route of the block's own: `model` may be a part of a network whose other layers go another way.
+    # A route of the block's own: `model` may be a part of a network whose other layers go another way. It forks
+    # nothing: who calls the network here may look at any tensor in it.
     own, before = Route(), [m.route for m in layers]
     for m in layers:
         m.route = own

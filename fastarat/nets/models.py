@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.errors import UserError, unknown
-from fastarat.kernels import conv_bias_relu, stem_applies, stem_conv
+from fastarat.kernels import conv_bias_relu, fork, stem_applies, stem_conv
 from fastarat.nets.batchnorm import BatchNorm2d, set_backend
 from fastarat.nets.taps import PENULTIMATE, Taps
 
@@ -25,16 +25,17 @@ class FoldedConv(nn.Conv2d):
     """A convolution that has absorbed the BatchNorm after it: it adds the residual and applies the ReLU itself.
 
     Its tensors are `Attacker`'s to fill. fused: whether cuDNN does bias, residual and ReLU in the convolution's call.
+    backend: of what is left to kernels, in backward.
     """
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, bias: bool, fused: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, bias: bool, fused: bool, backend: str = "auto") -> None:
         # A cast, because torch declares tuples of any length.
         kernel, stride, padding = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, conv.padding))
         super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=bias, device="meta")
         self.weight = nn.Parameter(torch.empty_like(conv.weight, dtype=dtype), requires_grad=False)
         if bias:
             self.bias = nn.Parameter(self.weight.new_empty(conv.out_channels), requires_grad=False)
-        self.fused, self.backend = fused, getattr(conv, "backend", "plain")
+        self.fused, self.backend = fused, backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.fused and relu:
@@ -62,6 +63,11 @@ def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residua
     y = bn(x)
     taps.record(name, y)
     return F.relu(y if residual is None else y + residual)
+
+
+def _both_uses(x: Tensor, bn: BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A block's input for its main path and its shortcut, whose gradients need not be added up where `bn` may fork."""
+    return fork(x) if bn.route.forks else (x, x)
 
 
 class Stem(nn.Conv2d):
@@ -108,8 +114,9 @@ class BasicBlock(nn.Module):
         return cast(tuple[nn.Conv2d, BatchNorm2d], tuple(self.shortcut))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
+        x, side = _both_uses(x, self.bn1)
         out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
-        shortcut = _conv_norm_relu(*self.projection(), x, "", None, relu=False) if len(self.shortcut) else x
+        shortcut = _conv_norm_relu(*self.projection(), side, "", None, relu=False) if len(self.shortcut) else side
         return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, shortcut)
 
 
@@ -126,8 +133,8 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
-        out = _norm_relu(self.bn1, x, f"{name}.bn1", taps)
-        residual = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.bn1", taps), self.bn1)
+        residual = self.shortcut(side) if hasattr(self, "shortcut") else x
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.bn2", taps)
         return self.conv2(out) + residual
 
@@ -144,8 +151,8 @@ class WideBlock(nn.Module):
         self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
-        out = _norm_relu(self.bn1, x, f"{name}.relu1", taps)
-        residual = x if self.convShortcut is None else self.convShortcut(out)
+        out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.relu1", taps), self.bn1)
+        residual = x if self.convShortcut is None else self.convShortcut(side)
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.relu2", taps)
         return self.conv2(out) + residual
 

@@ -1,19 +1,44 @@
 """Every kernel compiles for an H200 without one: the interpreter accepts what the compiler may refuse.
 
-Run as a script, this file calls the real launchers with a driver that only names the target, so each kernel
-is specialised exactly as a GPU run would specialise it, and prints the name and the widest load of each.
+Run as a script, this file calls the real launchers, on ResNet-18's shapes at batch 128, with a driver that only names the
+target, so each kernel is specialised exactly as a GPU run would specialise it, and prints what ptxas says of each.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import pytest
 import torch
+
+MULTIPROCESSORS, REGISTERS = 132, 65536
+REDUCING = ("_stats_kernel", "_backward_sums_kernel")
+
+
+def ptxas(ptx: str) -> dict[str, int]:
+    """Registers of a thread and bytes that it spills, of PTX assembled for Hopper."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [program, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    used = re.search(r"Used (\d+) registers", said)
+    assert found is not None, said
+    assert used is not None, said
+    return {"registers": int(used[1]), "spilt": int(found[1]) + int(found[2])}
 
 
 def compile_all() -> None:
     import triton
-    from fastarat.kernels import pgd_update_triton, split_bn_triton, stem_triton
+    from fastarat.kernels import conv_triton, pgd_update_triton, split_bn_triton, stem_triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -32,51 +57,79 @@ def compile_all() -> None:
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             ptx = compiled.asm["ptx"]
             assert compiled.asm["cubin"]
-            print(kernel.__name__, "16-byte" if "ld.global.v4.b32" in ptx else "narrow", "__local_depot" in ptx)
+            found = {"kernel": kernel.__name__, "case": case, "warps": kwargs["num_warps"], **ptxas(ptx)}
+            programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
+            wide = "ld.global.v4.b32" in ptx
+            print(json.dumps(found | {"programs": programs, "wide": wide}))
 
         return call
 
     driver.set_active(Hopper())
     triton.JITFunction.__getitem__ = compile_instead_of_launch
-    # Sixty-four channels are the fast case; sizes of 1 become constants in the kernel, a case of its own.
-    for dtype, channels, size in ((torch.bfloat16, 64, 8), (torch.float16, 1, 1)):
-        x = torch.zeros(4 if size > 1 else 1, channels, size, size, dtype=dtype)
+    # Sizes of 1 become constants in the kernel, a case of its own.
+    shapes = {f"{c} channels": (128, c, s, s, torch.bfloat16) for c, s in ((64, 32), (128, 16), (256, 8), (512, 4))}
+    shapes |= {"float32": (128, 64, 32, 32, torch.float32), "one": (1, 1, 1, 1, torch.float16)}
+    for name, (batch, channels, height, width, dtype) in shapes.items():
+        x = torch.empty(batch, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
         affine = (torch.zeros(1, channels),) * 4
+        case = name
         split_bn_triton.statistics(x, 1)
-        split_bn_triton.apply(x, *affine, x, True, 1e-5)
-        for y, training in ((x, True), (None, True), (x, False)):
-            need_residual = y is not None
-            split_bn_triton.backward(x, x, y, *affine, training, True, True, training, need_residual, 1e-5)
+        split_bn_triton.apply(x, *affine, x, True, 1e-5, True)
+        bits = split_bn_triton.bits_like(x)
+        for where, more, kept, training in (
+            ("block", x, bits, True),
+            ("inner", None, None, True),
+            ("first", x, None, True),
+            ("evaluation", x, bits, False),
+        ):
+            case = f"{name}, {where}"
+            needs = True, training, kept is not None
+            split_bn_triton.backward(x, more, x, kept, *affine, training, True, *needs, 1e-5)
+    case = "images"
     images, scalar = torch.zeros(4, 3, 8, 8), torch.tensor(0.1)
     pgd_update_triton.update(images, images.bfloat16(), images, 0.1, 0.1, None, None)
     pgd_update_triton.update(images, images, images, 0.0, 0.0, scalar, scalar)
     for dtype, out in ((torch.bfloat16, 64), (torch.float16, 160)):
         stem_triton.input_grad(torch.zeros(2, out, 8, 8, dtype=dtype), torch.zeros(out, 3, 3, 3, dtype=dtype))
+    for dtype in (torch.bfloat16, torch.float32):
+        conv_triton.masked_sum(*(torch.zeros(2, 64, 8, 8, dtype=dtype),) * 3)
 
 
-def test_kernels_compile_for_hopper(tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
     import triton  # noqa: F401 - missing Triton must fail here, not skip
 
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    lines = [line.split() for line in run.stdout.splitlines()]
-    assert {name for name, _, _ in lines} == {
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_all_compile_for_hopper_without_a_spill(compiled):
+    assert {found["kernel"] for found in compiled} == {
         "_stats_kernel",
-        "_merge_stats_kernel",
         "_apply_kernel",
         "_backward_sums_kernel",
-        "_merge_sums_kernel",
         "_backward_apply_kernel",
         "_pgd_update_kernel",
         "_stem_input_grad_kernel",
+        "_masked_sum_kernel",
     }
-    # The first kernels are those of 64 channels: whole 16-byte loads, and no register spilt to local memory.
-    assert lines[0] == ["_stats_kernel", "16-byte", "False"]
-    assert lines[2] == ["_apply_kernel", "16-byte", "False"]
-    assert lines[3] == ["_backward_sums_kernel", "16-byte", "False"]
-    assert lines[5] == ["_backward_apply_kernel", "16-byte", "False"]
+    assert [found for found in compiled if found["spilt"]] == []
+    # Whole 16-byte loads wherever rows are whole vectors.
+    assert [found for found in compiled if "channels" in found["case"] and not found["wide"]] == []
+
+
+def test_a_reduction_is_one_wave(compiled):
+    """All its programs are resident at once: a second wave of a few would take as long as the first."""
+    reducing = [found for found in compiled if found["kernel"] in REDUCING and "channels" in found["case"]]
+    assert len(reducing) == 4 * 4
+    for found in reducing:
+        # Registers are given out by eight to a thread, in a multiple of 256 to a warp.
+        threads, registers = 32 * found["warps"], -(-found["registers"] // 8) * 8
+        resident = REGISTERS // (registers * threads)
+        assert found["programs"] <= MULTIPROCESSORS * resident, found
 
 
 if __name__ == "__main__":

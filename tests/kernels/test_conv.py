@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from costs import Additions
 from fastarat.kernels import conv, conv_bias_relu, why_not_conv_bias_relu
 from test_attacker import assert_folding_changes_nothing, attacker_of
 
 import fastarat
-from fastarat.nets.models import FoldedConv, build_model
+from fastarat.nets.batchnorm import branch
+from fastarat.nets.models import FoldedConv, build_model, set_kernels
 
 
 def plainly(x, weight, bias, residual, stride, padding):
@@ -120,3 +122,18 @@ def test_captured_on_a_gpu():
             losses.append(sum(v.item() for v in step(images, torch.arange(8, device="cuda")).values()))
         assert step.meter.bad() is None
     assert losses[:3] == pytest.approx(losses[3:], rel=0.1)
+
+
+def test_a_folded_network_adds_no_gradients(stand_in):
+    model = build_model("resnet-small", num_classes=4).to(memory_format=torch.channels_last).eval()
+    set_kernels(model.requires_grad_(False), "triton")
+    attacker = attacker_of(model, fold=True)
+    images = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for through, wanted in ((attacker.route.through("adv"), 0), (branch(model, "adv"), 3)):
+        with through:
+            loss = attacker(images).square().sum()
+        with Additions() as additions:
+            found.append(torch.autograd.grad(loss, images)[0])
+        assert additions.count == wanted
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -172,7 +172,8 @@ def test_programs_that_walk_many_tiles(dtype, residual, device, kernels, monkeyp
     """Small inputs give every program one tile; few programs make them loop, as large inputs do."""
     monkeypatch.setattr(kernels, "REDUCE_PROGRAMS", 6)
     x, *rest = make_case(device, dtype, 2, 3, 33, 7, 9, residual=residual, training=True)
-    assert kernels.launch_shape(3 * 7 * 9, 33, 2, x.element_size(), reduce=True).num_tiles > 2
+    size = x.element_size()
+    assert kernels.launch_shape(3 * 7 * 9, 33, 2, size, tile_bytes=kernels.SUMS_TILE, reduce=True).num_tiles > 2
     check_against_reference("triton", x, *rest[:3], True, rest[3])
 
 
@@ -257,6 +258,54 @@ def test_two_runs_give_the_same_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which chooses the order")
+@pytest.mark.parametrize("order", ["backwards", "shuffled"])
+@pytest.mark.parametrize("fan", [4, 32], ids=["two levels", "one level"])
+def test_whoever_comes_last_the_bits_are_the_same(fan, order, kernels, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(kernels, "FAN", fan)
+    monkeypatch.setattr(kernels, "REDUCE_PROGRAMS", 28)
+    x, weight, bias, residual, _ = make_case(
+        "cpu", torch.float32, 2, 3, 72, 9, 9, residual=True, training=True, mean=100.0
+    )
+    launch = kernels.launch_shape(3 * 81, 72, 2, 4, tile_bytes=kernels.SUMS_TILE, reduce=True)
+    assert (launch.families > 1) == (fan == 4)
+    assert launch.num_parts % 4
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+        out = split_bn(*leaves, True, backend="triton")
+        return [*out, *torch.autograd.grad(out.y.square().sum(), leaves)]
+
+    in_order = run()
+    check_against_reference("triton", x, weight, bias, residual, True, None)
+    place = interpreter_builder.set_grid_idx
+    turn = torch.randperm(launch.grid[0], generator=torch.Generator().manual_seed(3)).tolist()
+
+    def elsewhere(x, y, z):
+        """The interpreter runs programs one after another, in the order of their numbers: give them other numbers."""
+        count = interpreter_builder.grid_dim[0]
+        seen.add(count)
+        place(count - 1 - x if order == "backwards" or count != len(turn) else turn[x], y, z)
+
+    seen: set[int] = set()
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", elsewhere)
+    assert all(torch.equal(a, b) for a, b in zip(in_order, run(), strict=True))
+    assert launch.grid[0] in seen
+
+
+def test_counters_are_zero_again_and_apart_where_asked(device, kernels, monkeypatch):
+    from fastarat.kernels import backend, own_arrivals
+
+    x, weight, bias, _, _ = make_case(device, torch.float32, 2, 2, 9, 4, 4, residual=False, training=True)
+    with own_arrivals() as counters:
+        split_bn(x, weight, bias, backend="triton")
+    assert [int(c.abs().sum()) for c in counters.values()] == [0]
+    (own,) = counters.values()
+    assert all(own.data_ptr() != c.data_ptr() for c in backend._counters.values())
+
+
 def test_only_needed_gradients_are_computed(device, kernels, monkeypatch):
     x, weight, bias, residual, running = make_case(device, torch.float32, 1, 2, 4, 3, 3, residual=True, training=False)
 
@@ -313,9 +362,10 @@ def test_opcheck(dtype, residual, device):
     x, weight, bias, extra, running = make_case(device, dtype, 2, 2, 5, 3, 3, residual=residual, training=False)
     for leaf in (x, weight, bias, *([extra] if residual else [])):
         leaf.requires_grad_()
-    torch.library.opcheck(ops.split_bn_train.default, (x, weight, bias, extra, True, EPS))
-    torch.library.opcheck(ops.split_bn_eval.default, (x, weight, bias, *running, extra, True, EPS))
-    detached = [None if t is None else t.detach() for t in (x, x, extra, weight, bias)]
+    torch.library.opcheck(ops.split_bn_train.default, (x, weight, bias, extra, True, EPS, residual))
+    torch.library.opcheck(ops.split_bn_eval.default, (x, weight, bias, *running, extra, True, EPS, residual))
+    bits = torch.randint(256, (36, 1), dtype=torch.uint8, device=device) if residual else None
+    detached = [None if t is None else t.detach() for t in (x, extra, x, bits, weight, bias)]
     for need_x, need_affine, training in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(
             ops.split_bn_backward.default,
@@ -345,7 +395,8 @@ def test_launch_shapes_cover_the_rows(kernels):
     many_rows, many_channels = (1, 2, 9, 63, 1000, 2048, 131072, 131073, 7_000_001), (1, 3, 63, 64, 65, 512, 2048)
     for case in product(many_rows, many_channels, (1, 2, 3), (2, 4), (True, False)):
         rows, channels, groups, itemsize, reduce = case
-        launch = kernels.launch_shape(rows, channels, groups, itemsize, reduce=reduce)
+        tile_bytes = kernels.SUMS_TILE if reduce else kernels.APPLY_TILE
+        launch = kernels.launch_shape(rows, channels, groups, itemsize, tile_bytes=tile_bytes, reduce=reduce)
         per_part = launch.num_tiles * launch.block_rows
         assert (launch.num_parts - 1) * per_part < rows <= launch.num_parts * per_part, case
         assert launch.channel_blocks * launch.block_channels >= channels, case
@@ -358,8 +409,9 @@ def test_launch_shapes_cover_the_rows(kernels):
 @pytest.mark.parametrize(("rows", "channels"), [(1024, 64), (256, 128), (64, 256), (16, 512)])
 def test_resnet18_stages_fill_a_large_gpu(images, rows, channels, kernels):
     """At least three programs for each of the 132 multiprocessors of an H200, in both kinds of pass."""
-    for reduce in (True, False):
-        launch = kernels.launch_shape(images * rows, channels, 1, 2, reduce=reduce)
+    for tile_bytes in (kernels.APPLY_TILE, kernels.STATS_TILE, kernels.SUMS_TILE):
+        reduce = tile_bytes != kernels.APPLY_TILE
+        launch = kernels.launch_shape(images * rows, channels, 1, 2, tile_bytes=tile_bytes, reduce=reduce)
         assert launch.grid[0] * launch.grid[1] >= 3 * 132
         assert launch.block_channels == 64
 
