@@ -2,9 +2,10 @@
 
 from .backend import interpreting, own_arrivals, why_not_triton
 from .conv import conv_bias_relu, why_not_conv_bias_relu, why_not_fold
-from .fork import fork
+from .fork import fork, pick_pointwise
 from .pgd_update import pgd_update
 from .split_bn import SplitBN, split_bn
+from .split_bn_join import joins, split_bn_join
 from .stem import stem_applies, stem_conv, stem_input_grad
 
 __all__ = [
@@ -12,9 +13,12 @@ __all__ = [
     "conv_bias_relu",
     "fork",
     "interpreting",
+    "joins",
     "own_arrivals",
     "pgd_update",
+    "pick_pointwise",
     "split_bn",
+    "split_bn_join",
     "stem_applies",
     "stem_conv",
     "stem_input_grad",

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.errors import UserError, unknown
-from fastarat.kernels import conv_bias_relu, fork, stem_applies, stem_conv
+from fastarat.kernels import conv_bias_relu, fork, pick_pointwise, stem_applies, stem_conv
 from fastarat.nets.batchnorm import BatchNorm2d, set_backend
-from fastarat.nets.taps import PENULTIMATE, Taps
+from fastarat.nets.taps import PENULTIMATE, Taps, averaged
 
 
 class FoldedConv(nn.Conv2d):
@@ -48,26 +48,53 @@ class FoldedConv(nn.Conv2d):
 
 
 def _conv_norm_relu(
-    conv: nn.Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
+    conv: nn.Conv2d,
+    bn: BatchNorm2d,
+    x: Tensor,
+    name: str,
+    taps: Taps | None,
+    residual: Tensor | None = None,
+    through: BatchNorm2d | None = None,
 ) -> Tensor:
-    """Convolution, BN, optional residual add, ReLU; the first two are one where an attacker has folded BN."""
+    """Convolution, BN, optional residual add, ReLU; the first two are one where an attacker has folded BN.
+
+    through: a BN that the residual goes through first.
+    """
     if isinstance(conv, FoldedConv):
-        return conv(x, residual, relu)
-    return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
+        return conv(x, residual, relu=True)
+    return _norm_relu(bn, conv(x), name, taps, residual, through)
 
 
-def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None) -> Tensor:
+def _norm_relu(
+    bn: BatchNorm2d,
+    x: Tensor,
+    name: str,
+    taps: Taps | None,
+    residual: Tensor | None = None,
+    through: BatchNorm2d | None = None,
+) -> Tensor:
     """BN, optional residual add, ReLU: one fused op unless this layer's BN output itself is tapped."""
     if taps is None or name not in taps.layers:
-        return bn(x, residual, relu=True)
+        return bn(x, residual, relu=True, through=through)
+    if residual is None and taps.relu:
+        y = bn(x, relu=True)
+        taps.record(name, y)  # a second ReLU would change nothing
+        return y
     y = bn(x)
     taps.record(name, y)
-    return F.relu(y if residual is None else y + residual)
+    if residual is None:
+        return F.relu(y)
+    return F.relu(y + (residual if through is None else through(residual)))
 
 
 def _both_uses(x: Tensor, bn: BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A block's input for its main path and its shortcut, whose gradients need not be added up where `bn` may fork."""
     return fork(x) if bn.route.forks else (x, x)
+
+
+def _projected(conv: nn.Conv2d, side: Tensor, bn: BatchNorm2d) -> Tensor:
+    """A shortcut's 1x1 convolution without bias; where `bn` may fork, one that strides hands back what it picked."""
+    return pick_pointwise(side, conv.weight) if bn.route.forks and conv.stride == (2, 2) else conv(side)
 
 
 class Stem(nn.Conv2d):
@@ -116,8 +143,13 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         x, side = _both_uses(x, self.bn1)
         out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
-        shortcut = _conv_norm_relu(*self.projection(), side, "", None, relu=False) if len(self.shortcut) else side
-        return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, shortcut)
+        through = None
+        if len(self.shortcut):
+            conv, through = self.projection()
+            side = _projected(conv, side, self.bn1)
+            if isinstance(conv, FoldedConv):
+                through = None
+        return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, side, through)
 
 
 class PreActBlock(nn.Module):
@@ -134,7 +166,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.bn1", taps), self.bn1)
-        residual = self.shortcut(side) if hasattr(self, "shortcut") else x
+        residual = _projected(self.shortcut[0], side, self.bn1) if hasattr(self, "shortcut") else x
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.bn2", taps)
         return self.conv2(out) + residual
 
@@ -152,7 +184,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.relu1", taps), self.bn1)
-        residual = x if self.convShortcut is None else self.convShortcut(side)
+        residual = x if self.convShortcut is None else _projected(self.convShortcut, side, self.bn1)
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.relu2", taps)
         return self.conv2(out) + residual
 
@@ -221,7 +253,7 @@ class Network(nn.Module):
         return images if self.normalize is None else self.normalize(images)
 
     def _logits(self, x: Tensor, classifier: nn.Linear, taps: Taps | None) -> Tensor:
-        pooled = x.mean((2, 3))
+        pooled = averaged(x)
         if taps is not None:
             taps.record(PENULTIMATE, pooled)
         return classifier(pooled)
