@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_suffix(".cpp")
 VERSIONS = ("2.13",)
 """Releases of torch whose interfaces for devices SOURCE answers."""
@@ -39,11 +41,16 @@ def why_not() -> str | None:
 
 
 def load() -> None:
-    """Build SOURCE once per torch and load it. Raises: RuntimeError where `why_not` has a reason, or torch is loaded."""
+    """Build SOURCE, once per torch, and load it.
+
+    Raises: RuntimeError where `why_not` has a reason, torch is loaded already, or kernels would be interpreted.
+    """
     if (reason := why_not()) is not None:
         raise RuntimeError(f"no CUDA device can be pretended: {reason}")
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already, and has asked for its CUDA device: call load() first")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 interprets the kernels, whose launches are to be seen: unset it")
     ctypes.CDLL(str(_built()), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -104,7 +111,9 @@ def pretended(**also: Any) -> Iterator[None]:
     class Mode(FakeTensorMode):
         """Told, because it asks is_available: otherwise it puts a real tensor on the device first."""
 
-        avoid_device_init = True
+        @property
+        def avoid_device_init(self) -> bool:
+            return True
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Mode:
             return self  # a copied module's tensors stay of this mode
@@ -112,13 +121,15 @@ def pretended(**also: Any) -> Iterator[None]:
     class Generator(torch.Generator):
         """Random numbers of the device: none is drawn."""
 
-        def __new__(cls, device: Any = "cpu"):
-            made = super().__new__(cls, "cpu")
+        wanted: torch.device
+
+        def __new__(cls, device: Any = "cpu") -> Generator:
+            made = super().__new__(cls)
             made.wanted = torch.device(device)
             return made
 
         @property
-        def device(self):
+        def device(self) -> torch.device:
             return self.wanted
 
     def waits(*_: Any) -> None:
@@ -141,7 +152,8 @@ def pretended(**also: Any) -> Iterator[None]:
         "torch.nn.Module._apply": _apply,
         **also,
     }
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a deep copy looks at it
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer))
         stack.enter_context(Mode())
@@ -166,9 +178,21 @@ def _apply(module: Any, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
     return module
 
 
+def started(argv: Sequence[str]) -> int:
+    """Run `main` with these arguments in a process of its own; returns its exit code."""
+    # Interpreted kernels have no launches that could be caught.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run([sys.executable, "-m", __name__, *argv], env=environment, check=False).returncode
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the device, then run `benchmarks.structure` with these arguments."""
-    load()
+    """Load the device, then run `benchmarks.structure` with these arguments. Returns: its exit code, 2 without one."""
+    try:
+        load()
+    except RuntimeError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
     from benchmarks import structure
 
     return structure.main(sys.argv[1:] if argv is None else argv)

@@ -17,17 +17,20 @@ from torch.utils._pytree import tree_leaves
 
 HOW = """\
 A step runs on fake CUDA tensors: each operation is seen as torch dispatches it, with shapes, strides and dtypes, and \
-nothing is computed. Our own operations run their Python body, in which every launch of a Triton kernel is caught with \
-its arguments; a table says which of them a kernel reads and writes. An operation of torch's is one kernel, except: \
-views and allocations are none; a convolution's backward is one per gradient; a convolution with a bias is two; a \
-multi-tensor operation is as many as torch's multi_tensor_apply makes of it (in builds for CUDA 13: chunks of 65,536 \
-elements, 2,240 of them and 770, 448, 336, 252 or 210 tensors a launch, by the number of lists), or one per tensor \
-where the strides of its lists differ; BatchNorm of torch's own is three, its backward two, the backward of the \
-negative log-likelihood two (it zeroes its result first). A copy and a fill are kernels, too. Bytes: what a kernel is \
-given and what it leaves, once each, all from and to memory, nothing found in a cache; an expanded tensor has the \
-bytes that are stored. cuDNN and cuBLAS are assumed to launch one kernel a call, to transpose nothing and not to read \
-an addend times 0. FLOP: those of convolutions and matrix products. Milliseconds: the sum over kernels of bytes / \
-bandwidth or FLOP / peak (float32 at that peak, too), whichever is larger: a bound from below, without launch gaps."""
+nothing is computed. It is a step as a CUDA graph would hold it, in bf16 with ten attack steps, the fused SGD and the \
+kernels on, its optimiser's buffers there; cuDNN's fused convolution is taken to be available. Our own operations run \
+their Python body, in which every launch of a Triton kernel is caught with its arguments; a table says which of them a \
+kernel reads and writes. An operation of torch's is one kernel, except: views and allocations are none; a \
+convolution's backward is one per gradient; a convolution with a bias is two; a multi-tensor operation is as many as \
+torch's multi_tensor_apply makes of it (in builds for CUDA 13: chunks of 65,536 elements, 2,240 of them and 770, 448, \
+336, 252 or 210 tensors a launch, by the number of lists), or one per tensor where the strides of its lists differ; \
+BatchNorm of torch's own is three, its backward two, the backward of the negative log-likelihood two (it zeroes its \
+result first). A sort or a topk counts as one, and is several. A copy and a fill are kernels, too. Bytes: what a \
+kernel is given and what it leaves, once each, all from and to memory, nothing found in a cache; an expanded tensor \
+has the bytes that are stored. cuDNN and cuBLAS are assumed to launch one kernel a call, to transpose nothing and not \
+to read an addend times 0. FLOP: those of convolutions and matrix products. Milliseconds: the sum over kernels of \
+bytes / bandwidth or FLOP / peak, whichever is larger (float32 at the peak of bf16, too): a bound from below, without \
+the gaps between launches. Layouts: results of 65,536 elements and more, [B, C, H, W], that are not channels-last."""
 
 
 class Launch(NamedTuple):
@@ -108,8 +111,9 @@ _OVERWRITES = {*FILLS, *_DRAWS, "copy_", "_foreach_copy_", "_foreach_zero_"}
 _ONE = {
     *CASTS, *FILLS, *_DRAWS, "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "all",
     "amax", "amin", "aminmax", "any", "arange", "argmax", "argmin", "cat", "clone", "gather", "index_select",
-    "linalg_vector_norm", "masked_fill", "masked_fill_", "max", "mean", "min", "mse_loss", "mse_loss_backward", "nll_loss_forward", "scatter", "scatter_", "scatter_add",
-    "scatter_add_", "stack", "std", "sum", "var",
+    "linalg_vector_norm", "masked_fill", "masked_fill_", "max", "mean", "min", "mse_loss", "mse_loss_backward",
+    "nll_loss_forward", "scatter", "scatter_", "scatter_add", "scatter_add_", "sort", "stack", "std", "sum", "topk",
+    "var",
 }  # fmt: skip
 _SEVERAL = {"native_batch_norm": 3, "native_batch_norm_backward": 2, "nll_loss_backward": 2}
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import inspect
 import json
+import os
 import sys
 import sysconfig
-import traceback
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._library.custom_ops
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,11 +88,13 @@ class Seen:
 class Watch(TorchDispatchMode):
     """Counts what is dispatched inside the block; `mark` books it under the phase that ends.
 
+    counting: False only lends torch the fake forms that it lacks.
     Raises: (inside) Fault for what waits for the device or mixes devices; launches.Unpriced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counting: bool = True) -> None:
         super().__init__()
+        self.counting = counting
         self.phases: dict[str, Seen] = {}
         self._now = Seen()
 
@@ -99,6 +105,12 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.counting or func.namespace == "prim":
+            return self._of_torch(func, args, kwargs)
+        if func.namespace == "aten" and _composite(func.name()):
+            # Inside our operations, below autograd, torch leaves taking an operation apart to whoever listens.
+            with self:
+                return func.decompose(*args, **kwargs)
         if not launches.works(func):
             return func(*args, **kwargs)
         self._check_devices(func, args, kwargs)
@@ -111,7 +123,8 @@ class Watch(TorchDispatchMode):
             name = launches.base_name(func)
             if name in FILLS:
                 self._now.fills[place()] += 1
-            if name in CASTS and _dtypes(args[0] if name == "_to_copy" else args[1]) != _dtypes(out):
+            before, after = (args[0], out) if name == "_to_copy" else (args[1:2], args[0])
+            if name in CASTS and _dtypes(before) != _dtypes(after):
                 self._now.casts[place()] += 1
         for t in _tensors(out):
             if _misplaced(t):
@@ -127,7 +140,7 @@ class Watch(TorchDispatchMode):
 
     def _of_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
-            return _FAKES.get(launches.base_name(func), func)(*args, **kwargs)
+            return (_FAKES.get(launches.base_name(func)) or func)(*args, **kwargs)
         except Exception as error:
             first = str(error).strip().split("\n")[0]
             raise Fault(
@@ -159,6 +172,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cudnn_convolution_relu": _convolved,
     "cudnn_convolution_add_relu": _convolved,
 }
+
+
+@functools.cache
+def _composite(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 @contextlib.contextmanager
@@ -193,12 +211,13 @@ _NOT_PLACES = (
 
 
 def place() -> str:
-    """File and function of the caller's caller that is neither torch nor this: who asked for an operation."""
-    for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith((*_NOT_PLACES, "<")):
-            path = Path(frame.filename)
-            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-            return f"{shown} {frame.name}"
+    """File and function that asked for the operation at hand: the innermost that is neither torch's nor this file's."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not path.startswith((*_NOT_PLACES, "<")):
+            return f"{os.path.relpath(path, ROOT) if path.startswith(str(ROOT)) else path} {name}"
+        frame = frame.f_back
     return "torch"
 
 
@@ -214,7 +233,7 @@ def watched(step: fastarat.TrainStep, batch: int, size: int = 32) -> Watch:
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     # In this thread, so that who asked for an operation can be told during the backward, too.
     with torch.autograd.set_multithreading_enabled(False):
-        with Watch():
+        with Watch(counting=False):
             step(images, labels)
         with Watch() as watch:
             step.mark = watch.mark
@@ -223,7 +242,10 @@ def watched(step: fastarat.TrainStep, batch: int, size: int = 32) -> Watch:
 
 
 def built(case: str) -> tuple[fastarat.TrainStep, int]:
-    """Return the step of a case, and its batch size. Inside `pretended`. Raises: UserError for a case not understood."""
+    """Return the step of a case, and its batch size. Inside `pretended`.
+
+    Raises: UserError for a case that is not understood.
+    """
     words = case.split("/")
     if len(words) not in (3, 4) or not words[2].isdecimal():
         raise UserError(f"case {case!r}: expected defense/model/batch, and perhaps one of {', '.join(OPTIONS)} behind")
@@ -234,25 +256,18 @@ def built(case: str) -> tuple[fastarat.TrainStep, int]:
         model = fastarat.build_model(words[1], num_classes=10)
     defense = DEFENSES[words[0]]()
     if defense.needs_start:
-        model.started_from = "memory"
+        model.started_from = "memory"  # pyright: ignore[reportArgumentType]
     options = OPTIONS.get(words[-1], {})
     step = fastarat.TrainStep(model, defense, torch.empty(2, 3, 32, 32), capture="off", precision="bf16", **options)
     return step, int(words[2])
 
 
-def _pretended() -> contextlib.AbstractContextManager[None]:
+def pretended() -> contextlib.AbstractContextManager[None]:
     """A device, on which cuDNN's fused convolution is there and nobody looks at the model's first logits."""
     answers: dict[str, Any] = {f"{guards.__name__}.check_no_probabilities": lambda logits: None}
     asked = [m for m in sys.modules if m.startswith("fastarat.") and hasattr(sys.modules[m], FUSED)]
     answers |= {f"{name}.{FUSED}": lambda device, dtype: None for name in asked}
     return fake_cuda.pretended(**answers)
-
-
-def count(case: str) -> dict[str, Any]:
-    """Count one case. Returns: what `structure.json` holds of it. Raises: Fault, launches.Unpriced, UserError."""
-    with _pretended():
-        step, batch = built(case)
-        return record(watched(step, batch))
 
 
 def record(watch: Watch) -> dict[str, Any]:
@@ -281,18 +296,89 @@ def _numbers(seen: Seen) -> dict[str, Any]:
     return found
 
 
-
 def breakdown(watch: Watch) -> str:
     """Return kernels, GB read and written, and TFLOP by name as lines of text, the most bytes first."""
     by_name: dict[str, list[Launch]] = {}
     for seen in watch.phases.values():
         for one in seen.launches:
             by_name.setdefault(one.name, []).append(one)
-    rows = [
-        (sum(x.read for x in ones) / 1e9, sum(x.written for x in ones) / 1e9, sum(x.flop for x in ones) / 1e12, name)
-        for name, ones in by_name.items()
-    ]
     lines = [f"{'kernel':<32}{'kernels':>8}{'GB read':>10}{'written':>10}{'TFLOP':>8}"]
-    for read, written, tflop, name in sorted(rows, key=lambda r: -r[0] - r[1]):
-        lines.append(f"{name:<32}{len(by_name[name]):>8}{read:>10.3f}{written:>10.3f}{tflop:>8.3f}")
+    for name, ones in sorted(by_name.items(), key=lambda item: -sum(x.read + x.written for x in item[1])):
+        read, written, flop = (sum(getattr(x, what) for x in ones) for what in ("read", "written", "flop"))
+        lines.append(f"{name:<32}{len(ones):>8}{read / 1e9:>10.3f}{written / 1e9:>10.3f}{flop / 1e12:>8.3f}")
     return "\n".join(lines)
+
+
+def differences(found: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Say in a line each where a case's counts differ from the table's; of fills, casts and layouts, at whose call."""
+    said = []
+    for name in found:
+        if name.endswith("_at"):
+            before, now = Counter(committed.get(name, {})), Counter(found[name])
+            said += [f"{n} more {name[:-3]} than in the table at {at}" for at, n in (now - before).items()]
+            said += [f"{n} fewer {name[:-3]} than in the table at {at}" for at, n in (before - now).items()]
+        elif not isinstance(found[name], dict) and found[name] != committed.get(name):
+            said.append(f"{name} {found[name]:,}, in the table {committed.get(name, 'none')}")
+        elif name == "phases" and found[name] != committed.get(name):
+            moved = [p for p in found[name] if found[name][p] != committed.get(name, {}).get(p)]
+            said.append(f"in the phases {', '.join(moved)}")
+    return said
+
+
+def main(argv: Sequence[str]) -> int:
+    """Count cases. Returns 0, 1 for a fault or (--check) a difference, 2 for a mistake to mend."""
+    about = f"Count what a training step asks of a GPU, on a machine without one. {HOW}"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks structure", description=about, allow_abbrev=False)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"defense/model/batch[/{'|'.join(OPTIONS)}]")
+    parser.add_argument("--out", type=Path, help="JSON to write; cases of it that are not counted now stay")
+    parser.add_argument("--check", action="store_true", help=f"hold the counts against {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--kernels", action="store_true", help="print kernels and bytes by name, too")
+    args = parser.parse_args(argv)
+    committed = json.loads(RESULTS.read_text())["cases"] if args.check else {}
+    found: dict[str, Any] = {}
+    failed = 0
+    try:
+        for case in args.cases or CASES:
+            with pretended():
+                watch = watched(*built(case))
+            found[case] = record(watch)
+            print(f"{case:<32}" + ", ".join(f"{k} {v:,}" for k, v in found[case].items() if not isinstance(v, dict)))
+            if args.kernels:
+                print(breakdown(watch))
+            for line in differences(found[case], committed.get(case, {})) if args.check else ():
+                failed = 1
+                print(f"  {line}")
+    except (Fault, launches.Unpriced) as error:
+        print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        write(found, args.out)
+        print(f"wrote {args.out}")
+    return failed
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """Write counts as a result file; what it held of other cases, and its block "before", stay."""
+    held = json.loads(out.read_text()) if out.exists() else {}
+    of_all = {**held.get("cases", {}), **found}
+    made = {
+        "format": FORMAT,
+        "kind": "structure",
+        "torch": torch.__version__,
+        "how": HOW,
+        "roofline": {"flop_per_s": FLOPS, "bytes_per_s": BANDWIDTH},
+        "cases": {case: of_all[case] for case in sorted(of_all, key=lambda c: (c not in CASES, c))},
+        **{key: held[key] for key in ("before",) if key in held},
+    }
+    out.write_text(f"{_laid_out(made, 3)}\n")
+
+
+def _laid_out(tree: Any, levels: int) -> str:
+    """JSON with a line for each entry of the outer levels, so that a change of one number shows as one line."""
+    if not isinstance(tree, dict) or not levels:
+        return json.dumps(tree)
+    lines = [f"{json.dumps(key)}: {_laid_out(value, levels - 1)}" for key, value in tree.items()]
+    return "{\n" + textwrap.indent(",\n".join(lines), " ") + "\n}"
