@@ -37,6 +37,8 @@ def why_not() -> str | None:
         return f"knows the devices of torch {', '.join(VERSIONS)}, and this is torch {version}"
     if _compiler() is None:
         return "needs a C++ compiler: install g++, or name one in CXX"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, whose launches are counted: pip install 'triton>=3.6'"
     return None
 
 
@@ -103,7 +105,7 @@ def _built() -> Path:
 def pretended(**also: Any) -> Iterator[None]:
     """Let Python see one Hopper GPU, "cuda:0", on which every tensor made inside the block is fake.
 
-    Whatever waits for the device raises: torch's own errors for a value that is read, RuntimeError for `synchronize`.
+    A value that is read raises torch's own errors. also: further answers, by the dotted name of what they replace.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -132,9 +134,6 @@ def pretended(**also: Any) -> Iterator[None]:
         def device(self) -> torch.device:
             return self.wanted
 
-    def waits(*_: Any) -> None:
-        raise RuntimeError("torch.cuda.synchronize waits for the device")
-
     answers = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.is_initialized": lambda: True,
@@ -143,7 +142,6 @@ def pretended(**also: Any) -> Iterator[None]:
         "torch.cuda.get_device_capability": lambda device=None: (9, 0),
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
-        "torch.cuda.synchronize": waits,
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda._exchange_device": lambda index: 0,
         "torch.cuda._maybe_exchange_device": lambda index: 0,
@@ -178,12 +176,17 @@ def _apply(module: Any, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
     return module
 
 
+def environment() -> dict[str, str]:
+    """Return this process's environment, made fit for one that loads the device."""
+    # Interpreted kernels have no launches that could be caught.
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
 def started(argv: Sequence[str]) -> int:
     """Run `main` with these arguments in a process of its own; returns its exit code."""
-    # Interpreted kernels have no launches that could be caught.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run([sys.executable, "-m", __name__, *argv], env=environment, check=False).returncode
+    command = [sys.executable, "-m", __name__, *argv]
+    return subprocess.run(command, env=environment(), check=False).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

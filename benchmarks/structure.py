@@ -52,7 +52,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "restarts": {"num_restarts": 2},
     "unfolded": {"fold_bn": False},
 }
-"""What a case's fourth word passes to TrainStep."""
+"""What a word behind a case's batch size passes to TrainStep."""
+SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {}
+"""What such a word turns on around the step where that is no option of it: a kernel that is not the default."""
 CASES = (
     *(f"{name}/resnet18/128" for name in DEFENSES),
     "ar-at/resnet18/512",
@@ -64,7 +66,7 @@ CASES = (
     "at/resnet18/128/eval",
     "trades/resnet18/128/unfolded",
 )
-"""defense/model/batch, with one of OPTIONS behind it."""
+"""defense/model/batch, with words of OPTIONS and SWITCHES behind it."""
 
 
 class Fault(Exception):
@@ -105,7 +107,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.counting or func.namespace == "prim":
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked for thousands of times a step
+        if not self.counting:
             return self._of_torch(func, args, kwargs)
         if func.namespace == "aten" and _composite(func.name()):
             # Inside our operations, below autograd, torch leaves taking an operation apart to whoever listens.
@@ -136,7 +140,7 @@ class Watch(TorchDispatchMode):
         if kwargs.get("device") is not None:
             devices.add(str(torch.empty(0, device=kwargs["device"]).device))
         if devices - {"cuda:0"}:
-            raise Fault(f"{place()}: {func.name()} works on {' and '.join(sorted(devices))}: expected cuda:0 alone")
+            raise Fault(f"{place(True)}: {func.name()} works on {' and '.join(sorted(devices))}: expected cuda:0 alone")
 
     def _of_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -144,7 +148,7 @@ class Watch(TorchDispatchMode):
         except Exception as error:
             first = str(error).strip().split("\n")[0]
             raise Fault(
-                f"{place()}: {func.name()} needs a value that only the device has ({type(error).__name__}: {first})"
+                f"{place(True)}: {func.name()} needs a value that only the device has ({type(error).__name__}: {first})"
             ) from error
 
     def _ours(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -210,13 +214,14 @@ _NOT_PLACES = (
 )
 
 
-def place() -> str:
-    """File and function that asked for the operation at hand: the innermost that is neither torch's nor this file's."""
+def place(line: bool = False) -> str:
+    """Who asked for the operation at hand: file, line if wanted, and function; the innermost but torch's and these."""
     frame = inspect.currentframe()
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if not path.startswith((*_NOT_PLACES, "<")):
-            return f"{os.path.relpath(path, ROOT) if path.startswith(str(ROOT)) else path} {name}"
+            shown = os.path.relpath(path, ROOT) if path.startswith(str(ROOT)) else path
+            return f"{shown}{f':{frame.f_lineno}' if line else ''} {name}"
         frame = frame.f_back
     return "torch"
 
@@ -241,33 +246,45 @@ def watched(step: fastarat.TrainStep, batch: int, size: int = 32) -> Watch:
     return watch
 
 
-def built(case: str) -> tuple[fastarat.TrainStep, int]:
-    """Return the step of a case, and its batch size. Inside `pretended`.
-
-    Raises: UserError for a case that is not understood.
-    """
-    words = case.split("/")
-    if len(words) not in (3, 4) or not words[2].isdecimal():
-        raise UserError(f"case {case!r}: expected defense/model/batch, and perhaps one of {', '.join(OPTIONS)} behind")
-    for word, kind, known in ((words[0], "defense", DEFENSES), (words[-1], "option", {**OPTIONS, words[2]: {}})):
-        if word not in known:
-            raise unknown(kind, word, [*known])
-    with torch.device("cuda:0"):
-        model = fastarat.build_model(words[1], num_classes=10)
-    defense = DEFENSES[words[0]]()
-    if defense.needs_start:
-        model.started_from = "memory"  # pyright: ignore[reportArgumentType]
-    options = OPTIONS.get(words[-1], {})
-    step = fastarat.TrainStep(model, defense, torch.empty(2, 3, 32, 32), capture="off", precision="bf16", **options)
-    return step, int(words[2])
-
-
 def pretended() -> contextlib.AbstractContextManager[None]:
     """A device, on which cuDNN's fused convolution is there and nobody looks at the model's first logits."""
+
+    def waits(*_: Any) -> None:
+        raise Fault(f"{place(True)}: torch.cuda.synchronize waits for the device")
+
     answers: dict[str, Any] = {f"{guards.__name__}.check_no_probabilities": lambda logits: None}
+    answers["torch.cuda.synchronize"] = waits
     asked = [m for m in sys.modules if m.startswith("fastarat.") and hasattr(sys.modules[m], FUSED)]
     answers |= {f"{name}.{FUSED}": lambda device, dtype: None for name in asked}
     return fake_cuda.pretended(**answers)
+
+
+def counted(case: str) -> Watch:
+    """Count one case. Raises: UserError for a case that is not understood; Fault, launches.Unpriced."""
+    defense, model, batch, *words = case.split("/") if case.count("/") >= 2 else ("", "", "")
+    if not batch.isdecimal():
+        raise UserError(f"case {case!r}: expected defense/model/batch, such as {CASES[0]}")
+    if defense not in DEFENSES:
+        raise unknown("defense", defense, [*DEFENSES])
+    for word in words:
+        if word not in {**OPTIONS, **SWITCHES}:
+            raise unknown("word of a case", word, [*OPTIONS, *SWITCHES])
+    options = {key: value for word in words for key, value in OPTIONS.get(word, {}).items()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pretended())
+        for word in words:
+            if word in SWITCHES:
+                stack.enter_context(SWITCHES[word]())
+        return watched(step_of(DEFENSES[defense](), model, **options), int(batch))
+
+
+def step_of(defense: fastarat.Defense, model: str = "resnet18", **options: Any) -> fastarat.TrainStep:
+    """Build a bf16 step for images 32x32 on the fake device. Inside `pretended`."""
+    with torch.device("cuda:0"):
+        network = fastarat.build_model(model, num_classes=10)
+    if defense.needs_start:
+        network.started_from = "memory"  # pyright: ignore[reportArgumentType]
+    return fastarat.TrainStep(network, defense, torch.empty(2, 3, 32, 32), capture="off", precision="bf16", **options)
 
 
 def record(watch: Watch) -> dict[str, Any]:
@@ -339,8 +356,7 @@ def main(argv: Sequence[str]) -> int:
     failed = 0
     try:
         for case in args.cases or CASES:
-            with pretended():
-                watch = watched(*built(case))
+            watch = counted(case)
             found[case] = record(watch)
             print(f"{case:<32}" + ", ".join(f"{k} {v:,}" for k, v in found[case].items() if not isinstance(v, dict)))
             if args.kernels:
