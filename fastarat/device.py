@@ -19,7 +19,7 @@ from fastarat.errors import UserError
 _MARGIN = 0.95
 """bf16 rounds to three digits: it must take less than this share of float32's time to be worth that."""
 _ROUNDS = (2, 10)
-_BUDGET_S = 1.5  # no round begins, from the third on, that would not be done by then
+_BUDGET_S = 1.0  # no round begins, from the third on, that would not be done by then
 
 
 def pick_device(name: Any) -> torch.device:
