@@ -24,8 +24,8 @@ from fastarat.nets.taps import PENULTIMATE, Taps
 class FoldedConv(nn.Conv2d):
     """A convolution that has absorbed the BatchNorm after it: it adds the residual and applies the ReLU itself.
 
-    Its tensors are `Attacker`'s to fill. fused: whether cuDNN does bias, residual and ReLU in the convolution's call.
-    backend: of what is left to kernels, in backward.
+    Its tensors are `Attacker`'s to fill, from those of `conv`, which `foldable` yields. fused: whether cuDNN does bias,
+    residual and ReLU in the convolution's call. backend: of what is left to kernels, in backward.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, bias: bool, fused: bool, backend: str = "auto") -> None:
@@ -41,10 +41,19 @@ class FoldedConv(nn.Conv2d):
         if self.fused and relu:
             options = {"stride": self.stride, "padding": self.padding, "backend": self.backend}
             return conv_bias_relu(x, self.weight, self.bias, residual, **options)
-        y = super().forward(x)
+        weight = _stem_weight(self, x)
+        y = super().forward(x) if weight is None else stem_conv(x, weight, self.backend)
+        if weight is not None and self.bias is not None:
+            y = y + self.bias[:, None, None]
         if residual is not None:
             y = y + residual
         return F.relu(y) if relu else y
+
+
+def _can_fold(conv: nn.Conv2d, bn: BatchNorm2d) -> bool:
+    """Whether `FoldedConv` does what the two do: a person may have put layers of another kind in their places."""
+    plain = conv.bias is None and conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.padding_mode == "zeros"
+    return plain and bn.affine and bn.track_running_stats and bn.drop is None and bn.act is None
 
 
 def _conv_norm_relu(
@@ -79,13 +88,19 @@ class Stem(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, 1, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kind, weight = x.device.type, self.weight
-            if torch.is_autocast_enabled(kind):
-                weight = weight.to(torch.get_autocast_dtype(kind))
-            if stem_applies(x, weight, self.backend):
-                return stem_conv(x, weight, self.backend)
-        return super().forward(x)
+        weight = _stem_weight(self, x)
+        return super().forward(x) if weight is None else stem_conv(x, weight, self.backend)
+
+
+def _stem_weight(conv: Stem | FoldedConv, x: Tensor) -> Tensor | None:
+    """What `stem_conv` is to convolve x with; None where its kernel is not for it, or x gets no gradient."""
+    if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    kind, weight = x.device.type, conv.weight
+    if torch.is_autocast_enabled(kind):
+        weight = weight.to(torch.get_autocast_dtype(kind))
+    applies = conv.stride == conv.padding == (1, 1) and stem_applies(x, weight, conv.backend)
+    return weight if applies else None
 
 
 def set_kernels(model: nn.Module, backend: str) -> None:
@@ -200,7 +215,10 @@ class Network(nn.Module):
         return [*(n for n in names if n != "bn1"), PENULTIMATE]
 
     def foldable(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
-        """Pairs of a convolution and the BatchNorm that follows it directly."""
+        """Pairs of a convolution and the BatchNorm that follows it directly and that it can take up."""
+        return (pair for pair in self._normed() if _can_fold(*pair))
+
+    def _normed(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
         for m in self.modules():
             if isinstance(m, BasicBlock):
                 yield from ((m.conv1, m.bn1), (m.conv2, m.bn2))
@@ -213,9 +231,14 @@ class Network(nn.Module):
 
     def shortcuts(self) -> Iterator[tuple[nn.Conv2d, nn.Conv2d]]:
         """Pairs of foldable convolutions whose BatchNorm outputs are added: the shortcut's, and the other."""
+        able = {conv for conv, _ in self.foldable()}
         for m in self.modules():
-            if isinstance(m, BasicBlock) and len(m.shortcut):
+            if isinstance(m, BasicBlock) and len(m.shortcut) and able >= {m.projection()[0], m.conv2}:
                 yield m.projection()[0], m.conv2
+
+    def adding(self) -> Iterator[nn.Conv2d]:
+        """Convolutions to whose BatchNorm's output a residual is added, before a ReLU."""
+        return (m.conv2 for m in self.modules() if isinstance(m, BasicBlock))
 
     def _input(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)
