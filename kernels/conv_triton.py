@@ -1,7 +1,7 @@
 """Triton bodies and launchers around convolutions with folded BatchNorm: ReLU's backward, and the folding."""
 
-# A launch takes options (num_warps) that the body does not, which the checker cannot know.
-# pyright: reportCallIssue=false
+# A launch takes options (num_warps) that the body does not; what jitted functions return the checker cannot know.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -104,7 +104,6 @@ class TrainStep:
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
-
         # Our own: PyTorch's global one would tie the attack to what else draws from it.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)

@@ -274,7 +274,9 @@ def test_a_fold_is_one_launch_a_convolution():
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.uniform_(-1, 1), m.running_var.uniform_(0.5, 2), m.bias.uniform_(-1, 1)
+                m.running_mean.uniform_(-1, 1)
+                m.running_var.uniform_(0.5, 2)
+                m.bias.uniform_(-1, 1)
     attacker = attacker_of(model, fold=True, precision="bf16", exact=True)
 
     def tensors():
