@@ -160,16 +160,16 @@ def test_where_a_stem_is_not_fused_the_rest_is(no_stems):
     assert [m.in_channels for m in folded if not m.fused and m.kernel_size == (3, 3)] == [3]
 
 
-def test_a_stem_that_is_not_fused_keeps_its_kernel(no_stems):
+def test_a_stem_that_is_not_fused_keeps_its_kernel(device, no_stems):
     """Its images' gradient is float32, from the stem's own kernel, in the order of a bias and a ReLU around it."""
-    model = build_model("resnet-small", num_classes=4).to(memory_format=torch.channels_last).eval()
+    model = build_model("resnet-small", num_classes=4).to(device, memory_format=torch.channels_last).eval()
     set_kernels(model.requires_grad_(False), "triton")
     with torch.no_grad():
         model.bn1.bias.uniform_(-1, 1)
-    images = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    images = torch.rand(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     stem = attacker_of(model, fold=True, precision="bf16").network.conv1
-    dy = torch.randn(2, 16, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
+    dy = torch.randn(2, 16, 8, 8, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16), Calls() as calls:
         y = stem(images, relu=True)
         (found,) = torch.autograd.grad(y, images, dy.bfloat16())
     assert calls["fastarat::stem_input_grad"] == 1
@@ -267,9 +267,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_fold_is_one_launch_a_convolution():
+def test_a_fold_is_one_launch_a_convolution(monkeypatch, device):
     """Both twins' weights, in place: a captured step reads them by address."""
-    model = fastarat.split_batchnorm(build_model("resnet-small", num_classes=4)).eval()
+    monkeypatch.setattr(fastarat.nets.attacker, "why_not_fold", lambda device, dtype: None)
+    model = fastarat.split_batchnorm(build_model("resnet-small", num_classes=4)).eval().to(device)
     set_kernels(model, "triton")
     with torch.no_grad():
         for m in model.modules():
