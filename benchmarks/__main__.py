@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import tables
+from benchmarks import fake_cuda, tables
 from benchmarks.contestants import CASES, PHASES, RTC, Case, Pairs
 from benchmarks.gates import PLAINEST, Setup, Unavailable, engine_step
 from benchmarks.rungs import MATRIX, PREDICTED, predictions_hold, rung_contestant, rungs
@@ -50,8 +50,8 @@ from fastarat.errors import UserError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 _SUBCOMMANDS = """In place of a CASE: `ladder [DEFENSE:MODEL:BATCH[:short]...]` adds one speed-up at a time, `first` \
-asks a GPU what must be known before all else, `table FILE.json...` prints results as Markdown, `readme` puts those of \
-benchmarks/results/ into docs/measuring.md."""
+asks a GPU what must be known before all else, `structure [CASE...]` counts a step's kernels and bytes without a GPU, \
+`table FILE.json...` prints results as Markdown, `readme` puts those of benchmarks/results/ into docs/measuring.md."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if argv[:1] == ["readme"]:
             return tables.readme(argv[1:])
+        if argv[:1] == ["structure"]:
+            return fake_cuda.started(argv[1:])
         return _run(_parser().parse_intermixed_args(argv), shlex.join(["python", "-m", "benchmarks", *argv]))
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

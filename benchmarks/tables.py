@@ -14,7 +14,8 @@ from fastarat.bench.harness import FORMAT
 from fastarat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+BLOCKS = {"benchmarks": ("pairs", "bench", "ladder"), "structure": ("structure",)}
+"""Kinds of result that a page has between `<!-- name -->` and `<!-- /name -->`."""
 Record = dict[str, Any]
 
 
@@ -23,12 +24,13 @@ def markdown(records: Sequence[Record]) -> str:
     of_kind: dict[str, list[Record]] = {}
     for record in records:
         of_kind.setdefault(record.get("kind", "pairs"), []).append(record)
-    unknown = set(of_kind) - {"pairs", "bench", "ladder"}
+    unknown = set(of_kind) - {kind for kinds in BLOCKS.values() for kind in kinds}
     if unknown:
         raise UserError(f"a result is of kind {sorted(unknown)[0]!r}, which this version cannot read")
     parts = _pairs(of_kind.get("pairs", ()))
     parts += [_bench(r) for r in of_kind.get("bench", ())]
     parts += [_ladder(r) for r in of_kind.get("ladder", ())]
+    parts += [_structure(r) for r in of_kind.get("structure", ())]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -155,6 +157,20 @@ def rungs_of(found: dict[str, Any]) -> str:
     return f"{about}. Each rung keeps what the ones before it added.\n\n{_rows(header, rows)}"
 
 
+def _structure(record: Record) -> str:
+    title = (
+        f"**Kernels and bytes of one training step** (`python -m benchmarks structure`, torch {record['torch']}): "
+        "counted without a GPU. **No GPU has measured anything of this.**"
+    )
+    header = ["case", "operations", "kernels", "fills", "casts", "layouts", "GB", "TFLOP"]
+    header += ["at least, ms, H100", "at least, ms, H200"]
+    keys = ["operations", "kernels", "fills", "casts", "layouts", "gb", "tflop", "h100_ms", "h200_ms"]
+    before = record.get("before", {"commit": "", "cases": {}})
+    named = {**record["cases"], **{f"{case}, commit {before['commit']}": r for case, r in before["cases"].items()}}
+    rows = [[case, *(f"{r[key]:,}" for key in keys)] for case, r in named.items()]
+    return f"{title}\n\n{_rows(header, rows)}\n\nHow kernels and bytes are counted. {record['how']}"
+
+
 def _state(r: dict[str, Any]) -> str:
     """Say what keeps a contestant's times from being printed, if anything does."""
     if "unequal" in r:
@@ -206,6 +222,15 @@ def read(path: Path) -> Record:
     return record
 
 
+def _filled(text: str, block: str, body: str, page: Path) -> str:
+    """Return `text` with `body` between the markers of a block. Raises: UserError where they are not there once."""
+    begin, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"{page} needs the lines {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return before + begin + (f"\n{body}\n" if body else "\n") + end + rest.split(end)[1]
+
+
 def readme(argv: Sequence[str]) -> int:
     """Run `python -m benchmarks readme`: put the tables of the result files between a page's markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__, allow_abbrev=False)
@@ -222,12 +247,11 @@ def readme(argv: Sequence[str]) -> int:
         text = args.readme.read_text()
     except OSError as error:
         raise UserError(f"cannot read {args.readme}: {error.strerror}") from error
-    if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or text.index(OPEN) > text.index(CLOSE):
-        raise UserError(f"{args.readme} needs the lines {OPEN} and {CLOSE} once each, in this order")
-    before, rest = text.split(OPEN)
-    after = rest.split(CLOSE)[1]
-    body = f"\n{markdown(records)}\n" if records else "\n"
-    new = f"{before}{OPEN}{body}{CLOSE}{after}"
+    new = text
+    for block, kinds in BLOCKS.items():
+        of_block = [record for record in records if record.get("kind", "pairs") in kinds]
+        if of_block or block == "benchmarks":
+            new = _filled(new, block, markdown(of_block), args.readme)
     if args.check:
         print("up to date" if new == text else f"{args.readme} is not what {args.results} gives")
         return int(new != text)

@@ -14,12 +14,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastarat import tuning
+from fastarat.bench.bench import forwards_of
+from fastarat.building import choose_precision, shared_precision
 from fastarat.config import DEFENSES, Config, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
-from fastarat.device import pick_device
+from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate, parse_attacks
 from fastarat.files import write_text
@@ -108,6 +111,7 @@ def compare(
     runner = _Runner(Path(out), dict(base or {}), parallel, progress)
     grids = tuning.grids_of(defenses, tune)
     runner.check(grids, seeds[0])
+    precision = runner.settle_precision(defenses, seeds[0])
     chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
     plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
     if progress:
@@ -116,7 +120,7 @@ def compare(
     evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
     _check_done(failed, len(plans), bool(evaluations))
     rows = {row: _row([p for p in plans if p.defense == row], evaluations, chosen[row]) for row in defenses}
-    comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out)
+    comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out, precision=precision)
     comparison.save()
     return comparison
 
@@ -178,6 +182,8 @@ class _Runner:
 
     def __init__(self, out: Path, base: dict[str, Any], parallel: int, progress: bool) -> None:
         self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
+        # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
+        self.threads = max(1, (os.cpu_count() or 1) // parallel)
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: Settings = {}
         self.finished: set[Path] = set()
@@ -200,6 +206,24 @@ class _Runner:
             pick_device(plan.config.device)
             if (other := shared.setdefault(plan.name, row)) != row:
                 raise UserError(f"{row} and {other} would share the folder {plan.name}: rename one")
+
+    def settle_precision(self, rows: Sequence[str], seed: int) -> str:
+        """Fix what all runs compute in, and return it in words ("" by default); with `amp` the longest row decides.
+
+        One precision for all: rows that differ in it would differ by more than their defenses.
+        """
+        plans = [self.plan(row, seed, {}, self.out) for row in rows]
+        longest = max(plans, key=lambda p: forwards_of(p.config))
+        config, say = longest.config, partial(print, flush=True) if self.progress else lambda text: None
+        if config.precision is not None:
+            plain = config.precision == "fp32" and not config.amp
+            return "" if plain else choose_precision(config, self.dataset, pick_device(config.device))[1]
+        with threads(config.threads or (self.threads if self.parallel > 1 else None)):
+            precision, note = shared_precision(config, self.dataset, self.out, say=say)
+        self.base["precision"] = precision
+        note += f"; one for all rows, found with {longest.defense}" * (len(rows) > 1)
+        say(f"precision: {note}")
+        return note
 
     def plan(self, row: str, seed: int, settings: Settings, folder: Path, tag: str = "") -> Plan:
         """Return the run of `row` with `seed`. Raises: UserError for settings that are not a Config."""
@@ -336,14 +360,12 @@ class _Runner:
         return Failure(why if diverged else f"{why} (log: {log})", diverged)
 
     def _call(self, command: list[str | Path], log: Path) -> int:
-        # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
-        threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
         with open(log, "a") as file:
             return subprocess.run(
                 [sys.executable, "-m", "fastarat.cli", *map(str, command)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
                 check=False,
             ).returncode
 

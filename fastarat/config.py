@@ -17,8 +17,8 @@ from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.errors import UserError, nearest, unknown
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
-from fastarat.specs import Attack, Fast, fields_of, setting
-from fastarat.values import coerce, hints_of, settle, shown
+from fastarat.specs import Attack, Fast, fields_of, setting, spec_of
+from fastarat.values import Precision, coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
@@ -93,7 +93,12 @@ class Config(Fast):
     )
     epochs: int | None = setting(None, "default: the recipe's", _COUNT)
     batch_size: int = setting(128, "images per step")
-    amp: bool = setting(False, "short for --precision bf16, where the hardware has it")
+    precision: Precision | None = setting(
+        None, "of convolutions; statistics and losses are float32 (default: fp32; with --amp the fastest that is right)"
+    )
+    amp: bool = setting(
+        False, "bf16 where the hardware has it; on a CPU only where a step is faster in it, which is timed at the start"
+    )
     swa: bool = setting(False, "also average weights (see --swa-config.start)")
     ema: float | None = setting(
         None, "also keep an exponential moving average of the weights with this decay, such as 0.995", "(0, 1)"
@@ -155,14 +160,9 @@ class Config(Fast):
         self._check_weight_perturbation()
 
     @property
-    def wanted_precision(self) -> str:
-        """The precision asked for: `amp` is short for bf16."""
-        return "bf16" if self.amp and self.precision == "fp32" else self.precision
-
-    @property
     def fast(self) -> Fast:
         """The `Fast` among these fields."""
-        return Fast(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Fast)})
+        return spec_of(Fast, self, {})
 
     def _check_weight_perturbation(self) -> None:
         if self.awp is None and self.awp_warmup:
@@ -324,6 +324,8 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with the values of `over` on top, mapping by mapping."""
     result = {str(k).replace("-", "_"): v for k, v in base.items()}
+    if "amp" in over:
+        result.pop("precision", None)  # --amp and --no-amp answer the same question, and a run's config states both
     for key, value in over.items():
         below = result.get(key)
         if key == "defense" and isinstance(below, str):

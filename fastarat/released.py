@@ -22,7 +22,10 @@ def default_recipe(config: Config, model: str) -> str:
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:
-    """Fill what the config leaves to the defense, the recipe and the data, so that the saved form says it all."""
+    """Fill what the config leaves to the defense, the recipe and the data, so that the saved form says it all.
+
+    With `amp` the precision stays unset: it depends on the machine, and `choose_precision` finds it.
+    """
     size = min(dataset.shape[1:])
     model = config.model or ("resnet18" if size >= 32 else "resnet-small")
     recipe_name = config.optim.recipe or default_recipe(config, model)
@@ -38,7 +41,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
         model=model,
         epochs=config.epochs or recipe.epochs,
         out=config.out or f"runs/{name}-seed{config.seed}",
-        precision=config.wanted_precision,
+        precision=config.precision or (None if config.amp else "fp32"),
         attack=config.attack.stepping(),
         optim=optim,
         eval=dataclasses.replace(config.eval, val_images=len(dataset.val)),
@@ -75,7 +78,12 @@ def departures(
     )
     changed = _changed(config, settings)
     own = (f"set for this run: {', '.join(changed)}",) if changed else ()
-    return (*own, *defense.departures(settings), *added, *_common(config, precision or config.precision, num_train))
+    return (
+        *own,
+        *defense.departures(settings),
+        *added,
+        *_common(config, precision or config.precision or "fp32", num_train),
+    )
 
 
 def _common(config: Config, precision: str, num_train: int | None) -> Iterator[str]:

@@ -58,13 +58,19 @@ class Run:
         return cls(path if path.is_dir() else path.parent)
 
     @classmethod
-    def create(cls, path: str | Path) -> Run:
-        """Make the folder. Raises: UserError when it exists (nothing is overwritten) or cannot be written."""
+    def check_new(cls, path: str | Path) -> Run:
+        """Return the run that may be made at `path`. Raises: UserError when it exists: nothing is overwritten."""
         run = cls(path)
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise UserError(
                 f"run folder {run.path} exists already: continue it with --resume {run.path}, or choose another --out"
             )
+        return run
+
+    @classmethod
+    def create(cls, path: str | Path) -> Run:
+        """Make the folder. Raises: UserError when it exists or cannot be written."""
+        run = cls.check_new(path)
         make_writable(run.path)
         return run
 
@@ -225,10 +231,10 @@ def dataset_of(config: Config, data_dir: str | Path | None = None) -> Dataset:
     )
 
 
-def meta_of(config: Config, dataset: Dataset, branches: Sequence[str]) -> dict[str, Any]:
+def meta_of(config: Config, dataset: Dataset, branches: Sequence[str], *, precision: tuple[str, str]) -> dict[str, Any]:
     """Return what somebody needs who finds a run's weights alone: `load_network` rebuilds the network of it.
 
-    config: resolved. branches: of the network's split BatchNorm, () without.
+    config: resolved. branches: of the network's split BatchNorm, () without. precision: what it is trained in, and why.
     """
     return {
         "model": config.model,
@@ -242,6 +248,8 @@ def meta_of(config: Config, dataset: Dataset, branches: Sequence[str]) -> dict[s
         "classes": list(dataset.classes),
         "epsilon": config.attack.epsilon,
         "norm": config.attack.norm,
+        "precision": precision[0],
+        "precision_note": precision[1],
     }
 
 

@@ -105,7 +105,8 @@ def spec_of(cls: type[_Spec], given: _Spec | None, options: dict[str, Any]) -> _
         raise UserError(f"{cls.__name__.lower()}={given!r:.80}: expected a fastarat.{cls.__name__}")
     # Taken out, so that what is left over in the end belongs to nobody and is a mistake.
     if given is not None and type(given) is not cls:  # a Config is a Fast and more: its own fields are not the step's
-        given = cls(**{f.name: getattr(given, f.name) for f in dataclasses.fields(cls)})
+        values = {f.name: getattr(given, f.name) for f in dataclasses.fields(cls)}
+        given = cls(**{name: value for name, value in values.items() if value is not None})
     own = {f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options}
     return dataclasses.replace(given, **own) if given is not None else cls(**own)
 

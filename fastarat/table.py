@@ -117,6 +117,8 @@ class Comparison:
         ]
         if len({row["schedule"] for row in self.rows}) == 1:
             lines.append(f"Schedule of every row: {self.rows[0]['schedule']}.")
+        if s["precision"]:
+            lines.append(f"Precision of every row: {s['precision']}.")
         if any(row["tried"] for row in self.rows):
             lines.append(s["rule"])
         if self._shows_collapsed():
@@ -196,8 +198,13 @@ class Row(NamedTuple):
     tried: int
 
 
-def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, out: Path) -> Comparison:
-    """Put all rows into one table. dataset: its name. out: where the table is written."""
+def tabulate(
+    rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, out: Path, *, precision: str
+) -> Comparison:
+    """Put all rows into one table.
+
+    dataset: its name. out: where the table is written. precision: what all rows are trained in, and why; "" by default.
+    """
     # Any evaluation will do: all rows have the same attacks on the same images, which `compare` saw to.
     one = next(e for row in rows.values() for e in row.evaluations.values())
     keys = list(one["accuracy"])
@@ -212,6 +219,7 @@ def tabulate(rows: Mapping[str, Row], tune_seeds: Sequence[int], dataset: str, o
         "seeds": next(iter(rows.values())).seeds,
         "epsilon": first.attack.epsilon,
         "norm": first.attack.norm,
+        "precision": precision,
         "keys": keys,
         "num_images": one["num_images"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} cores",

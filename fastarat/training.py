@@ -8,8 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastarat.averages import MovingAverage, WeightAverage, averaged_model, swa_plan
+from fastarat.building import build_step, choose_precision
 from fastarat.card import accuracy_name, best_by, card
 from fastarat.config import Config, to_dict
-from fastarat.data import Dataset, default_augment, derive_seed, limited, make_loader, mean_std
-from fastarat.defenses import DEFENSES, Defense
-from fastarat.device import backend_flags, pick_device, seeded_apart, threads, usable_precision
-from fastarat.engine.step import TrainStep
+from fastarat.data import default_augment, derive_seed, limited, make_loader
+from fastarat.defenses import Defense
+from fastarat.device import backend_flags, pick_device, seeded_apart, threads
 from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, evaluate
 from fastarat.files import load_into, write_text
 from fastarat.finite import Diverged, Watch, tensors_of
 from fastarat.nets.batchnorm import branch, branches_of
-from fastarat.nets.models import build_model, check_takes
 from fastarat.released import resolve
-from fastarat.runs import Run, dataset_of, load_start, meta_of
+from fastarat.runs import Run, dataset_of, meta_of
 from fastarat.schedules import lr_at, momentum_at, recipe_of
-from fastarat.specs import Fast, known
+from fastarat.specs import known
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 
@@ -80,9 +79,10 @@ def train(
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
     device = pick_device(config.device)
-    precision, _ = usable_precision(config.wanted_precision, device)
-    with threads(config.threads), seeded_apart(device), backend_flags(device, precision):
-        return Trainer(config, resume=resume is not None, progress=progress).run()
+    with threads(config.threads), seeded_apart(device):
+        trainer = Trainer(config, resume=resume is not None, progress=progress)
+        with backend_flags(device, trainer.precision):
+            return trainer.run()
 
 
 def one_process() -> None:
@@ -94,29 +94,6 @@ def one_process() -> None:
         )
 
 
-def sgd(config: Config) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """Return a function from parameters to the optimiser the config asks for. Raises: UserError without Apex."""
-    options = {
-        "lr": config.optim.lr,
-        "momentum": 0.9 if config.optim.momentum is None else config.optim.momentum,
-        "weight_decay": config.optim.weight_decay,
-        "nesterov": config.optim.nesterov,
-    }
-    if config.optim.optimizer == "apex":
-        try:
-            from apex.optimizers import FusedSGD
-        except Exception as error:  # the package index's "apex" is another project and fails in its own ways
-            raise UserError(
-                f"optim.optimizer=apex: NVIDIA Apex's FusedSGD does not import ({type(error).__name__}: {error}). "
-                "Build Apex from NVIDIA's source (the package index's `apex` is another project), "
-                "or use --optim.optimizer torch"
-            ) from error
-        return lambda parameters: FusedSGD(parameters, **options)
-    if config.optim.nesterov and config.optim.momentum == 0:
-        raise UserError("optim.nesterov needs optim.momentum above 0")
-    return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
-
-
 class Trainer:
     """One run, from its first epoch, or the one after its last checkpoint, to its last.
 
@@ -126,13 +103,24 @@ class Trainer:
     def __init__(self, config: Config, *, resume: bool = False, progress: bool = False) -> None:
         self.progress, self.device = progress, pick_device(config.device)
         self.dataset = dataset = limited(dataset_of(config), config.limit_train, config.batch_size)
-        self.config = config = resolve(config, dataset)
-        self.epochs, self.recipe = known(config.epochs), recipe_of(known(config.optim.recipe))
-        precision, note = usable_precision(config.precision, self.device)
-        fast = dataclasses.replace(config.fast, precision=precision)
-        out = known(config.out)
-        unread = resume and Run(out).checkpoint().is_file()  # a checkpoint holds all that would be loaded
-        self.step = _step(config, dataset, self.device, fast, starts=not unread)
+        config = resolve(config, dataset)
+        self.epochs, self.recipe, out = known(config.epochs), recipe_of(known(config.optim.recipe)), known(config.out)
+        # Batch statistics of a single image are no statistics: a last batch of one is left out.
+        size, single = len(dataset.train), len(dataset.train) % config.batch_size == 1
+        self.steps_per_epoch = math.ceil(size / config.batch_size) - single
+        # Reached with one training image, or a batch size that leaves one over.
+        if self.steps_per_epoch < 1:
+            raise UserError(f"{size} training image(s): at least 2 are needed")
+        self.swa_plan = swa_plan(config, self.steps_per_epoch)
+        saved = None
+        if not resume:
+            Run.check_new(out)  # before time is spent on the choice of a precision
+        elif Run(out).checkpoint().is_file():  # else killed before the first checkpoint: the run starts over
+            saved = Run(out).load(map_location=self.device)
+        say = partial(print, flush=True) if progress else lambda text: None
+        self.precision, note = choose_precision(config, dataset, self.device, begun=saved and saved["meta"], say=say)
+        self.config = config = dataclasses.replace(config, precision=config.precision or self.precision)
+        self.step = build_step(config, dataset, self.device, self.precision, starts=saved is None)
         self.loader = make_loader(
             dataset.train,
             batch_size=config.batch_size,
@@ -142,12 +130,6 @@ class Trainer:
             seed=derive_seed(config.seed, "order"),
             augment=default_augment(dataset) if config.augment else None,
         )
-        # Batch statistics of a single image are no statistics: a last batch of one is left out.
-        self.steps_per_epoch = len(self.loader) - (len(dataset.train) % config.batch_size == 1)
-        # Reached with one training image, or a batch size that leaves one over.
-        if self.steps_per_epoch < 1:
-            raise UserError(f"{len(dataset.train)} training image(s): at least 2 are needed")
-        self.swa_plan = swa_plan(config, self.steps_per_epoch)
         self.average = WeightAverage(self.step.model) if config.swa else None
         self.ema = None if config.ema is None else MovingAverage(self.step.model, config.ema)
         self.card = card(
@@ -159,13 +141,13 @@ class Trainer:
             precision_note=note,
             swa_plan=self.swa_plan,
         )
-        self.meta = meta_of(config, dataset, branches_of(self.step.model))
+        self.meta = meta_of(config, dataset, branches_of(self.step.model), precision=(self.precision, note))
         self.folder = Run.resume(out) if resume else Run.create(out)
         self.watch = Watch(self.step, self.average, self.ema)
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
         self.saved_epoch, self.resumed, self.other_rule = 0, resume, ""
         if resume:
-            self._load()
+            self._load(saved)
 
     def run(self) -> Result:
         """Train, and return what is left. Raises: Diverged."""
@@ -336,12 +318,10 @@ class Trainer:
         self.folder.save("last", state, self.meta)
         self.saved_epoch = epoch
 
-    def _load(self) -> None:
-        if not self.folder.checkpoint().exists():
-            # Killed before the first checkpoint: the run starts over, in the same folder.
+    def _load(self, state: dict[str, Any] | None) -> None:
+        if state is None:
             self.folder.truncate_metrics(0)
             return
-        state = self.folder.load(map_location=self.device)
         load_into(self.step.model, state["step"]["model"], self.folder.checkpoint())
         self.step.load_state_dict(state["step"])
         if self.average is not None and state["average"] is not None:
@@ -356,39 +336,6 @@ class Trainer:
         elif best["epoch"]:
             self.other_rule = best["by"]
         self.folder.truncate_metrics(state["epoch"])
-
-
-def _step(config: Config, dataset: Dataset, device: torch.device, fast: Fast, *, starts: bool) -> TrainStep:
-    """Build the network and its step. starts: load what the defense starts from; a checkpoint would hold it."""
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    mean, std = mean_std(dataset.train) if config.normalize else (None, None)
-    name = known(config.model)
-    model = build_model(
-        name,
-        num_classes=len(dataset.classes),
-        in_channels=dataset.shape[0],
-        image_size=dataset.shape[1],
-        mean=mean,
-        std=std,
-    ).to(device)
-    check_takes(model, name, dataset.shape)
-    load_start(config.defense, model, read=starts)
-    # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-    if recipe_of(known(config.optim.recipe)).one_cycle or config.optim.optimizer == "apex":
-        fast = dataclasses.replace(fast, capture="off")
-    step = TrainStep(
-        model,
-        config.defense,
-        torch.empty(2, *dataset.shape),
-        config.attack,
-        fast,
-        optimizer=sgd(config),
-        awp=config.awp,
-        awp_warmup=config.awp_warmup,
-    )
-    if type(config.defense) not in DEFENSES.values():
-        step.rehearse(len(dataset.classes), dataset.shape)
-    return step
 
 
 def _loss(value: float) -> str:

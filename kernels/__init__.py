@@ -10,9 +10,10 @@ from .conv import (
     why_not_conv_bias_relu,
     why_not_fold,
 )
-from .fork import fork
+from .fork import fork, pick_pointwise
 from .pgd_update import pgd_update
 from .split_bn import SplitBN, split_bn
+from .split_bn_join import joins, split_bn_join
 from .stem import stem_applies, stem_conv, stem_input_grad
 
 __all__ = [
@@ -23,10 +24,13 @@ __all__ = [
     "fold_batchnorm",
     "fork",
     "interpreting",
+    "joins",
     "kind_of",
     "own_arrivals",
     "pgd_update",
+    "pick_pointwise",
     "split_bn",
+    "split_bn_join",
     "stem_applies",
     "stem_conv",
     "stem_input_grad",

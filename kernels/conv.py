@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
-from .fork import take_two, taken
+from .fork import take_two, taken, whole
 from .stem import MAX_IN_CHANNELS, stem_applies, stem_input_grad
 
 _LAST = torch.channels_last
@@ -152,9 +152,7 @@ class _ConvBiasReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor | None):
         x, weight, y = ctx.saved_tensors
-        dy2 = taken(ctx)
-        if dy is None:
-            dy, dy2 = dy2, None
+        dy, dy2 = taken(ctx, dy, y)
         if dy is None:
             return (None,) * 7
         dy = _relu_backward(dy, dy2, y, ctx.backend)
@@ -172,7 +170,7 @@ def _relu_backward(dy: Tensor, dy2: Tensor | None, y: Tensor, backend: Backend) 
     if dy2 is None:
         return torch.ops.aten.threshold_backward(dy, y, 0)
     if not use_triton(backend, y, "y"):
-        return torch.ops.aten.threshold_backward(dy + dy2, y, 0)
+        return torch.ops.aten.threshold_backward(dy + whole(dy2, y), y, 0)
     return _masked_sum_op(*(t.contiguous(memory_format=_LAST) for t in (dy, dy2, y)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -29,10 +30,37 @@ def take_two(ctx: Any) -> None:
     ctx.second_gradient = None
 
 
-def taken(ctx: Any) -> Tensor | None:
-    """Return what is to be added to the first output's gradient, once, or None."""
+def taken(ctx: Any, dy: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of an output that may have been forked, once: the one that came and the other, or None.
+
+    like: of the output's shape. The second may be of every other pixel alone, [B, C, ceil(H / 2), ceil(W / 2)]: the
+    others' are zero.
+    """
     second, ctx.second_gradient = ctx.second_gradient, None
-    return second
+    if dy is None and second is not None:
+        return whole(second, like), None
+    return dy, second
+
+
+def whole(gradient: Tensor, like: Tensor) -> Tensor:
+    """Put zeros between the pixels of a gradient of every other one."""
+    if gradient.shape == like.shape:
+        return gradient
+    full = torch.zeros_like(like, dtype=gradient.dtype, memory_format=torch.channels_last)
+    full[:, :, ::2, ::2] = gradient
+    return full
+
+
+def pick_pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """conv2d(x, weight, stride=2) for 1x1 taps, as a block's shortcut has it.
+
+    x: [B, I, H, W]; weight: [O, I, 1, 1], cast to x's dtype. Of a forked x the producer gets the gradient of the pixels
+    that were picked; three quarters of the whole one would be zeros, written and read again.
+    """
+    fork_node = x.grad_fn
+    if not isinstance(fork_node, _Fork._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
+        return F.conv2d(x, weight.to(x.dtype), stride=2)
+    return _PickPointwise.apply(x, weight.to(x.dtype), fork_node.producer)
 
 
 class _Fork(torch.autograd.Function):
@@ -49,3 +77,26 @@ class _Fork(torch.autograd.Function):
             return second if first is None else first, None
         ctx.producer.second_gradient = second
         return first, None
+
+
+class _PickPointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, producer: Any):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.producer = producer
+        return F.conv2d(x, weight, stride=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        dweight = None
+        if ctx.needs_input_grad[0]:
+            rows = dy.permute(0, 2, 3, 1)
+            # To the producer and past the fork, which sees no gradient of this use.
+            ctx.producer.second_gradient = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, (2, 2), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
+            )[1]
+        return None, dweight, None

@@ -197,7 +197,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias, residual); one that is not needed comes back with no elements.
 
-    dy2: more of y's gradient, to be added. bits: what the ReLU let pass, or None to work it out from x.
+    dy2: more of y's gradient, to be added, of all pixels or of every other one. bits: what the ReLU let pass, or None
+    to work it out from x.
     """
     from . import split_bn_triton as kernels
 
@@ -239,12 +240,10 @@ def _setup_eval(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dy, need_x, need_affine, need_residual):
-    dy2 = taken(ctx)
-    if dy is None:
-        dy, dy2 = dy2, None
+    x, weight, bias, mean, var, bits = ctx.saved_tensors
+    dy, dy2 = taken(ctx, dy, x)
     if dy is None:
         return None, None, None, None
-    x, weight, bias, mean, var, bits = ctx.saved_tensors
     # Without a ReLU the residual's gradient is dy itself, if it is one: nothing to write.
     written_residual = need_residual and (ctx.relu or dy2 is not None)
     dx = dweight = dbias = dresidual = None

@@ -152,9 +152,30 @@ def reduce(
 
 
 @triton.jit
+def picked_row(row, H, W):
+    """Of rows that are pixels of [B, H, W]: where they lie in [B, ceil(H / 2), ceil(W / 2)], and whether they do."""
+    image, pixel = row // (H * W), (row % (H * W)).to(tl.int32)
+    h, w = pixel // W, pixel % W
+    return (image * ((H + 1) // 2) + h // 2) * ((W + 1) // 2) + w // 2, (h % 2 == 0) & (w % 2 == 0)
+
+
+@triton.jit
+def summed_dy(dy_ptr, dy2_ptr, before, row, cols, C, H, W, at, mask, DY2_STEP: tl.constexpr):
+    """The gradient of both uses, float32; the second's is there for every pixel, or for every other one."""
+    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if dy2_ptr is not None:
+        if DY2_STEP == 1:
+            dy += tl.load(dy2_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            picked, there = picked_row(before + row, H, W)
+            at = picked[:, None] * C + cols[None, :]
+            dy += tl.load(dy2_ptr + at, mask=mask & there[:, None], other=0.0).to(tl.float32)
+    return dy
+
+
+@triton.jit
 def masked_dy(
-    dy_ptr,
-    dy2_ptr,
+    dy,
     bits_ptr,
     x,
     mean,
@@ -165,20 +186,14 @@ def masked_dy(
     rows,
     cols,
     C,
-    at,
-    mask,
     RELU: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The gradient where the ReLU let it pass. Without bits the ReLU's input is worked out from x."""
-    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if dy2_ptr is not None:
-        dy += tl.load(dy2_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         if bits_ptr is not None:
-            passed = load_bits(bits_ptr, before, row, rows, cols, C, BLOCK_ROWS, BLOCK_C)
-            dy = tl.where(passed, dy, 0.0)
+            dy = tl.where(load_bits(bits_ptr, before, row, rows, cols, C, BLOCK_ROWS, BLOCK_C), dy, 0.0)
         else:
             dy = tl.where(normalise(x, mean, scale, bias) <= 0.0, 0.0, dy)
     return dy

@@ -16,16 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import arrivals
-from .split_bn_tiles import affine_of, masked_dy, normalise, reduce, store_bits, tile_at, tile_origin
+from .split_bn_tiles import affine_of, masked_dy, normalise, reduce, store_bits, summed_dy, tile_at, tile_origin
 
-# Six programs for each multiprocessor of an H200, 132 of them: one wave, with up to 80 registers a thread (tested).
-REDUCE_PROGRAMS = 768
+# Three programs of eight warps for each multiprocessor of an H200, 132 of them: one wave. Fewer and larger ones than in
+# the streaming passes, because each leaves partial results behind.
+REDUCE_PROGRAMS = 396
 # Below this many programs a pass leaves multiprocessors idle, and smaller tiles pay.
 MIN_PROGRAMS = 512
 MAX_BLOCK_CHANNELS = 64
 # Bytes of one tensor that a program holds at a time. The reducing passes carry two float32 accumulators per element as
 # well: with more than this they need so many registers that REDUCE_PROGRAMS are no longer resident at once.
-APPLY_TILE, STATS_TILE, SUMS_TILE = 8192, 4096, 2048
+APPLY_TILE, STATS_TILE, SUMS_TILE = 8192, 8192, 4096
 # Partial results that one program folds: two levels reach FAN * FAN of them, all that REDUCE_PROGRAMS can be.
 FAN = 32
 
@@ -54,13 +55,14 @@ def launch_shape(rows: int, channels: int, groups: int, itemsize: int, *, tile_b
     """Choose the launch of a pass over [groups * rows, channels], from the shape alone.
 
     A tile row holds up to 64 channels, one or two full cache lines. tile_bytes: of one tensor, a program's share at a
-    time; a thread (four warps) holds tile_bytes / 2048 16-byte vectors of it.
+    time, 2048 to a 16-byte vector of each thread in four warps, which is what a program has; twice that to reduce.
     """
     # Eight at least, whose ReLU bits fill a byte.
     block_channels = max(8, min(MAX_BLOCK_CHANNELS, triton.next_power_of_2(channels)))
     channel_blocks = triton.cdiv(channels, block_channels)
     tile = tile_bytes // itemsize
-    while tile > 1024 and triton.cdiv(rows * block_channels, tile) * channel_blocks * groups < MIN_PROGRAMS:
+    least = REDUCE_PROGRAMS if reduce else MIN_PROGRAMS
+    while tile > 1024 and triton.cdiv(rows * block_channels, tile) * channel_blocks * groups < least:
         tile //= 2
     block_rows = min(max(1, tile // block_channels), triton.next_power_of_2(rows))
     tiles = triton.cdiv(rows, block_rows)
@@ -172,8 +174,11 @@ def _backward_sums_kernel(
     channel_blocks,
     num_tiles,
     num_parts,
+    H,
+    W,
     eps,
     RELU: tl.constexpr,
+    DY2_STEP: tl.constexpr,
     FAN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -187,9 +192,9 @@ def _backward_sums_kernel(
         row = first + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         at, mask = tile_at(before, row, rows, cols, C)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dy = summed_dy(dy_ptr, dy2_ptr, before, row, cols, C, H, W, at, mask, DY2_STEP)
         dy = masked_dy(
-            dy_ptr, dy2_ptr, bits_ptr, x, mean, scale, bias, before, row, rows, cols, C, at, mask, RELU, BLOCK_ROWS,
-            BLOCK_C,
+            dy, bits_ptr, x, mean, scale, bias, before, row, rows, cols, C, RELU, BLOCK_ROWS, BLOCK_C
         )  # fmt: skip
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + at, dy.to(dresidual_ptr.dtype.element_ty), mask=mask)
@@ -219,8 +224,11 @@ def _backward_apply_kernel(
     rows,
     C,
     channel_blocks,
+    H,
+    W,
     eps,
     RELU: tl.constexpr,
+    DY2_STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -233,9 +241,8 @@ def _backward_apply_kernel(
     x = mean  # not read where neither the mask nor the statistics need it
     if (RELU and bits_ptr is None) or dweight_ptr is not None:
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    dy = masked_dy(
-        dy_ptr, dy2_ptr, bits_ptr, x, mean, scale, bias, before, row, rows, cols, C, at, mask, RELU, BLOCK_ROWS, BLOCK_C
-    )
+    dy = summed_dy(dy_ptr, dy2_ptr, before, row, cols, C, H, W, at, mask, DY2_STEP)
+    dy = masked_dy(dy, bits_ptr, x, mean, scale, bias, before, row, rows, cols, C, RELU, BLOCK_ROWS, BLOCK_C)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + at, dy.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if dx_ptr is not None:
@@ -247,12 +254,12 @@ def _backward_apply_kernel(
         tl.store(dx_ptr + at, (dx * scale).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows(images: Tensor) -> Tensor:
+def rows_of(images: Tensor) -> Tensor:
     """[G*B, C, H, W] as contiguous rows [G*N, C]: a view of channels-last images, a copy of any other."""
     return images.permute(0, 2, 3, 1).contiguous().view(-1, images.shape[1])
 
 
-def _like(images: Tensor) -> Tensor:
+def like(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last)
 
 
@@ -262,35 +269,47 @@ def bits_like(images: Tensor) -> Tensor:
     return images.new_empty((rows, triton.cdiv(images.shape[1], 8)), dtype=torch.uint8)
 
 
+def step_of(dy2: Tensor | None, x: Tensor) -> int:
+    """1, or 2 for a second gradient of every other pixel."""
+    return 1 if dy2 is None or dy2.shape == x.shape else 2
+
+
 def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     """In the dtype of `like`; an empty tensor for none, which an op of torch.library cannot return."""
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 
 
-def _walk(launch: Launch) -> tuple[int, int, int]:
+def walk(launch: Launch) -> tuple[int, int, int]:
     return launch.channel_blocks, launch.num_tiles, launch.num_parts
 
 
-def _blocks(launch: Launch) -> dict[str, int]:
+def streaming(launch: Launch) -> dict[str, int]:
     return {"BLOCK_ROWS": launch.block_rows, "BLOCK_C": launch.block_channels, "num_warps": 4}
 
 
-def _room(x: Tensor, launch: Launch, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Two quantities by part and family, the two results [G, C], and counts at zero, of a reduction."""
+def reducing(launch: Launch) -> dict[str, int]:
+    # Capped, so that all of REDUCE_PROGRAMS are resident at once: 65,536 registers are three programs of 256 threads.
+    return {**streaming(launch), "FAN": FAN, "num_warps": 8, "maxnreg": 80}
+
+
+def room(
+    x: Tensor, launch: Launch, channels: int, reductions: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two quantities by part and family, the two results [G, C], and counts at zero for so many reductions."""
     groups = launch.groups
     a, b = x.new_empty((2, groups, launch.num_parts + launch.families, channels), dtype=torch.float32)
     out_a, out_b = (x.new_empty((groups, channels), dtype=torch.float32) for _ in range(2))
-    return a, b, out_a, out_b, arrivals(x, groups * launch.channel_blocks * (1 + launch.families))
+    return a, b, out_a, out_b, arrivals(x, reductions * groups * launch.channel_blocks * (1 + launch.families))
 
 
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each group, float32 [G, C]."""
-    x2d = _rows(x)
+    x2d = rows_of(x)
     rows, channels = x2d.shape[0] // groups, x2d.shape[1]
     launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=STATS_TILE, reduce=True)
-    room = _room(x, launch, channels)
-    _stats_kernel[launch.grid](x2d, *room, rows, channels, *_walk(launch), FAN=FAN, **_blocks(launch))
-    return room[2], room[3]
+    space = room(x, launch, channels)
+    _stats_kernel[launch.grid](x2d, *space, rows, channels, *walk(launch), **reducing(launch))
+    return space[2], space[3]
 
 
 def apply(
@@ -305,15 +324,15 @@ def apply(
     keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Normalise, scale, add and clamp in one pass: y, channels-last, and its bits if they are to be kept."""
-    x2d, y = _rows(x), _like(x)
+    x2d, y = rows_of(x), like(x)
     groups = weight.shape[0]
     rows, channels = x2d.shape[0] // groups, x2d.shape[1]
     launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=APPLY_TILE, reduce=False)
     affine = (t.contiguous() for t in (weight, bias, mean, var))
     bits = bits_like(x) if keep_bits else None
-    added = None if residual is None else _rows(residual)
+    added = None if residual is None else rows_of(residual)
     shape = rows, channels, launch.channel_blocks
-    _apply_kernel[launch.grid](x2d, added, y, bits, *affine, *shape, eps, RELU=relu, **_blocks(launch))
+    _apply_kernel[launch.grid](x2d, added, y, bits, *affine, *shape, eps, RELU=relu, **streaming(launch))
     return y, bits
 
 
@@ -338,28 +357,29 @@ def backward(
     With constant statistics and a frozen affine nothing is reduced: one pass. Otherwise the reducing pass
     writes the residual's gradient, which is the masked dy, and the second pass reads that and not what made it.
     """
-    dy2d, x2d = _rows(dy), _rows(x)
-    more = None if dy2 is None else _rows(dy2)
+    dy2d, x2d = rows_of(dy), rows_of(x)
+    more, step = None if dy2 is None else rows_of(dy2), step_of(dy2, x)
     bits = bits if relu else None
     affine = tuple(t.contiguous() for t in (weight, bias, mean, var))
-    dx = _like(x) if need_x else None
-    dresidual = _like(x) if need_residual else None
+    dx = like(x) if need_x else None
+    dresidual = like(x) if need_residual else None
     dweight = dbias = None
     reduced = need_affine or (training and need_x)
     if reduced:
-        dbias, dweight = _backward_sums(dy2d, more, x2d, bits, dresidual, affine, relu, eps)
+        dbias, dweight = _backward_sums(dy2d, more, step, x, bits, dresidual, affine, relu, eps)
     if need_x or (need_residual and not reduced):
         residual_ptr = dresidual
         if reduced and dresidual is not None:
-            dy2d, more, bits, residual_ptr, relu = _rows(dresidual), None, None, None, False
+            dy2d, more, step, bits, residual_ptr, relu = rows_of(dresidual), None, 1, None, None, False
         groups, channels = weight.shape
         rows = x2d.shape[0] // groups
         launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=APPLY_TILE, reduce=False)
         sums = (dbias, dweight) if training else (None, None)
-        shape = rows, channels, launch.channel_blocks
+        shape = rows, channels, launch.channel_blocks, *x.shape[2:]
         _backward_apply_kernel[launch.grid](
-            dy2d, more, x2d, bits, dx, residual_ptr, *affine, *sums, *shape, eps, RELU=relu, **_blocks(launch)
-        )
+            dy2d, more, x2d, bits, dx, residual_ptr, *affine, *sums, *shape, eps, RELU=relu, DY2_STEP=step,
+            **streaming(launch),
+        )  # fmt: skip
     if not need_affine:
         dweight = dbias = None
     return _or_empty(dx, x), _or_empty(dweight, weight), _or_empty(dbias, bias), _or_empty(dresidual, x)
@@ -368,6 +388,7 @@ def backward(
 def _backward_sums(
     dy: Tensor,
     dy2: Tensor | None,
+    step: int,
     x: Tensor,
     bits: Tensor | None,
     dresidual: Tensor | None,
@@ -377,14 +398,15 @@ def _backward_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums of the masked dy and of its product with xhat, float32 [G, C]; fills `dresidual` in passing.
 
-    dy, dy2, x: rows [G*N, C]. affine: weight, bias, mean and variance, contiguous [G, C].
+    dy, dy2: rows [G*N, C], of dy2 each step-th either way. affine: weight, bias, mean and variance, contiguous [G, C].
     """
-    groups, channels = affine[0].shape
-    rows = x.shape[0] // groups
+    x2d, (groups, channels) = rows_of(x), affine[0].shape
+    rows = x2d.shape[0] // groups
     launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=SUMS_TILE, reduce=True)
-    room = _room(x, launch, channels)
+    space = room(x, launch, channels)
     _backward_sums_kernel[launch.grid](
-        dy, dy2, x, bits, dresidual, *affine, *room, rows, channels, *_walk(launch), eps, RELU=relu, FAN=FAN,
-        **_blocks(launch),
+        dy, dy2, x2d, bits, dresidual, *affine, *space, rows, channels, *walk(launch), *x.shape[2:], eps, RELU=relu,
+        DY2_STEP=step,
+        **reducing(launch),
     )  # fmt: skip
-    return room[2], room[3]
+    return space[2], space[3]

@@ -29,7 +29,7 @@ LAYERS = [
     {"config", "engine"},
     {"evaluation"},
     {"runs", "averages", "released"},
-    {"card", "finite"},
+    {"card", "finite", "building"},
     {"training"},
     {"report", "interchange", "tuning", "bench"},
     {"table"},

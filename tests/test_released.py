@@ -97,7 +97,7 @@ CASES = {
     "TRADES' network": ("trades", {}, optim(recipe="trades-wrn"), {}, WRN, "for 76 epochs; resnet18 is our choice"),
     "TRADES' width": ("trades", {}, {"model": "wrn-28-10"}, {}, WRN, "for 76 epochs; wrn-28-10 is our choice"),
     "MART's gamma": ("mart", {}, {"awp": 0.3}, {}, {}, "gamma_w 0.3 is our choice"),
-    "precision": ("ar-at", {}, {"amp": True}, {}, {}, "precision bf16: the releases run in float32"),
+    "precision": ("ar-at", {}, {"precision": "bf16"}, {}, {}, "precision bf16: the releases run in float32"),
     "validation": ("ar-at", {}, {"held_out": 1000}, {}, {}, "1,000 of 50,000 training images are held out"),
     "fewer images": ("ar-at", {}, {"limit_train": 500}, {}, {}, "limit_train 500 (default unset)"),
     "a warm-up": ("trades", {}, optim(warmup=1), {}, optim(warmup=0), "optim.warmup 1 (default unset)"),

@@ -31,10 +31,10 @@ from fastarat.bench.harness import (
     warmed,
 )
 from fastarat.card import fast_paths
-from fastarat.config import from_dict, resolve_defense
+from fastarat.config import Config, from_dict, resolve_defense
 from fastarat.data import Augment, Split, make_loader
 from fastarat.defenses import Defense
-from fastarat.device import backend_flags, pick_device, seeded_apart, usable_precision
+from fastarat.device import backend_flags, fastest_precision, pick_device, seeded_apart, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.nets.models import build_model
@@ -101,6 +101,19 @@ def cost_of(
     return Cost(attack, training, teacher, " + ".join(terms) + (f" (+ {teacher} of the teacher)" if teacher else ""))
 
 
+def forwards_of(config: Config) -> float:
+    """Count the forwards per image of a run's step, its teacher's among them."""
+    attack = config.attack
+    cost = cost_of(
+        config.defense,
+        num_steps=attack.num_steps,
+        num_restarts=attack.num_restarts,
+        objective=attack.objective,
+        awp=config.awp is not None,
+    )
+    return cost.forwards + cost.teacher
+
+
 def forward_flops(model: nn.Module, images: Tensor) -> int:
     """Count multiplications and additions of `model`'s convolutions and linear layers on `images`, by hooks."""
     total = 0
@@ -152,7 +165,7 @@ class BenchConfig(Fast):
     image_size: int = setting(32, "pixels of each side of the random images")
     num_classes: int = setting(10, "classes")
     precision: Precision | None = setting(None, "default: bf16 on a GPU, fp32 on a CPU")
-    amp: bool | None = setting(None, "short for --precision bf16, where the hardware has it; --no-amp for fp32")
+    amp: bool | None = setting(None, "as in fastarat train: bf16, on a CPU only where it is faster; --no-amp for fp32")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     awp: float | None = setting(
         None, "gamma_w of adversarial weight perturbation, a share of each weight's norm, such as 0.005", "(0, 1)"
@@ -206,20 +219,43 @@ def bench(
         precision=asked_precision(config, cuda=cuda),
         repeats=config.repeats or (20 if cuda else 5),
     )
-    precision, note = usable_precision(known(config.precision), device)
-    with placed(device, config.threads), backend_flags(device, precision), seeded_apart(device):
+    with placed(device, config.threads), seeded_apart(device):
         record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
         for defense in defenses:
-            record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
+            precision, note = _chosen(config, defense, device)
+            with backend_flags(device, precision):
+                record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
             on_result(record)
     return record
 
 
-def asked_precision(config: BenchConfig, *, cuda: bool) -> Precision:
-    """Return the precision asked for: `--amp` turns fp32 into bf16 and nothing else, as in `fastarat train`."""
-    if config.amp and config.precision in (None, "fp32"):
-        return "bf16"
+def asked_precision(config: BenchConfig, *, cuda: bool) -> Precision | None:
+    """Return the precision asked for, by name before `--amp`; None where `--amp` has yet to find it."""
+    if config.amp and config.precision is None:
+        return "bf16" if cuda else None
     return config.precision or ("bf16" if cuda and config.amp is None else "fp32")
+
+
+def _chosen(config: BenchConfig, defense: Defense, device: torch.device) -> tuple[str, str]:
+    """Return what the step of `defense` is measured in, and why."""
+    if config.precision is not None:
+        return usable_precision(config.precision, device)
+    images, labels = _batch(config, device)
+
+    def build(precision: str) -> Callable[[], object]:
+        step = make_step(dataclasses.replace(config, compile_loss=False), defense, device, precision)
+        step.set_lr(0.0)
+        return lambda: step(images, labels)
+
+    return fastest_precision(device, build)
+
+
+def _batch(config: BenchConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images float32 [B, 3, H, W], channels-last, and labels int64 [B]."""
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (known(config.batch_size), 3, config.image_size, config.image_size)
+    images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(config.num_classes, shape[:1], generator=generator, device=device)
 
 
 def random_split(count: int, shape: tuple[int, int, int], num_classes: int) -> Split:
@@ -307,11 +343,7 @@ def phase_samples(
     config: BenchConfig, defense: Defense, device: torch.device, precision: str
 ) -> tuple[dict[str, list[float]], str]:
     """Time the phases of a step like the measured one, each of its marks a node of the graph if it is captured."""
-    generator = torch.Generator(device).manual_seed(1)
-    shape = (known(config.batch_size), 3, config.image_size, config.image_size)
-    images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(config.num_classes, shape[:1], generator=generator, device=device)
-    reason = ""
+    (images, labels), reason = _batch(config, device), ""
     for capture in dict.fromkeys((config.capture, "off")):
         # A step of its own: events in its graph cost a little, and the loop that is timed as a whole shall have none.
         step = make_step(dataclasses.replace(config, capture=capture), defense, device, precision)

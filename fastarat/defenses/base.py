@@ -71,13 +71,15 @@ class Forward:
     -> (logits [2B, K], one feature tensor [2B, d] per layer).
 
     epsilon, num_steps: of the attack. generator: of everything random in the step. progress, epoch: 0-d device
-    tensors, so that a captured step sees them move. still: no running statistic moves.
+    tensors, so that a captured step sees them move. still: no running statistic moves. weights: makes what the model's
+    forwards use in place of its parameters, by their names; None for the parameters themselves.
     """
 
     def __init__(self, model: nn.Module, precision: str, attack: Attack, generator: torch.Generator) -> None:
         self.model, self.precision, self.route, self.still = model, precision, route_of(model), False
         self.num_steps, self.generator = attack.num_steps, generator
         self.epsilon: float | Tensor = attack.epsilon
+        self.weights: Callable[[], dict[str, Tensor]] | None = None
         dtype = network_dtype(model)
         self.progress = torch.zeros((), device=generator.device, dtype=dtype)
         self.epoch = torch.ones((), device=generator.device, dtype=dtype)
@@ -87,7 +89,7 @@ class Forward:
         other = copy.copy(self)
         other.still = still
         if model is not None:
-            other.model, other.route = model, route_of(model)
+            other.model, other.route, other.weights = model, route_of(model), None
         return other
 
     def views(self, labels: Tensor, **tensors: Any) -> Views:
@@ -113,7 +115,8 @@ class Forward:
         check_groups(branches, updates)
         through = self.route.through(*branches, updates=() if self.still else updates)
         with mode_of(self.model, training), through, autocast(images, self.precision):
-            logits = forward_with_features(self.model, images, taps)
+            weights = None if self.weights is None else self.weights()
+            logits = forward_with_features(self.model, images, taps, weights)
         return logits, () if taps is None else taps.ordered()
 
 

@@ -148,11 +148,15 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         # Once a step, so that a layer put in place of another between two steps is routed as well.
-        self.forward.route = route_of(self.model)
+        self.forward.route, self.forward.weights = route_of(self.model), None
         spec, defense = self.spec, self.defense
         # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
         images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
         attacked = self.attack(images, labels) if defense.attacks else None
+        if attacked is None:
+            self.attacker.refresh()
+        # What was cast for the attack serves the training forward, unless the weights move in between.
+        self.forward.weights = self.attacker.lend if self.perturbation is None else None
         self.mark("attack")
 
         def terms_by(forward: Forward) -> tuple[dict[str, Tensor], Views]:
@@ -166,6 +170,7 @@ class TrainStep:
             still = self.forward.but(still=True)
             self.perturbation.push(self.model, self.companions, lambda: total(terms_by(still)[0]), self.forward.epoch)
         terms, views = terms_by(self.forward)
+        self.forward.weights = None
         self.mark("forward")
         defense.backward(terms, self.model, self.scaler.scale, views)
         self.mark("backward")

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastarat.kernels import Norm, fold_batchnorm, kind_of, why_not_conv_bias_relu, why_not_fold
 from fastarat.nets.batchnorm import route_of
-from fastarat.nets.models import FoldedConv, Network
+from fastarat.nets.convs import FoldedConv
+from fastarat.nets.models import Network
 from fastarat.specs import known
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,13 +86,16 @@ class Attacker:
                 self._exact = _folded_convs(model, None)
         self.exact_network = model
         self.folds = bool(self._folded)
-        taken = {id(conv.weight) for conv in self._folded}
-        # BatchNorm's affine and biases stay the model's: casting them saves nothing.
+        # What autocast would cast at every forward. BatchNorm's affine stays the model's, in float32.
+        layers = {id(p) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) for p in m.parameters(False)}
         self._cast: dict[str, Tensor] = {
             name: torch.empty_like(p, dtype=dtype, requires_grad=False)
             for name, p in model.named_parameters()
-            if dtype is not None and p.dim() >= 2 and id(p) not in taken
+            if dtype is not None and (p.dim() >= 2 or id(p) in layers)
         }
+        # Networks of ours use their layers' parameters as they are, once: there a cast is what autocast would give.
+        lent = isinstance(model, Network)
+        self._lent = [name for name, p in model.named_parameters() if lent and name in self._cast and id(p) in layers]
         self._made_for = self._layers()
 
     def _layers(self) -> list[tuple[str, int, torch.Size]]:
@@ -122,6 +126,19 @@ class Attacker:
         self.network = _twin(self.model, weights, {**self._folded})
         self.exact_network = _twin(self.model, {}, {**self._exact}) if self._exact else self.model
 
+    def lend(self) -> dict[str, Tensor]:
+        """Return the casts, by parameter's name, for a training forward: autocast need not make them again.
+
+        Differentiable: what they get is the parameters' gradient. Valid from `refresh` until a weight changes.
+        """
+        own = dict(self.model.named_parameters())
+        lent = {name: self._cast[name] for name in self._lent}
+        moving = [name for name in lent if own[name].requires_grad]
+        if moving:
+            casts = _Lent.apply([lent[name] for name in moving], *(own[name] for name in moving))
+            lent |= zip(moving, casts, strict=True)
+        return lent
+
     def __call__(self, points: Tensor) -> Tensor:
         """points: float32 [B, C, H, W] -> logits [B, K]."""
         with autocast(points, self.precision):
@@ -130,6 +147,25 @@ class Attacker:
     def exact(self, points: Tensor) -> Tensor:
         """points -> logits in float32 (on a GPU in TF32): the model's own, or a folded twin's if `exact` is set."""
         return self.exact_network(points)
+
+
+class _Lent(torch.autograd.Function):
+    """Casts that exist already, as functions of the weights they were made from; one cast back for all gradients."""
+
+    @staticmethod
+    def forward(ctx, casts: list[Tensor], *weights: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [w.dtype for w in weights]
+        return tuple(cast.detach() for cast in casts)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        found = [(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True) if g is not None]
+        wide = [torch.empty_like(g, dtype=dtype) for g, dtype in found]
+        if wide:
+            torch._foreach_copy_(wide, [g for g, _ in found])
+        back = iter(wide)
+        return None, *(None if g is None else next(back) for g in grads)
 
 
 def _twin(module: nn.Module, weights: dict[int, Tensor], made: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastarat.errors import UserError, nearest
-from fastarat.kernels import split_bn
+from fastarat.kernels import joins, split_bn, split_bn_join
 
 BRANCHES = ("clean", "adv")
 
@@ -86,6 +86,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         x: float [B, C, H, W], channels-last for speed.
         residual: same shape and dtype as x, added after the affine, or None.
         relu: apply max(., 0) last.
+        through: a BatchNorm that `residual` has yet to go through, its own; None: residual is added as it is.
     Returns: same shape and dtype as x.
     Raises: ValueError when the rows cannot be split evenly, or a part holds one value per channel in training.
     """
@@ -116,8 +117,18 @@ class BatchNorm2d(nn.BatchNorm2d):
         if x.dim() not in self._ndims:
             raise ValueError(f"{type(self).__name__} expects {self._ndims}-dimensional input, got {tuple(x.shape)}")
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        through: BatchNorm2d | None = None,
+    ) -> Tensor:
         self._check_input_dim(x)
+        if residual is not None and through is not None:
+            if relu and self._joins(through, x, residual):
+                return self._joined(x, residual, through)
+            residual = through(residual)
         shape = x.shape
         # One kernel for all shapes: [B, C] and [B, C, L] are images one pixel wide.
         if x.dim() != 4:
@@ -137,6 +148,22 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.drop is not None:
             y = self.drop(y)
         return y if self.act is None else self.act(y)
+
+    def _joins(self, other: BatchNorm2d, x: Tensor, x2: Tensor) -> bool:
+        # Not where somebody's hook is to see what `other` returns: it returns nothing then.
+        if not self.route.forks or other.route is not self.route or not joins(x, x2, self.backend):
+            return False
+        plain = all(m.drop is m.act is None and m.running_mean is not None for m in (self, other))
+        return plain and self.training and other.training and self.backend == other.backend
+
+    def _joined(self, x: Tensor, x2: Tensor, other: BatchNorm2d) -> Tensor:
+        both = [[m.branch_set(name) for name in self.route.groups] for m in (self, other)]
+        affine, affine2 = ((_stack(sets, "weight", x), _stack(sets, "bias", x)) for sets in both)
+        y, *stats = split_bn_join(x, *affine, x2, *affine2, eps=self.eps, eps2=other.eps)
+        rows = x.numel() // (x.shape[1] * len(self.route.groups))
+        for m, sets, (mean, var) in zip((self, other), both, (stats[:2], stats[2:]), strict=True):
+            m._note(sets, mean.detach(), var.detach(), rows)
+        return y
 
     def _note(self, sets: list[nn.BatchNorm2d], mean: Tensor, var: Tensor, rows: int) -> None:
         route = self.route

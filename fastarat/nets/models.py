@@ -16,91 +16,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.errors import UserError, unknown
-from fastarat.kernels import conv_bias_relu, fork, stem_applies, stem_conv
+from fastarat.kernels import fork
 from fastarat.nets.batchnorm import BatchNorm2d, set_backend
-from fastarat.nets.taps import PENULTIMATE, Taps
-
-
-class FoldedConv(nn.Conv2d):
-    """A convolution that has absorbed the BatchNorm after it: it adds the residual and applies the ReLU itself.
-
-    Its tensors are `Attacker`'s to fill, from those of `conv`, which `foldable` yields. fused: whether cuDNN does bias,
-    residual and ReLU in the convolution's call. backend: of what is left to kernels, in backward.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, bias: bool, fused: bool, backend: str = "auto") -> None:
-        # A cast, because torch declares tuples of any length.
-        kernel, stride, padding = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, conv.padding))
-        super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=bias, device="meta")
-        self.weight = nn.Parameter(torch.empty_like(conv.weight, dtype=dtype), requires_grad=False)
-        if bias:
-            self.bias = nn.Parameter(self.weight.new_empty(conv.out_channels), requires_grad=False)
-        self.fused, self.backend = fused, backend
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        if self.fused and relu:
-            options = {"stride": self.stride, "padding": self.padding, "backend": self.backend}
-            return conv_bias_relu(x, self.weight, self.bias, residual, **options)
-        weight = _stem_weight(self, x)
-        y = super().forward(x) if weight is None else stem_conv(x, weight, self.backend)
-        if weight is not None and self.bias is not None:
-            y = y + self.bias[:, None, None]
-        if residual is not None:
-            y = y + residual
-        return F.relu(y) if relu else y
-
-
-def _can_fold(conv: nn.Conv2d, bn: BatchNorm2d) -> bool:
-    """Whether `FoldedConv` does what the two do: a person may have put layers of another kind in their places."""
-    plain = conv.bias is None and conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.padding_mode == "zeros"
-    return plain and bn.affine and bn.track_running_stats and bn.drop is None and bn.act is None
+from fastarat.nets.convs import FoldedConv, Stem, can_fold, projected
+from fastarat.nets.taps import PENULTIMATE, Taps, averaged
 
 
 def _conv_norm_relu(
-    conv: nn.Conv2d, bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None, relu=True
+    conv: nn.Conv2d,
+    bn: BatchNorm2d,
+    x: Tensor,
+    name: str,
+    taps: Taps | None,
+    residual: Tensor | None = None,
+    through: BatchNorm2d | None = None,
 ) -> Tensor:
-    """Convolution, BN, optional residual add, ReLU; the first two are one where an attacker has folded BN."""
+    """Convolution, BN, optional residual add, ReLU; the first two are one where an attacker has folded BN.
+
+    through: a BN that the residual goes through first.
+    """
     if isinstance(conv, FoldedConv):
-        return conv(x, residual, relu)
-    return _norm_relu(bn, conv(x), name, taps, residual) if relu else bn(conv(x))
+        return conv(x, residual if through is None or residual is None else through(residual), relu=True)
+    return _norm_relu(bn, conv(x), name, taps, residual, through)
 
 
-def _norm_relu(bn: BatchNorm2d, x: Tensor, name: str, taps: Taps | None, residual: Tensor | None = None) -> Tensor:
+def _norm_relu(
+    bn: BatchNorm2d,
+    x: Tensor,
+    name: str,
+    taps: Taps | None,
+    residual: Tensor | None = None,
+    through: BatchNorm2d | None = None,
+) -> Tensor:
     """BN, optional residual add, ReLU: one fused op unless this layer's BN output itself is tapped."""
     if taps is None or name not in taps.layers:
-        return bn(x, residual, relu=True)
+        return bn(x, residual, relu=True, through=through)
+    if residual is None and taps.relu:
+        y = bn(x, relu=True)
+        taps.record(name, y)  # a second ReLU would change nothing
+        return y
     y = bn(x)
     taps.record(name, y)
-    return F.relu(y if residual is None else y + residual)
+    if residual is None:
+        return F.relu(y)
+    return F.relu(y + (residual if through is None else through(residual)))
 
 
 def _both_uses(x: Tensor, bn: BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A block's input for its main path and its shortcut, whose gradients need not be added up where `bn` may fork."""
     return fork(x) if bn.route.forks else (x, x)
-
-
-class Stem(nn.Conv2d):
-    """A network's first convolution, 3x3: on a GPU in half precision its input gradient has a kernel of its own."""
-
-    backend = "auto"
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, 1, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = _stem_weight(self, x)
-        return super().forward(x) if weight is None else stem_conv(x, weight, self.backend)
-
-
-def _stem_weight(conv: Stem | FoldedConv, x: Tensor) -> Tensor | None:
-    """What `stem_conv` is to convolve x with; None where its kernel is not for it, or x gets no gradient."""
-    if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    kind, weight = x.device.type, conv.weight
-    if torch.is_autocast_enabled(kind):
-        weight = weight.to(torch.get_autocast_dtype(kind))
-    applies = conv.stride == conv.padding == (1, 1) and stem_applies(x, weight, conv.backend)
-    return weight if applies else None
 
 
 def set_kernels(model: nn.Module, backend: str) -> None:
@@ -131,8 +95,13 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         x, side = _both_uses(x, self.bn1)
         out = _conv_norm_relu(self.conv1, self.bn1, x, f"{name}.bn1", taps)
-        shortcut = _conv_norm_relu(*self.projection(), side, "", None, relu=False) if len(self.shortcut) else side
-        return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, shortcut)
+        through = None
+        if len(self.shortcut):
+            conv, through = self.projection()
+            side = projected(conv, side, self.bn1)
+            if isinstance(conv, FoldedConv):
+                through = None
+        return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, side, through)
 
 
 class PreActBlock(nn.Module):
@@ -149,7 +118,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.bn1", taps), self.bn1)
-        residual = self.shortcut(side) if hasattr(self, "shortcut") else x
+        residual = projected(self.shortcut[0], side, self.bn1) if hasattr(self, "shortcut") else x
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.bn2", taps)
         return self.conv2(out) + residual
 
@@ -167,7 +136,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.relu1", taps), self.bn1)
-        residual = x if self.convShortcut is None else self.convShortcut(side)
+        residual = x if self.convShortcut is None else projected(self.convShortcut, side, self.bn1)
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.relu2", taps)
         return self.conv2(out) + residual
 
@@ -216,7 +185,7 @@ class Network(nn.Module):
 
     def foldable(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
         """Pairs of a convolution and the BatchNorm that follows it directly and that it can take up."""
-        return (pair for pair in self._normed() if _can_fold(*pair))
+        return (pair for pair in self._normed() if can_fold(*pair))
 
     def _normed(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
         for m in self.modules():
@@ -244,7 +213,7 @@ class Network(nn.Module):
         return images if self.normalize is None else self.normalize(images)
 
     def _logits(self, x: Tensor, classifier: nn.Linear, taps: Taps | None) -> Tensor:
-        pooled = x.mean((2, 3))
+        pooled = averaged(x)
         if taps is not None:
             taps.record(PENULTIMATE, pooled)
         return classifier(pooled)

@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from fastarat.errors import UserError, unknown
@@ -20,6 +21,14 @@ class Tapped(Protocol):
     tap_names: tuple[str, ...]
 
     def tappable(self) -> list[str]: ...
+
+
+def averaged(x: Tensor) -> Tensor:
+    """Global average pooling, [B, C, H, W] -> [B, C].
+
+    The bits of x.mean((2, 3)), whose gradient forgets that x is channels-last and is copied by whoever minds.
+    """
+    return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 class Taps:
@@ -41,7 +50,7 @@ class Taps:
             if self.relu and name != PENULTIMATE:
                 x = F.relu(x)
             if self.pool and x.dim() == 4:
-                x = x.mean((2, 3))
+                x = averaged(x)
             self.features[name] = x.flatten(1)
 
     def ordered(self) -> tuple[Tensor, ...]:
@@ -54,15 +63,19 @@ def tap_names(model: nn.Module) -> tuple[str, ...]:
     return (PENULTIMATE,) if own is None else own.tap_names
 
 
-def forward_with_features(model: nn.Module, images: Tensor, taps: Taps | None) -> Tensor:
+def forward_with_features(
+    model: nn.Module, images: Tensor, taps: Taps | None, weights: dict[str, Tensor] | None = None
+) -> Tensor:
     """Run `model` once and fill `taps`; networks that are not ours are tapped by hooks on the named modules.
 
+    weights: to be used in place of the parameters of these names.
     Returns: logits [B, K]. Raises: UserError naming a layer the model does not have.
     """
     if taps is not None and "" in taps.layers:  # the whole model, and what a network's own blocks leave unnamed
         raise unknown("feature layer", "", tappable(model))
     if taps is None or _own(model) is not None:
-        logits = model(images) if taps is None else model(images, taps)
+        given = (images,) if taps is None else (images, taps)
+        logits = functional_call(model, weights, given) if weights else model(*given)
     else:
         hooks = [_hook(model, name, taps) for name in taps.layers]
         try:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 MULTIPROCESSORS, REGISTERS = 132, 65536
-REDUCING = ("_stats_kernel", "_backward_sums_kernel")
+REDUCING = ("_stats_kernel", "_backward_sums_kernel", "_join_sums_kernel")
 
 
 def ptxas(ptx: str) -> dict[str, int]:
@@ -38,7 +38,7 @@ def ptxas(ptx: str) -> dict[str, int]:
 
 def compile_all() -> None:
     import triton
-    from fastarat.kernels import conv_triton, pgd_update_triton, split_bn_triton, stem_triton
+    from fastarat.kernels import conv_triton, pgd_update_triton, split_bn_join_triton, split_bn_triton, stem_triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -67,7 +67,7 @@ def compile_all() -> None:
     driver.set_active(Hopper())
     triton.JITFunction.__getitem__ = compile_instead_of_launch
     # Sizes of 1 become constants in the kernel, a case of its own.
-    shapes = {f"{c} channels": (128, c, s, s, torch.bfloat16) for c, s in ((64, 32), (128, 16), (256, 8), (512, 4))}
+    shapes = {f"{c} channels": (128, c, s, s, torch.bfloat16) for c, s in ((64, 32), (128, 16), (512, 4))}
     shapes |= {"float32": (128, 64, 32, 32, torch.float32), "one": (1, 1, 1, 1, torch.float16)}
     for name, (batch, channels, height, width, dtype) in shapes.items():
         x = torch.empty(batch, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -85,6 +85,13 @@ def compile_all() -> None:
             case = f"{name}, {where}"
             needs = True, training, kept is not None
             split_bn_triton.backward(x, more, x, kept, *affine, training, True, *needs, 1e-5)
+        half = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+        case = f"{name}, picked"
+        split_bn_triton.backward(x, half, x, bits, *affine, True, True, True, False, True, 1e-5)
+        case = f"{name}, joined"
+        split_bn_join_triton.join(x, x, affine, 1e-5, 1e-5, True)
+        for more in (None, x, half):
+            split_bn_join_triton.join_backward(x, more, x, x, bits, affine, affine, 1e-5, 1e-5)
     case = "images"
     images, scalar = torch.zeros(4, 3, 8, 8), torch.tensor(0.1)
     pgd_update_triton.update(images, images.bfloat16(), images, 0.1, 0.1, None, None)
@@ -92,7 +99,9 @@ def compile_all() -> None:
     for dtype, out in ((torch.bfloat16, 64), (torch.float16, 160)):
         stem_triton.input_grad(torch.zeros(2, out, 8, 8, dtype=dtype), torch.zeros(out, 3, 3, 3, dtype=dtype))
     for dtype in (torch.bfloat16, torch.float32):
-        conv_triton.masked_sum(*(torch.zeros(2, 64, 8, 8, dtype=dtype),) * 3)
+        y = torch.zeros(2, 64, 8, 8, dtype=dtype)
+        for more in (y, y[:, :, ::2, ::2].contiguous()):
+            conv_triton.masked_sum(y, more, y)
     for shape in ((64, 3, 3, 3), (128, 64, 3, 3), (128, 64, 1, 1)):
         weight, norm = torch.zeros(shape).contiguous(memory_format=torch.channels_last), (torch.zeros(shape[0]),) * 4
         wide, bias = torch.empty_like(weight), norm[0]
@@ -128,6 +137,9 @@ def test_all_compile_for_hopper_without_a_spill(compiled):
         "_stem_input_grad_kernel",
         "_masked_sum_kernel",
         "_fold_kernel",
+        "_join_apply_kernel",
+        "_join_sums_kernel",
+        "_join_backward_kernel",
     }
     assert [found for found in compiled if found["spilt"]] == []
     # Whole 16-byte loads wherever rows are whole vectors.
@@ -137,7 +149,7 @@ def test_all_compile_for_hopper_without_a_spill(compiled):
 def test_a_reduction_is_one_wave(compiled):
     """All its programs are resident at once: a second wave of a few would take as long as the first."""
     reducing = [found for found in compiled if found["kernel"] in REDUCING and "channels" in found["case"]]
-    assert len(reducing) == 4 * 4
+    assert len(reducing) == 3 * 10
     for found in reducing:
         # Registers are given out by eight to a thread, in a multiple of 256 to a warp.
         threads, registers = 32 * found["warps"], -(-found["registers"] // 8) * 8

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastarat
 from fastarat.nets.batchnorm import branch
-from fastarat.nets.models import FoldedConv, build_model, set_kernels
+from fastarat.nets.convs import FoldedConv
+from fastarat.nets.models import build_model, set_kernels
 
 
 def plainly(x, weight, bias, residual, stride, padding):
