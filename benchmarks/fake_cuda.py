@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -142,6 +143,7 @@ def pretended(**also: Any) -> Iterator[None]:
         "torch.cuda.get_device_capability": lambda device=None: (9, 0),
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
+        "torch.cuda.current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda._exchange_device": lambda index: 0,
         "torch.cuda._maybe_exchange_device": lambda index: 0,
@@ -155,6 +157,10 @@ def pretended(**also: Any) -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer))
         stack.enter_context(Mode())
+        from fastarat.kernels import own_arrivals
+
+        # Counters that outlive the block would be fake ones.
+        stack.enter_context(own_arrivals())
         yield
 
 

@@ -54,20 +54,32 @@ class Kernel(NamedTuple):
     flop: Callable[[dict[str, Any]], float] = lambda given: 0.0
 
 
-_AFFINE = "weight_ptr bias_ptr mean_ptr var_ptr"
+_AFFINE, _AFFINE2 = "weight_ptr bias_ptr mean_ptr var_ptr", "weight2_ptr bias2_ptr mean2_ptr var2_ptr"
+_DY = "dy_ptr dy2_ptr bits_ptr"
+# Partial results, which a reduction's programs write and its last ones read.
+_TOTALS = "dbias_ptr dweight_ptr"
+_SUMS, _SUMS2 = "part_dy_ptr part_dyx_ptr", "part_again_ptr part_dyx2_ptr"
 # One line for each kernel in kernels/*_triton.py; a launch of another is an error.
 TRITON: dict[str, Kernel] = {
-    "_stats_kernel": Kernel("x_ptr", "mean_ptr m2_ptr"),
-    "_merge_stats_kernel": Kernel("part_mean_ptr part_m2_ptr", "mean_ptr var_ptr"),
-    "_apply_kernel": Kernel(f"x_ptr residual_ptr {_AFFINE}", "y_ptr"),
-    "_backward_sums_kernel": Kernel(f"dy_ptr x_ptr y_ptr {_AFFINE}", "dresidual_ptr sum_dy_ptr sum_dyx_ptr"),
-    "_merge_sums_kernel": Kernel("part_dy_ptr part_dyx_ptr", "dbias_ptr dweight_ptr"),
+    "_stats_kernel": Kernel("x_ptr part_mean_ptr part_m2_ptr", "part_mean_ptr part_m2_ptr mean_ptr var_ptr count_ptr"),
+    "_apply_kernel": Kernel(f"x_ptr residual_ptr {_AFFINE}", "y_ptr bits_ptr"),
+    "_backward_sums_kernel": Kernel(f"{_DY} x_ptr {_SUMS} {_AFFINE}", f"dresidual_ptr {_SUMS} {_TOTALS} count_ptr"),
     "_backward_apply_kernel": Kernel(
-        f"dy_ptr x_ptr y_ptr {_AFFINE} dbias_ptr dweight_ptr",
+        f"{_DY} x_ptr {_AFFINE} {_TOTALS}",
         "dx_ptr dresidual_ptr",
-        # Constant statistics need x only to find where the ReLU let dy pass, and not even then if y is there.
-        {"x_ptr": lambda a: a["dweight_ptr"] is None and (a["y_ptr"] is not None or not a["RELU"])},
+        # Constant statistics need x only to find where the ReLU let dy pass, and not even then if there are bits.
+        {"x_ptr": lambda a: a["dweight_ptr"] is None and (a["bits_ptr"] is not None or not a["RELU"])},
     ),
+    "_join_apply_kernel": Kernel(f"x_ptr x2_ptr {_AFFINE} {_AFFINE2}", "y_ptr bits_ptr"),
+    "_join_sums_kernel": Kernel(
+        f"{_DY} x_ptr x2_ptr mean_ptr var_ptr mean2_ptr var2_ptr {_SUMS} {_SUMS2}",
+        f"{_SUMS} {_SUMS2} {_TOTALS} dbias2_ptr dweight2_ptr count_ptr count2_ptr",
+    ),
+    "_join_backward_kernel": Kernel(
+        f"{_DY} x_ptr x2_ptr weight_ptr mean_ptr var_ptr weight2_ptr mean2_ptr var2_ptr {_TOTALS} dweight2_ptr",
+        "dx_ptr dx2_ptr",
+    ),
+    "_masked_sum_kernel": Kernel("dy_ptr dy2_ptr y_ptr", "out_ptr"),
     "_pgd_update_kernel": Kernel("images_ptr grad_ptr center_ptr epsilon_ptr step_size_ptr", "out_ptr"),
     "_stem_input_grad_kernel": Kernel(
         "dy_ptr weight_ptr", "dx_ptr", flop=lambda a: 2.0 * a["dy_ptr"].numel() * math.prod(a["weight_ptr"].shape[1:])

@@ -104,15 +104,16 @@ def ascend(
     """Ascend `objective` from `start`, staying within epsilon of `images`: `attacks.pgd`, unchecked."""
     kappa = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device) if count else None
     loss_of, update = objective_of(objective), pgd_update if norm == "linf" else _l2_update
-    points, losses = start.detach(), []
+    points, losses, ones = start.detach(), [], None
     for _ in range(num_steps):
         points = points.requires_grad_()
         with torch.enable_grad():
             logits = forward(points)
-            # The sum, not the mean: only each image's own gradient's direction matters, and a mean underflows in fp16.
-            loss = loss_of(logits, target).sum()
-        (grad,) = torch.autograd.grad(loss, points)
-        losses.append(loss.detach())
+            loss = loss_of(logits, target)
+        # Of the sum, not the mean: only each image's own gradient's direction matters, and a mean underflows in fp16.
+        ones = torch.ones_like(loss) if ones is None else ones
+        (grad,) = torch.autograd.grad(loss, points, ones)
+        losses.append(loss.detach().sum())
         if kappa is not None:
             kappa += logits.detach().argmax(1) == labels
         # Detached before the update, not only after: the update itself must leave no trace in autograd.

@@ -57,10 +57,10 @@ def pick_pointwise(x: Tensor, weight: Tensor) -> Tensor:
     x: [B, I, H, W]; weight: [O, I, 1, 1], cast to x's dtype. Of a forked x the producer gets the gradient of the pixels
     that were picked; three quarters of the whole one would be zeros, written and read again.
     """
-    fork_node = x.grad_fn
-    if not isinstance(fork_node, _Fork._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
+    forked: Any = x.grad_fn
+    if not hasattr(forked, "producer"):
         return F.conv2d(x, weight.to(x.dtype), stride=2)
-    return _PickPointwise.apply(x, weight.to(x.dtype), fork_node.producer)
+    return _PickPointwise.apply(x, weight.to(x.dtype), forked.producer)
 
 
 class _Fork(torch.autograd.Function):

@@ -69,8 +69,9 @@ def _join_op(
     from . import split_bn_join_triton as kernels
 
     with torch.cuda.device_of(x):
-        y, one, two, bits = kernels.join(x, x2, (weight, bias, weight2, bias2), eps, eps2, keep_bits)
-    return y, *one[2:], *two[2:], x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+        y, stats, bits = kernels.join(x, x2, (weight, bias, weight2, bias2), eps, eps2, keep_bits)
+    mean, var, mean2, var2 = stats
+    return y, mean, var, mean2, var2, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
 @_join_op.register_fake
@@ -98,9 +99,8 @@ def _join_backward_op(
     """
     from . import split_bn_join_triton as kernels
 
-    one, two = ((w.contiguous(), w, *stats[2 * i : 2 * i + 2]) for i, w in enumerate(affine))
     with torch.cuda.device_of(x):
-        return kernels.join_backward(dy, dy2, x, x2, bits, one, two, eps, eps2)
+        return kernels.join_backward(dy, dy2, x, x2, bits, affine, stats, eps, eps2)
 
 
 @_join_backward_op.register_fake

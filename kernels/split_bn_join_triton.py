@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,7 @@ from .split_bn_triton import (
     APPLY_TILE,
     SUMS_TILE,
     bits_like,
+    laid_out,
     launch_shape,
     like,
     reducing,
@@ -25,8 +28,8 @@ from .split_bn_triton import (
     walk,
 )
 
-Affine = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Weight, bias, mean, variance: float [G, C]."""
+# Half of what one BatchNorm has: there are two of everything.
+TILE = APPLY_TILE // 2
 
 
 @triton.jit
@@ -39,10 +42,12 @@ def _join_apply_kernel(
     bias_ptr,
     mean_ptr,
     var_ptr,
+    affine_stride,
     weight2_ptr,
     bias2_ptr,
     mean2_ptr,
     var2_ptr,
+    affine_stride2,
     rows,
     C,
     channel_blocks,
@@ -54,9 +59,10 @@ def _join_apply_kernel(
     _, first, before, cols, stat = tile_origin(rows, C, channel_blocks, 1, BLOCK_ROWS, BLOCK_C)
     row = first + tl.arange(0, BLOCK_ROWS)
     at, mask = tile_at(before, row, rows, cols, C)
-    channel = cols < C
-    mean, _, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, stat, channel, eps)
-    mean2, _, scale2, bias2 = affine_of(weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr, stat, channel, eps2)
+    mean, _, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, affine_stride, cols, stat, C, eps)
+    mean2, _, scale2, bias2 = affine_of(
+        weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr, affine_stride2, cols, stat, C, eps2
+    )
     z = normalise(tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32), mean, scale, bias)
     z += normalise(tl.load(x2_ptr + at, mask=mask, other=0.0).to(tl.float32), mean2, scale2, bias2)
     y = tl.where(z <= 0.0, 0.0, z).to(y_ptr.dtype.element_ty)
@@ -85,6 +91,7 @@ def _join_sums_kernel(
     part_dyx2_ptr,
     dbias2_ptr,
     dweight2_ptr,
+    count2_ptr,
     rows,
     C,
     channel_blocks,
@@ -115,20 +122,16 @@ def _join_sums_kernel(
         sum_dy += dy
         sum_dyx += dy * (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean)
         sum_dyx2 += dy * (tl.load(x2_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean2)
-    rstd = tl.rsqrt(tl.load(var_ptr + stat, mask=channel, other=1.0) + eps)
-    rstd2 = tl.rsqrt(tl.load(var2_ptr + stat, mask=channel, other=1.0) + eps2)
+    sum_dyx = tl.sum(sum_dyx, 0) * tl.rsqrt(tl.load(var_ptr + stat, mask=channel, other=1.0) + eps)
+    sum_dyx2 = tl.sum(sum_dyx2, 0) * tl.rsqrt(tl.load(var2_ptr + stat, mask=channel, other=1.0) + eps2)
     total = tl.sum(sum_dy, 0)
     reduce(
-        total, tl.sum(sum_dyx, 0) * rstd, part_dy_ptr, part_dyx_ptr, dbias_ptr, dweight_ptr, count_ptr, part, num_parts,
-        cols, stat, C, channel_blocks, rows, num_tiles * BLOCK_ROWS, False, FAN,
+        total, sum_dyx, part_dy_ptr, part_dyx_ptr, dbias_ptr, dweight_ptr, count_ptr, part, num_parts, cols, stat, C,
+        channel_blocks, rows, num_tiles * BLOCK_ROWS, False, FAN,
     )  # fmt: skip
-    # The counts are zero again once all have come, and not before: the second reduction has its own.
-    count_ptr += (num_parts + FAN - 1) // FAN * channel_blocks * tl.num_programs(1) + channel_blocks * tl.num_programs(
-        1
-    )
     reduce(
-        total, tl.sum(sum_dyx2, 0) * rstd2, part_again_ptr, part_dyx2_ptr, dbias2_ptr, dweight2_ptr, count_ptr, part,
-        num_parts, cols, stat, C, channel_blocks, rows, num_tiles * BLOCK_ROWS, False, FAN,
+        total, sum_dyx2, part_again_ptr, part_dyx2_ptr, dbias2_ptr, dweight2_ptr, count2_ptr, part, num_parts, cols,
+        stat, C, channel_blocks, rows, num_tiles * BLOCK_ROWS, False, FAN,
     )  # fmt: skip
 
 
@@ -144,9 +147,11 @@ def _join_backward_kernel(
     weight_ptr,
     mean_ptr,
     var_ptr,
+    affine_stride,
     weight2_ptr,
     mean2_ptr,
     var2_ptr,
+    affine_stride2,
     dbias_ptr,
     dweight_ptr,
     dweight2_ptr,
@@ -168,12 +173,14 @@ def _join_backward_kernel(
     dy = summed_dy(dy_ptr, dy2_ptr, before, row, cols, C, H, W, at, mask, DY2_STEP)
     dy = tl.where(load_bits(bits_ptr, before, row, rows, cols, C, BLOCK_ROWS, BLOCK_C), dy, 0.0)
     dy -= tl.load(dbias_ptr + stat, mask=channel, other=0.0)[None, :] / rows
-    mean, rstd, scale, _ = affine_of(weight_ptr, mean_ptr, mean_ptr, var_ptr, stat, channel, eps)
+    mean, rstd, scale, _ = affine_of(weight_ptr, mean_ptr, mean_ptr, var_ptr, affine_stride, cols, stat, C, eps)
     mean_dyx = tl.load(dweight_ptr + stat, mask=channel, other=0.0)[None, :] / rows
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dx = (dy - (x - mean) * rstd * mean_dyx) * scale
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    mean2, rstd2, scale2, _ = affine_of(weight2_ptr, mean2_ptr, mean2_ptr, var2_ptr, stat, channel, eps2)
+    mean2, rstd2, scale2, _ = affine_of(
+        weight2_ptr, mean2_ptr, mean2_ptr, var2_ptr, affine_stride2, cols, stat, C, eps2
+    )
     mean_dyx2 = tl.load(dweight2_ptr + stat, mask=channel, other=0.0)[None, :] / rows
     x2 = tl.load(x2_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dx2 = (dy - (x2 - mean2) * rstd2 * mean_dyx2) * scale2
@@ -181,22 +188,22 @@ def _join_backward_kernel(
 
 
 def join(
-    x: Tensor, x2: Tensor, affine: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, eps2: float, keep_bits: bool
-) -> tuple[Tensor, Affine, Affine, Tensor | None]:
-    """relu(BN(x) + BN(x2)): y, channels-last; both affines with their batch statistics; the ReLU's bits.
+    x: Tensor, x2: Tensor, affine: Sequence[Tensor], eps: float, eps2: float, keep_bits: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """relu(BN(x) + BN(x2)): y, channels-last; mean, var, mean2, var2, float32 [G, C]; the ReLU's bits.
 
     affine: weight and bias of x's BatchNorm, then of x2's, float [G, C].
     """
     groups = affine[0].shape[0]
-    one = (*(t.contiguous() for t in affine[:2]), *statistics(x, groups))
-    two = (*(t.contiguous() for t in affine[2:]), *statistics(x2, groups))
-    x2d, other, y = rows_of(x), rows_of(x2), like(x)
+    stats = [*statistics(x, groups), *statistics(x2, groups)]
+    both = *laid_out(*affine[:2], *stats[:2]), *laid_out(*affine[2:], *stats[2:])
+    x2d, y = rows_of(x), like(x)
     rows, channels = x2d.shape[0] // groups, x2d.shape[1]
-    launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=APPLY_TILE, reduce=False)
+    launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=TILE, reduce=False)
     bits = bits_like(x) if keep_bits else None
     shape = rows, channels, launch.channel_blocks
-    _join_apply_kernel[launch.grid](x2d, other, y, bits, *one, *two, *shape, eps, eps2, **streaming(launch))
-    return y, one, two, bits
+    _join_apply_kernel[launch.grid](x2d, rows_of(x2), y, bits, *both, *shape, eps, eps2, **streaming(launch))
+    return y, stats, bits
 
 
 def join_backward(
@@ -205,29 +212,34 @@ def join_backward(
     x: Tensor,
     x2: Tensor,
     bits: Tensor,
-    one: Affine,
-    two: Affine,
+    affine: Sequence[Tensor],
+    stats: Sequence[Tensor],
     eps: float,
     eps2: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and x2, of both weights, and of the bias, which is both's: float32 [G, C]."""
-    dy2d, more = rows_of(dy), None if dy2 is None else rows_of(dy2)
-    x2d, other, dx, dx2 = rows_of(x), rows_of(x2), like(x), like(x2)
-    step, (groups, channels) = step_of(dy2, x), one[0].shape
-    rows = x2d.shape[0] // groups
+    """Gradients of x and x2, of both weights, and of the bias, which is both's: float32 [G, C].
+
+    affine: both weights. stats: as `join` returns them.
+    """
+    images = rows_of(dy), None if dy2 is None else rows_of(dy2), rows_of(x), rows_of(x2), bits
+    dx, dx2 = like(x), like(x2)
+    step, (groups, channels) = step_of(dy2, x), affine[0].shape
+    rows = images[2].shape[0] // groups
     launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=SUMS_TILE, reduce=True)
-    first, second = room(x, launch, channels, reductions=2), room(x, launch, channels, reductions=2)
-    stats = one[2], one[3], two[2], two[3]
+    # Counters are zero again only once all have come: the second reduction has its own.
+    first, second = room(x, launch, channels, number=0), room(x, launch, channels, number=1)
     _join_sums_kernel[launch.grid](
-        dy2d, more, x2d, other, bits, *stats, *first, *second[:4], rows, channels, *walk(launch), *x.shape[2:], eps,
-        eps2, DY2_STEP=step, **reducing(launch),
+        *images, *stats, *first, *second, rows, channels, *walk(launch), *x.shape[2:], eps, eps2, DY2_STEP=step,
+        **reducing(launch),
     )  # fmt: skip
-    launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=APPLY_TILE // 2, reduce=False)
+    launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=TILE, reduce=False)
     dbias, dweight, dweight2 = first[2], first[3], second[3]
-    scales = one[0], one[2], one[3], two[0], two[2], two[3]
+    # The bias does not show in the gradients: the weight stands in for it.
+    weight, _, *one = laid_out(affine[0], affine[0], *stats[:2])
+    weight2, _, *two = laid_out(affine[1], affine[1], *stats[2:])
+    scales = weight, *one, weight2, *two
     shape = rows, channels, launch.channel_blocks, *x.shape[2:]
     _join_backward_kernel[launch.grid](
-        dy2d, more, x2d, other, bits, dx, dx2, *scales, dbias, dweight, dweight2, *shape, eps, eps2, DY2_STEP=step,
-        **streaming(launch),
-    )  # fmt: skip
+        *images, dx, dx2, *scales, dbias, dweight, dweight2, *shape, eps, eps2, DY2_STEP=step, **streaming(launch)
+    )
     return dx, dx2, dweight, dweight2, dbias

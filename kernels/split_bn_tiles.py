@@ -30,12 +30,13 @@ def tile_at(before, row, rows, cols, C):
 
 
 @triton.jit
-def affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, stat, channel, eps):
-    """Mean, 1/std, weight/std and bias, float32 [1, BLOCK_C]."""
+def affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, affine_stride, cols, stat, C, eps):
+    """Mean, 1/std, weight/std and bias, float32 [1, BLOCK_C]; groups that share an affine have it at a stride of 0."""
+    channel, own = cols < C, tl.program_id(1).to(tl.int64) * affine_stride + cols
     mean = tl.load(mean_ptr + stat, mask=channel, other=0.0).to(tl.float32)[None, :]
     rstd = tl.rsqrt(tl.load(var_ptr + stat, mask=channel, other=1.0).to(tl.float32) + eps)[None, :]
-    scale = rstd * tl.load(weight_ptr + stat, mask=channel, other=0.0).to(tl.float32)[None, :]
-    return mean, rstd, scale, tl.load(bias_ptr + stat, mask=channel, other=0.0).to(tl.float32)[None, :]
+    scale = rstd * tl.load(weight_ptr + own, mask=channel, other=0.0).to(tl.float32)[None, :]
+    return mean, rstd, scale, tl.load(bias_ptr + own, mask=channel, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -127,6 +127,7 @@ def _apply_kernel(
     bias_ptr,
     mean_ptr,
     var_ptr,
+    affine_stride,
     rows,
     C,
     channel_blocks,
@@ -140,7 +141,7 @@ def _apply_kernel(
     row = first + tl.arange(0, BLOCK_ROWS)
     at, mask = tile_at(before, row, rows, cols, C)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean, _, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, stat, cols < C, eps)
+    mean, _, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, affine_stride, cols, stat, C, eps)
     z = normalise(x, mean, scale, bias)
     if residual_ptr is not None:
         z += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -164,6 +165,7 @@ def _backward_sums_kernel(
     bias_ptr,
     mean_ptr,
     var_ptr,
+    affine_stride,
     part_dy_ptr,
     part_dyx_ptr,
     dbias_ptr,
@@ -185,7 +187,7 @@ def _backward_sums_kernel(
 ):
     """Sums of the masked dy and of its product with xhat, [G, C]; the masked dy is the residual's gradient."""
     part, first, before, cols, stat = tile_origin(rows, C, channel_blocks, num_tiles, BLOCK_ROWS, BLOCK_C)
-    mean, rstd, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, stat, cols < C, eps)
+    mean, rstd, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, affine_stride, cols, stat, C, eps)
     sum_dy = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     sum_dyx = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for tile in range(num_tiles):
@@ -219,6 +221,7 @@ def _backward_apply_kernel(
     bias_ptr,
     mean_ptr,
     var_ptr,
+    affine_stride,
     dbias_ptr,
     dweight_ptr,
     rows,
@@ -237,7 +240,7 @@ def _backward_apply_kernel(
     row = first + tl.arange(0, BLOCK_ROWS)
     at, mask = tile_at(before, row, rows, cols, C)
     channel = cols < C
-    mean, rstd, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, stat, channel, eps)
+    mean, rstd, scale, bias = affine_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, affine_stride, cols, stat, C, eps)
     x = mean  # not read where neither the mask nor the statistics need it
     if (RELU and bits_ptr is None) or dweight_ptr is not None:
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -279,6 +282,13 @@ def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 
 
+def laid_out(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """The four [G, C] as kernels read them, and how far the groups' weights and biases lie apart: 0 if shared."""
+    if weight.stride() == bias.stride() == (0, 1):
+        return weight, bias, mean.contiguous(), var.contiguous(), 0
+    return weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous(), weight.shape[1]
+
+
 def walk(launch: Launch) -> tuple[int, int, int]:
     return launch.channel_blocks, launch.num_tiles, launch.num_parts
 
@@ -292,14 +302,12 @@ def reducing(launch: Launch) -> dict[str, int]:
     return {**streaming(launch), "FAN": FAN, "num_warps": 8, "maxnreg": 80}
 
 
-def room(
-    x: Tensor, launch: Launch, channels: int, reductions: int = 1
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Two quantities by part and family, the two results [G, C], and counts at zero for so many reductions."""
-    groups = launch.groups
+def room(x: Tensor, launch: Launch, channels: int, number: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two quantities by part and family, the two results [G, C], and counts at zero, of the number-th reduction."""
+    groups, counts = launch.groups, launch.groups * launch.channel_blocks * (1 + launch.families)
     a, b = x.new_empty((2, groups, launch.num_parts + launch.families, channels), dtype=torch.float32)
     out_a, out_b = (x.new_empty((groups, channels), dtype=torch.float32) for _ in range(2))
-    return a, b, out_a, out_b, arrivals(x, reductions * groups * launch.channel_blocks * (1 + launch.families))
+    return a, b, out_a, out_b, arrivals(x, (number + 1) * counts)[number * counts :]
 
 
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -328,7 +336,7 @@ def apply(
     groups = weight.shape[0]
     rows, channels = x2d.shape[0] // groups, x2d.shape[1]
     launch = launch_shape(rows, channels, groups, x.element_size(), tile_bytes=APPLY_TILE, reduce=False)
-    affine = (t.contiguous() for t in (weight, bias, mean, var))
+    affine = laid_out(weight, bias, mean, var)
     bits = bits_like(x) if keep_bits else None
     added = None if residual is None else rows_of(residual)
     shape = rows, channels, launch.channel_blocks
@@ -360,7 +368,7 @@ def backward(
     dy2d, x2d = rows_of(dy), rows_of(x)
     more, step = None if dy2 is None else rows_of(dy2), step_of(dy2, x)
     bits = bits if relu else None
-    affine = tuple(t.contiguous() for t in (weight, bias, mean, var))
+    affine = laid_out(weight, bias, mean, var)
     dx = like(x) if need_x else None
     dresidual = like(x) if need_residual else None
     dweight = dbias = None
@@ -392,13 +400,13 @@ def _backward_sums(
     x: Tensor,
     bits: Tensor | None,
     dresidual: Tensor | None,
-    affine: tuple[Tensor, ...],
+    affine: tuple[Tensor, Tensor, Tensor, Tensor, int],
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Sums of the masked dy and of its product with xhat, float32 [G, C]; fills `dresidual` in passing.
 
-    dy, dy2: rows [G*N, C], of dy2 each step-th either way. affine: weight, bias, mean and variance, contiguous [G, C].
+    dy, dy2: rows [G*N, C], of dy2 each step-th either way. affine: as `laid_out` returns it.
     """
     x2d, (groups, channels) = rows_of(x), affine[0].shape
     rows = x2d.shape[0] // groups

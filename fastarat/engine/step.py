@@ -152,9 +152,7 @@ class TrainStep:
         spec, defense = self.spec, self.defense
         # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
         images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
-        attacked = self.attack(images, labels) if defense.attacks else None
-        if attacked is None:
-            self.attacker.refresh()
+        attacked = self.attack(images, labels) if defense.attacks else self.attacker.refresh()
         # What was cast for the attack serves the training forward, unless the weights move in between.
         self.forward.weights = self.attacker.lend if self.perturbation is None else None
         self.mark("attack")
@@ -170,7 +168,6 @@ class TrainStep:
             still = self.forward.but(still=True)
             self.perturbation.push(self.model, self.companions, lambda: total(terms_by(still)[0]), self.forward.epoch)
         terms, views = terms_by(self.forward)
-        self.forward.weights = None
         self.mark("forward")
         defense.backward(terms, self.model, self.scaler.scale, views)
         self.mark("backward")
@@ -185,9 +182,8 @@ class TrainStep:
         self.mark("optimiser")
         # The graph's own terms would keep its activations alive until the next step.
         terms = {name: term.detach() for name, term in terms.items()}
-        watched = {}
-        if attacked is not None and attacked.objective is not None:
-            watched["the attack's objective"] = attacked.objective
+        objective = None if attacked is None else attacked.objective
+        watched = {} if objective is None else {"the attack's objective": objective}
         self.meter.add(terms, views, watched)
         self.mark("metrics")
         return terms

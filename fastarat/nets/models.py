@@ -118,7 +118,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.bn1", taps), self.bn1)
-        residual = projected(self.shortcut[0], side, self.bn1) if hasattr(self, "shortcut") else x
+        residual = projected(cast(nn.Conv2d, self.shortcut[0]), side, self.bn1) if hasattr(self, "shortcut") else x
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.bn2", taps)
         return self.conv2(out) + residual
 
