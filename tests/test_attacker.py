@@ -351,6 +351,10 @@ def test_the_float32_twin_is_made_where_it_is_used():
         assert (step.attacker.exact_network is not step.model) == exact
 
 
+def test_nothing_is_folded_for_a_step_that_does_not_attack():
+    assert not step_of(fastarat.Standard(), bn="eval").attacker.folds
+
+
 @pytest.mark.parametrize("defense", [fastarat.TRADES, fastarat.LBGAT])
 def test_a_step_with_a_folded_first_step(defense):
     crafted, losses, passes = [], [], []

@@ -108,7 +108,7 @@ class TrainStep:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)
         self.starts_exactly = fast.precision in HALF and starts_flat(known(self.spec.objective), known(self.spec.start))
-        fold = fast.fold_bn and self.spec.bn == "eval"
+        fold = fast.fold_bn and self.spec.bn == "eval" and defense.attacks
         self.attacker = Attacker(self.model, precision=fast.precision, fold=fold, exact=self.starts_exactly)
         self._pgd = bound(self.spec, count=defense.counts_kappa, backend=kernels)
         self.perturbation = None if awp is None else WeightPerturbation(awp, awp_warmup)
