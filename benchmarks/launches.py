@@ -59,6 +59,7 @@ _DY = "dy_ptr dy2_ptr bits_ptr"
 # Partial results, which a reduction's programs write and its last ones read.
 _TOTALS = "dbias_ptr dweight_ptr"
 _SUMS, _SUMS2 = "part_dy_ptr part_dyx_ptr", "part_again_ptr part_dyx2_ptr"
+_STATISTICS = "weight", "bias", "mean", "var"
 # One line for each kernel in kernels/*_triton.py; a launch of another is an error.
 TRITON: dict[str, Kernel] = {
     "_stats_kernel": Kernel("x_ptr part_mean_ptr part_m2_ptr", "part_mean_ptr part_m2_ptr mean_ptr var_ptr count_ptr"),
@@ -80,6 +81,10 @@ TRITON: dict[str, Kernel] = {
         "dx_ptr dx2_ptr",
     ),
     "_masked_sum_kernel": Kernel("dy_ptr dy2_ptr y_ptr", "out_ptr"),
+    "_fold_kernel": Kernel(
+        " ".join(["weight_ptr", *(f"{of}_{what}_ptr" for of in ("norm", "side") for what in _STATISTICS)]),
+        "out_ptr out_bias_ptr wide_ptr wide_bias_ptr",
+    ),
     "_pgd_update_kernel": Kernel("images_ptr grad_ptr center_ptr epsilon_ptr step_size_ptr", "out_ptr"),
     "_stem_input_grad_kernel": Kernel(
         "dy_ptr weight_ptr", "dx_ptr", flop=lambda a: 2.0 * a["dy_ptr"].numel() * math.prod(a["weight_ptr"].shape[1:])

@@ -255,7 +255,7 @@ def pretended() -> contextlib.AbstractContextManager[None]:
     answers: dict[str, Any] = {f"{guards.__name__}.check_no_probabilities": lambda logits: None}
     answers["torch.cuda.synchronize"] = waits
     asked = [m for m in sys.modules if m.startswith("fastarat.") and hasattr(sys.modules[m], FUSED)]
-    answers |= {f"{name}.{FUSED}": lambda device, dtype: None for name in asked}
+    answers |= {f"{name}.{FUSED}": lambda device, dtype, kind=None: None for name in asked}
     return fake_cuda.pretended(**answers)
 
 

@@ -110,12 +110,18 @@ def _cuda_graphs(device: torch.device) -> Found:
 
 
 def _folding(device: torch.device) -> Found:
-    from fastarat.kernels import why_not_fold
+    from fastarat.kernels import conv_kinds, why_not_fold
 
-    reason = why_not_fold(device, torch.bfloat16 if bf16_support(device)[0] else torch.float32)
-    if reason is None:
-        return "used", "in eval-mode attacks BatchNorm is folded into the convolutions, once per step", ""
+    dtype = torch.bfloat16 if bf16_support(device)[0] else torch.float32
+    reason = why_not_fold(device, dtype)
     mend = "a newer PyTorch brings a newer cuDNN, which may have it"
+    if reason is None:
+        detail = "in eval-mode attacks BatchNorm is folded into the convolutions, once per step"
+        apart = {} if device.type != "cuda" else {k: why for k, why in conv_kinds(device, dtype).items() if why}
+        if not apart:
+            return "used", detail, ""
+        reasons = "; ".join(f"{kind}: {why}" for kind, why in apart.items())
+        return "used", f"{detail}; bias and ReLU apart from some ({reasons})", mend
     return "not used", f"{reason}; eval-mode attacks run the fused BatchNorm instead", mend
 
 

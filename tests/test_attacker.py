@@ -1,5 +1,6 @@
 """The network as the attack sees it: its weights are made anew at every step, everything else is the model's own."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,11 +10,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastarat
+from fastarat.ascent import kl
 from fastarat.averages import WeightAverage, averaged_model
 from fastarat.data import Batch
 from fastarat.engine.step import lay_out_state
-from fastarat.nets.attacker import Attacker
-from fastarat.nets.models import FoldedConv, build_model
+from fastarat.nets.attacker import Attacker, frozen
+from fastarat.nets.convs import FoldedConv
+from fastarat.nets.models import build_model
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
@@ -272,6 +275,108 @@ def test_a_convolution_replaced_between_steps_is_folded_anew(precision):
     step.attacker.refresh()
     point = torch.rand(4, 3, 8, 8)
     torch.testing.assert_close(step.attacker(point).float(), step.model(point), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("place", ["conv1", "conv2", "shortcut"])
+@pytest.mark.parametrize("change", ["bias", "groups", "dilation", "padding", "circular", "act", "no affine"])
+def test_what_cannot_be_folded_is_not(place, change):
+    model = small_model()
+    block = model.layer2[0]
+    one, owner, name = (
+        (block.shortcut[0], block.shortcut, "0") if place == "shortcut" else (getattr(block, place), block, place)
+    )
+    (kernel, _), (stride, _), shape = one.kernel_size, one.stride, (one.in_channels, one.out_channels, *one.kernel_size)
+    norm = {"conv1": block.bn1, "conv2": block.bn2, "shortcut": block.shortcut[-1]}[place]
+    options = {"bias": {"bias": True}, "groups": {"groups": 2}, "padding": {"padding": "same"} if stride == 1 else {},
+               "dilation": {"dilation": 2, "padding": kernel - 1}, "circular": {"padding_mode": "circular"}}  # fmt: skip
+    if change in options:
+        new = {"padding": kernel // 2, "stride": stride, "bias": False} | options[change]
+        setattr(owner, name, nn.Conv2d(*shape[:2], kernel, **new))
+    elif change == "act":
+        norm.act = nn.Tanh()
+    else:
+        norm.weight = norm.bias = None
+        norm.affine = False
+    x = torch.rand(4, 3, 8, 8)
+    model(x)
+    model.eval()
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
+        attacker = attacker_of(model, fold=True, precision=precision, exact=True)
+        assert attacker.folds
+        torch.testing.assert_close(attacker(x).float(), model(x), rtol=tolerance, atol=tolerance)
+        point, grads = x.clone().requires_grad_(), []
+        for inside in (contextlib.nullcontext(), attacker.route.through("adv")):
+            with inside, frozen(model):
+                loss = (attacker.exact if grads else model)(point).square().sum()
+            grads.append(torch.autograd.grad(loss, point)[0])
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet-small", "preactresnet18"])
+def test_an_exact_first_step_is_folded_too(name):
+    """KL from a thousandth away, where half precision sees rounding: the folded twin's gradient is the network's."""
+    torch.manual_seed(0)
+    model = fastarat.split_batchnorm(build_model(name, num_classes=4))
+    images = torch.rand(4, 3, 16, 16)
+    for _ in range(4):
+        model(images)
+    attacker = attacker_of(model.eval(), fold=True, precision="bf16", exact=True)
+    made = [m for m in attacker.exact_network.modules() if isinstance(m, FoldedConv)]
+    assert len(made) == len(list(model.foldable()))
+    assert {m.weight.dtype for m in made} == {torch.float32}
+    points = images + 1e-3 * torch.randn_like(images)
+    grads = []
+    for forward in (copy.deepcopy(model).double(), model, attacker.exact, attacker):
+        around = [x.double() if not grads else x for x in (points, images)]
+        point = around[0].requires_grad_()
+        grads.append(torch.autograd.grad(kl(forward(point), forward(around[1]).detach()).sum(), point)[0])
+    wanted, unfolded, found, low = (g.double() for g in grads)
+    # Rounding has the last word on a gradient this small: it may take as much of the folded one as of the other.
+    assert (found - wanted).norm() < 2 * (unfolded - wanted).norm() < 0.02 * wanted.norm()
+    large = wanted.abs() > 1e-2 * wanted.abs().max()
+    assert large.float().mean() > 0.5
+    assert torch.equal(found.sign()[large], wanted.sign()[large])
+    assert (low.sign() != wanted.sign())[large].float().mean() > 0.02, "half precision would have done"
+
+
+def test_the_float32_twin_is_made_where_it_is_used():
+    model = small_model()
+    for options in ({"fold": True}, {"exact": True}, {"fold": True, "exact": True, "precision": "fp32"}):
+        attacker = attacker_of(model, **{"precision": "bf16"} | options)
+        assert attacker.exact_network is model
+    for defense, exact in ((fastarat.AT(), False), (fastarat.TRADES(), True), (fastarat.CURE(), True)):
+        step = step_of(defense, precision="bf16", bn="eval")
+        step.attack(*batch())
+        assert step.starts_exactly == exact
+        assert (step.attacker.exact_network is not step.model) == exact
+
+
+def test_nothing_is_folded_for_a_step_that_does_not_attack():
+    assert not step_of(fastarat.Standard(), bn="eval").attacker.folds
+
+
+@pytest.mark.parametrize("defense", [fastarat.TRADES, fastarat.LBGAT])
+def test_a_step_with_a_folded_first_step(defense):
+    crafted, losses, passes = [], [], []
+    for fold in (False, True):
+        step = step_of(
+            defense(), num_steps=3, precision="bf16", fold_bn=fold, optimizer=lambda p: torch.optim.SGD(p, lr=0.01)
+        )
+        count = [0]
+        step.model.bn1.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        images, labels = batch(32)
+        for i in range(3):
+            losses.append(sum(v.item() for v in step(images, labels).values()))
+            count[0] = 0
+            step.generator.manual_seed(i)
+            crafted.append(step.attack(images, labels).images)
+            passes.append(count[0])
+        step.model.eval()
+        torch.testing.assert_close(step.attacker.exact(images), step.model(images), rtol=0.01, atol=0.01)
+    assert passes == [4] * 3 + [0] * 3
+    assert losses[:3] == pytest.approx(losses[3:], rel=0.1)
+    for unfolded, folded in zip(crafted[:3], crafted[3:], strict=True):
+        assert ((unfolded - folded).abs() > 1e-5).float().mean() < 0.2
 
 
 def test_modules_with_slots_or_arguments_of_their_own_have_twins():

@@ -76,6 +76,22 @@ def test_a_gpu_that_is_not_there_does_not_crash_the_doctor():
     assert not any("check itself failed" in c.detail for c in checks.values())
 
 
+def test_the_doctor_names_the_convolutions_that_are_not_fused(monkeypatch):
+    import fastarat.kernels
+
+    monkeypatch.setattr(doctor, "bf16_support", lambda device: (True, ""))
+    monkeypatch.setattr(fastarat.kernels, "why_not_fold", lambda device, dtype: None)
+    for kinds, words in (
+        ({"3x3": None, "stem": "no engine"}, "apart from some (stem: no engine)"),
+        ({"3x3": None}, ""),
+    ):
+        monkeypatch.setattr(fastarat.kernels, "conv_kinds", lambda device, dtype, kinds=kinds: kinds)
+        found = check("BN folding", "cuda")
+        assert found.status == "used"
+        assert found.detail.endswith(words or "once per step")
+        assert bool(found.mend) == bool(words)
+
+
 @pytest.mark.parametrize(
     ("name", "mend"), [("FFCV", "libopencv-dev libturbojpeg0-dev pkg-config"), ("timm", "fastarat[timm]")]
 )

@@ -104,12 +104,12 @@ class TrainStep:
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
         check_optimizer(self.optimizer, self.parameters)
-
         # Our own: PyTorch's global one would tie the attack to what else draws from it.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.forward = Forward(self.model, fast.precision, self.spec, self.generator)
-        self.attacker = Attacker(self.model, precision=fast.precision, fold=fast.fold_bn and self.spec.bn == "eval")
         self.starts_exactly = fast.precision in HALF and starts_flat(known(self.spec.objective), known(self.spec.start))
+        fold = fast.fold_bn and self.spec.bn == "eval" and defense.attacks
+        self.attacker = Attacker(self.model, precision=fast.precision, fold=fold, exact=self.starts_exactly)
         self._pgd = bound(self.spec, count=defense.counts_kappa, backend=kernels)
         self.perturbation = None if awp is None else WeightPerturbation(awp, awp_warmup)
         # bf16 has float32's range; only fp16 needs its loss scaled.
@@ -216,7 +216,7 @@ class TrainStep:
         # Before the twin is made: it takes over the modes, and the parameters that it shares.
         with mode_of(attacker.model, bn != "eval"), frozen(attacker.model):
             attacker.refresh()
-            exact = by(attacker.model) if self.starts_exactly else None
+            exact = by(attacker.exact) if self.starts_exactly else None
             return craft(self.spec, by(attacker), images, labels, run=run, exact=exact, generator=self.generator)
 
     def rehearse(self, num_classes: int, shape: tuple[int, int, int]) -> None:

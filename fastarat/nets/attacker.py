@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastarat.kernels import why_not_conv_bias_relu, why_not_fold
+from fastarat.kernels import Norm, fold_batchnorm, kind_of, why_not_conv_bias_relu, why_not_fold
 from fastarat.nets.batchnorm import route_of
-from fastarat.nets.models import FoldedConv, Network
+from fastarat.nets.convs import FoldedConv
+from fastarat.nets.models import Network
 from fastarat.specs import known
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,12 +65,13 @@ class Attacker:
         model: images float32 [B, C, H, W] in [0, 1] -> logits [B, K].
         precision: of the forwards: "fp32", "tf32", "bf16", "fp16".
         fold: fold BatchNorm where that pays: built-in networks, on a GPU only if cuDNN adds bias and ReLU itself.
+        exact: fold it for `exact` as well, at the price of another float32 copy of the weights.
     folds: whether BatchNorm is folded. Parameters get no gradient inside `frozen(model)`.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False, exact: bool = False) -> None:
         self.model, self.network, self.precision = model, model, precision
-        self.route, self._fold_asked = route_of(model), fold
+        self.route, self._fold_asked, self._exact_asked = route_of(model), fold, exact
         self._prepare()
 
     def _prepare(self) -> None:
@@ -77,8 +79,12 @@ class Attacker:
         model, dtype = self.model, HALF.get(self.precision)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._folded: dict[nn.Conv2d, FoldedConv] = {}
+        self._exact: dict[nn.Conv2d, FoldedConv] = {}
         if self._fold_asked and isinstance(model, Network) and why_not_fold(device, dtype or torch.float32) is None:
             self._folded = _folded_convs(model, dtype)
+            if self._exact_asked and dtype is not None and why_not_fold(device, torch.float32) is None:
+                self._exact = _folded_convs(model, None)
+        self.exact_network = model
         self.folds = bool(self._folded)
         # What autocast would cast at every forward. BatchNorm's affine stays the model's, in float32.
         layers = {id(p) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) for p in m.parameters(False)}
@@ -114,10 +120,11 @@ class Attacker:
         if self._cast:
             torch._foreach_copy_(list(self._cast.values()), [own[name] for name in self._cast])
         if isinstance(self.model, Network) and self._folded:
-            _fold(self.model, self._folded)
+            _fold(self.model, self._folded, self._exact)
         # By the parameter, not its name: tied weights stay tied in the twin.
         weights = {id(own[name]): cast for name, cast in self._cast.items()}
         self.network = _twin(self.model, weights, {**self._folded})
+        self.exact_network = _twin(self.model, {}, {**self._exact}) if self._exact else self.model
 
     def lend(self) -> dict[str, Tensor]:
         """Return the casts, by parameter's name, for a training forward: autocast need not make them again.
@@ -136,6 +143,10 @@ class Attacker:
         """points: float32 [B, C, H, W] -> logits [B, K]."""
         with autocast(points, self.precision):
             return self.network(points)
+
+    def exact(self, points: Tensor) -> Tensor:
+        """points -> logits in float32 (on a GPU in TF32): the model's own, or a folded twin's if `exact` is set."""
+        return self.exact_network(points)
 
 
 class _Lent(torch.autograd.Function):
@@ -176,22 +187,24 @@ def _twin(module: nn.Module, weights: dict[int, Tensor], made: dict[nn.Module, n
 def _folded_convs(model: Network, dtype: torch.dtype | None) -> dict[nn.Conv2d, FoldedConv]:
     """Convolutions that take up the BatchNorm after them, still empty, by the model's own ones."""
     # Two that are added up need one bias between them: the shortcut has none.
-    bare = {shortcut for shortcut, _ in model.shortcuts()}
-    convs = list(model.foldable())
-    dtype = dtype or convs[0][0].weight.dtype
-    fused = why_not_conv_bias_relu(convs[0][0].weight.device, dtype) is None
-    return {conv: FoldedConv(conv, dtype, conv not in bare, fused, bn.backend) for conv, bn in convs}
+    bare, adding = {shortcut for shortcut, _ in model.shortcuts()}, set(model.adding())
+    made = {}
+    for conv, bn in model.foldable():
+        of = dtype or conv.weight.dtype
+        # A shortcut has no ReLU either, and so no use for the fused call.
+        kind = None if conv in bare else kind_of(conv, conv in adding)
+        fused = kind is not None and why_not_conv_bias_relu(conv.weight.device, of, kind) is None
+        made[conv] = FoldedConv(conv, of, conv not in bare, fused, bn.backend)
+    return made
 
 
-def _fold(model: Network, folded: dict[nn.Conv2d, FoldedConv]) -> None:
-    """Fold the "adv" branch's running statistics and affine; in float32 or wider, then rounded."""
-    biases: dict[nn.Conv2d, Tensor] = {}
+def _fold(model: Network, *folded: dict[nn.Conv2d, FoldedConv]) -> None:
+    """Fold the "adv" branch's running statistics and affine into the convolutions of each twin at once."""
+    norms = {}
     for conv, bn in model.foldable():
         held = bn.branch_set("adv")
-        scale = held.weight * torch.rsqrt(known(held.running_var) + bn.eps)
-        biases[conv] = held.bias - known(held.running_mean) * scale
-        folded[conv].weight.copy_(conv.weight * scale[:, None, None, None])
-    for shortcut, conv in model.shortcuts():
-        biases[conv] += biases.pop(shortcut)
-    for conv, bias in biases.items():
-        known(folded[conv].bias).copy_(bias)
+        norms[conv] = Norm(held.weight, held.bias, known(held.running_mean), known(held.running_var), bn.eps)
+    sides = {conv: norms[shortcut] for shortcut, conv in model.shortcuts()}
+    for conv, norm in norms.items():
+        into = [(made[conv].weight, made[conv].bias) for made in folded if made]
+        fold_batchnorm(conv.weight, norm, into, shortcut=sides.get(conv), backend=folded[0][conv].backend)

@@ -16,35 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastarat.errors import UserError, unknown
-from fastarat.kernels import conv_bias_relu, fork, pick_pointwise, stem_applies, stem_conv
+from fastarat.kernels import fork
 from fastarat.nets.batchnorm import BatchNorm2d, set_backend
+from fastarat.nets.convs import FoldedConv, Stem, can_fold, projected
 from fastarat.nets.taps import PENULTIMATE, Taps, averaged
-
-
-class FoldedConv(nn.Conv2d):
-    """A convolution that has absorbed the BatchNorm after it: it adds the residual and applies the ReLU itself.
-
-    Its tensors are `Attacker`'s to fill. fused: whether cuDNN does bias, residual and ReLU in the convolution's call.
-    backend: of what is left to kernels, in backward.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, bias: bool, fused: bool, backend: str = "auto") -> None:
-        # A cast, because torch declares tuples of any length.
-        kernel, stride, padding = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, conv.padding))
-        super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=bias, device="meta")
-        self.weight = nn.Parameter(torch.empty_like(conv.weight, dtype=dtype), requires_grad=False)
-        if bias:
-            self.bias = nn.Parameter(self.weight.new_empty(conv.out_channels), requires_grad=False)
-        self.fused, self.backend = fused, backend
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        if self.fused and relu:
-            options = {"stride": self.stride, "padding": self.padding, "backend": self.backend}
-            return conv_bias_relu(x, self.weight, self.bias, residual, **options)
-        y = super().forward(x)
-        if residual is not None:
-            y = y + residual
-        return F.relu(y) if relu else y
 
 
 def _conv_norm_relu(
@@ -61,7 +36,7 @@ def _conv_norm_relu(
     through: a BN that the residual goes through first.
     """
     if isinstance(conv, FoldedConv):
-        return conv(x, residual, relu=True)
+        return conv(x, residual if through is None or residual is None else through(residual), relu=True)
     return _norm_relu(bn, conv(x), name, taps, residual, through)
 
 
@@ -90,29 +65,6 @@ def _norm_relu(
 def _both_uses(x: Tensor, bn: BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A block's input for its main path and its shortcut, whose gradients need not be added up where `bn` may fork."""
     return fork(x) if bn.route.forks else (x, x)
-
-
-def _projected(conv: nn.Conv2d, side: Tensor, bn: BatchNorm2d) -> Tensor:
-    """A shortcut's 1x1 convolution without bias; where `bn` may fork, one that strides hands back what it picked."""
-    return pick_pointwise(side, conv.weight) if bn.route.forks and conv.stride == (2, 2) else conv(side)
-
-
-class Stem(nn.Conv2d):
-    """A network's first convolution, 3x3: on a GPU in half precision its input gradient has a kernel of its own."""
-
-    backend = "auto"
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, 1, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kind, weight = x.device.type, self.weight
-            if torch.is_autocast_enabled(kind):
-                weight = weight.to(torch.get_autocast_dtype(kind))
-            if stem_applies(x, weight, self.backend):
-                return stem_conv(x, weight, self.backend)
-        return super().forward(x)
 
 
 def set_kernels(model: nn.Module, backend: str) -> None:
@@ -146,7 +98,7 @@ class BasicBlock(nn.Module):
         through = None
         if len(self.shortcut):
             conv, through = self.projection()
-            side = _projected(conv, side, self.bn1)
+            side = projected(conv, side, self.bn1)
             if isinstance(conv, FoldedConv):
                 through = None
         return _conv_norm_relu(self.conv2, self.bn2, out, f"{name}.bn2", taps, side, through)
@@ -166,7 +118,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.bn1", taps), self.bn1)
-        residual = _projected(cast(nn.Conv2d, self.shortcut[0]), side, self.bn1) if hasattr(self, "shortcut") else x
+        residual = projected(cast(nn.Conv2d, self.shortcut[0]), side, self.bn1) if hasattr(self, "shortcut") else x
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.bn2", taps)
         return self.conv2(out) + residual
 
@@ -184,7 +136,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor, name: str, taps: Taps | None) -> Tensor:
         out, side = _both_uses(_norm_relu(self.bn1, x, f"{name}.relu1", taps), self.bn1)
-        residual = x if self.convShortcut is None else _projected(self.convShortcut, side, self.bn1)
+        residual = x if self.convShortcut is None else projected(self.convShortcut, side, self.bn1)
         out = _conv_norm_relu(self.conv1, self.bn2, out, f"{name}.relu2", taps)
         return self.conv2(out) + residual
 
@@ -232,7 +184,10 @@ class Network(nn.Module):
         return [*(n for n in names if n != "bn1"), PENULTIMATE]
 
     def foldable(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
-        """Pairs of a convolution and the BatchNorm that follows it directly."""
+        """Pairs of a convolution and the BatchNorm that follows it directly and that it can take up."""
+        return (pair for pair in self._normed() if can_fold(*pair))
+
+    def _normed(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d]]:
         for m in self.modules():
             if isinstance(m, BasicBlock):
                 yield from ((m.conv1, m.bn1), (m.conv2, m.bn2))
@@ -245,9 +200,14 @@ class Network(nn.Module):
 
     def shortcuts(self) -> Iterator[tuple[nn.Conv2d, nn.Conv2d]]:
         """Pairs of foldable convolutions whose BatchNorm outputs are added: the shortcut's, and the other."""
+        able = {conv for conv, _ in self.foldable()}
         for m in self.modules():
-            if isinstance(m, BasicBlock) and len(m.shortcut):
+            if isinstance(m, BasicBlock) and len(m.shortcut) and able >= {m.projection()[0], m.conv2}:
                 yield m.projection()[0], m.conv2
+
+    def adding(self) -> Iterator[nn.Conv2d]:
+        """Convolutions to whose BatchNorm's output a residual is added, before a ReLU."""
+        return (m.conv2 for m in self.modules() if isinstance(m, BasicBlock))
 
     def _input(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)

@@ -102,6 +102,18 @@ def compile_all() -> None:
         y = torch.zeros(2, 64, 8, 8, dtype=dtype)
         for more in (y, y[:, :, ::2, ::2].contiguous()):
             conv_triton.masked_sum(y, more, y)
+    for shape in ((64, 3, 3, 3), (128, 64, 3, 3), (128, 64, 1, 1)):
+        weight, norm = torch.zeros(shape).contiguous(memory_format=torch.channels_last), (torch.zeros(shape[0]),) * 4
+        wide, bias = torch.empty_like(weight), norm[0]
+        for dtype in (torch.bfloat16, torch.float32):
+            case = f"{'x'.join(map(str, shape))} to {dtype}"
+            out = wide.to(dtype), bias.to(dtype)
+            conv_triton.fold(weight, norm, 1e-5, norm, 1e-5, *out, wide, bias)
+            conv_triton.fold(weight, norm, 1e-5, (), 0.0, *out, None, None)
+            conv_triton.fold(weight, norm, 1e-5, (), 0.0, out[0], None, wide, None)
+    case = "outputs innermost"
+    weight = torch.zeros(64, 3, 3, 128).permute(3, 0, 1, 2)
+    conv_triton.fold(weight, norm, 1e-5, (), 0.0, weight, bias, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +136,7 @@ def test_all_compile_for_hopper_without_a_spill(compiled):
         "_pgd_update_kernel",
         "_stem_input_grad_kernel",
         "_masked_sum_kernel",
+        "_fold_kernel",
         "_join_apply_kernel",
         "_join_sums_kernel",
         "_join_backward_kernel",

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from fastarat.kernels import stem, stem_applies, stem_conv, stem_input_grad
 
 import fastarat
-from fastarat.nets.models import Stem, build_model, set_kernels
+from fastarat.nets.convs import Stem
+from fastarat.nets.models import build_model, set_kernels
 
 LAST = torch.channels_last
 
