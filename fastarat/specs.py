@@ -81,6 +81,11 @@ class Fast:
     )
     compile_loss: bool = setting(False, "torch.compile the loss")
     fold_bn: bool = setting(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
+    cudnn_plans: int = setting(
+        10,
+        "plans cuDNN's autotuning times per convolution, in train and bench on a GPU; 0: all, which takes longer",
+        "[0, inf)",
+    )
 
     def __post_init__(self) -> None:
         settle(self)

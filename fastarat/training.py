@@ -81,7 +81,7 @@ def train(
         config = dataclasses.replace(config, defense=defense)
     device = pick_device(config.device)
     precision, _ = usable_precision(config.wanted_precision, device)
-    with threads(config.threads), seeded_apart(device), backend_flags(device, precision):
+    with threads(config.threads), seeded_apart(device), backend_flags(device, precision, config.cudnn_plans):
         return Trainer(config, resume=resume is not None, progress=progress).run()
 
 

@@ -207,7 +207,8 @@ def bench(
         repeats=config.repeats or (20 if cuda else 5),
     )
     precision, note = usable_precision(known(config.precision), device)
-    with placed(device, config.threads), backend_flags(device, precision), seeded_apart(device):
+    flags = backend_flags(device, precision, config.cudnn_plans)
+    with placed(device, config.threads), flags, seeded_apart(device):
         record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
         for defense in defenses:
             record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
