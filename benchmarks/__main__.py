@@ -28,7 +28,7 @@ import torch
 from benchmarks import tables
 from benchmarks.contestants import CASES, PHASES, RTC, Case, Pairs
 from benchmarks.gates import PLAINEST, Setup, Unavailable, engine_step
-from benchmarks.rungs import MATRIX, PREDICTED, predictions_hold, rung_contestant, rungs
+from benchmarks.rungs import MATRIX, PREDICTED, count_rungs, predictions_hold, rung_contestant, rungs
 from fastarat.bench.bench import EPOCH_IMAGES, step_flops
 from fastarat.bench.harness import (
     Ceiling,
@@ -322,6 +322,9 @@ def _run_ladder(record: dict[str, Any], setups: Sequence[Setup], _: Setup, args:
             found["failed"] = first_line(error)
         print(tables.rungs_of(found), flush=True)
         gc.collect()
+    # After the last setup's rounds: a profiler's hooks outlive it, and slow down what is timed later.
+    for setup, found in zip(dict.fromkeys(setups), record["results"], strict=True):
+        count_rungs(setup, found["rungs"], deadline, lambda: write_record(record, out))
     rungs = [r for found in record["results"] for r in (found, *found["rungs"])]
     return any("unequal" in r or "failed" in r for r in rungs)
 

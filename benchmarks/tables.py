@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plain import STRUCTURE
-from fastarat.bench.bench import cell, render
+from fastarat.bench.bench import cell, launched, render
 from fastarat.bench.harness import FORMAT
 from fastarat.errors import UserError
 
@@ -135,7 +135,7 @@ def _ladder(record: Record) -> str:
 
 def rungs_of(found: dict[str, Any]) -> str:
     """Return the rungs of one setup as a table."""
-    header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
+    header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step, eager"]
     header += [f"ratio to the {STRUCTURE}", "saves, ms", "predicted for an H200"]
     rows = []
     for r in found["rungs"]:
@@ -146,7 +146,7 @@ def rungs_of(found: dict[str, Any]) -> str:
         memory = r["memory"].get("peak_bytes")
         row = [r["adds"], cell(r["ms"]), cell(r["epoch_s"]), f"{r['images_per_s']:,.0f}", f"{r['tflops']:.3g}"]
         row += [f"{r['mfu']:.1%}", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"]
-        row.append(", ".join(f"{count:,} {kind}" for kind, count in r["launches"].items()))
+        row.append(launched(r))
         row += [cell(r[key]) if key in r else "-" for key in ("ratio", "gain_ms")]
         rows.append([*row, predicted(r["predicted"]) if "predicted" in r else "-"])
     about = found.get("what", str(found["setup"])) + (f": failed: {found['failed']}" if "failed" in found else "")

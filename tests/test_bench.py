@@ -84,7 +84,7 @@ def test_numbers_follow_from_the_samples(record):
         assert r["tflops"]["median"] == pytest.approx(flop / middle / 1e12)
         shares = [flop / s / (2 * 2048**3 / m) for s, m in zip(loop, matmul, strict=True)]
         assert r["mfu"]["median"] == pytest.approx(statistics.median(shares))
-        assert r["warmup_s"] > 0
+        assert r["warmup_s"] > r["first_call_s"] > 0
         assert r["memory"]["peak_bytes"] > 2**20
         assert r["launches"]["ops"] > 100
     at, trades = record["results"]
@@ -151,7 +151,9 @@ def test_outermost_operations_are_counted():
         a.add_(1)
 
     assert launches(call, CPU) == {"ops": 3}
-    assert profiled(lambda: a.mul_(2), CPU) == [("ops", "aten::mul_")]
+    (one,) = profiled(lambda: a.mul_(2), CPU)
+    assert (one.kind, one.name) == ("ops", "aten::mul_")
+    assert 0 < one.us < 1e6
 
 
 def test_the_command_writes_every_sample(tmp_path, capsys):
