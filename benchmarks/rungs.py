@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,16 @@ from fastarat.kernels import why_not_fold, why_not_triton
 
 from benchmarks import gates, plain
 from benchmarks.gates import PLAINEST, Setup, engine_step, released_loop
-from fastarat.bench.harness import Call, Clock, Contestant, count_launches, peak_memory, quartiles
+from fastarat.bench.harness import (
+    Call,
+    Clock,
+    Contestant,
+    count_launches,
+    peak_memory,
+    profiled,
+    quartiles,
+    warmed,
+)
 from fastarat.device import bf16_support
 from fastarat.specs import Fast
 
@@ -132,6 +141,28 @@ def count_rungs(
             counted[eager] = count_launches(partial(_call, setup, eager), device)
         result |= counted[eager]
         on_counted()
+
+
+def profile_step(setup: Setup, found: dict[str, Any], on_timed: Callable[[], None]) -> None:
+    """Time an eager step with all fast paths on, then list what it starts, by name, into `found`.
+
+    on_timed: called between the two, when the times are in `found`.
+    """
+    device = torch.device(setup.device)
+    on = [rung.fast for rung in rungs(replace(setup, short=False)) if rung.fast and not rung.skipped]
+    fast = replace(on[-1], capture="off", compile_loss=False)
+    found["what"] = f"{setup.defense}, {setup.model}, {setup.batch_size} images, PGD-{setup.num_steps}, eager"
+    found["fast"] = asdict(fast)
+    call, seconds = warmed(partial(_call, setup, fast), device)
+    clock = Clock(device)
+    found |= seconds | {"ms": quartiles([clock(call, 1) for _ in range(5)], 1e3)}
+    on_timed()
+    names: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in profiled(call, device):
+        row = names.setdefault((one.kind, one.name), {"kind": one.kind, "name": one.name, "count": 0, "us": 0.0})
+        row["count"] += 1
+        row["us"] += one.us
+    found["kernels"] = sorted(names.values(), key=lambda row: -row["us"])
 
 
 def rung_contestant(setup: Setup, rung: Rung) -> Contestant:

@@ -23,12 +23,13 @@ def markdown(records: Sequence[Record]) -> str:
     of_kind: dict[str, list[Record]] = {}
     for record in records:
         of_kind.setdefault(record.get("kind", "pairs"), []).append(record)
-    unknown = set(of_kind) - {"pairs", "bench", "ladder"}
+    unknown = set(of_kind) - {"pairs", "bench", "ladder", "profile"}
     if unknown:
         raise UserError(f"a result is of kind {sorted(unknown)[0]!r}, which this version cannot read")
     parts = _pairs(of_kind.get("pairs", ()))
     parts += [_bench(r) for r in of_kind.get("bench", ())]
     parts += [_ladder(r) for r in of_kind.get("ladder", ())]
+    parts += [_profile(r) for r in of_kind.get("profile", ())]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -87,7 +88,20 @@ def _pairs(records: Sequence[Record]) -> list[str]:
     if others:
         header = ["case", "device", "what", "baseline", "baseline, ms", "fastarat, ms", "ratio"]
         parts.append(_rows([*header, *ends], others))
-    return parts
+    return parts + _layers(records)
+
+
+def _layers(records: Sequence[Record]) -> list[str]:
+    """Of cases that tried a network's layers one by one: which of them cuDNN's fused convolution serves, and when."""
+    rows = []
+    for info in (r.get("info", {}) for record in records for r in record["results"]):
+        for found in info.get("layers", ()):
+            layer = f"{found['inputs']} to {found['outputs']}, {found['side']}x{found['side']}"
+            layer += f", stride {found['stride']}{', residual added' if found['add'] else ''}"
+            numbers = [f"{found[key]:.3g}" if key in found else "-" for key in ("first_call_s", "fused_ms", "apart_ms")]
+            rows.append([info["rtc"], layer, found.get("failed", "equal"), *numbers])
+    header = ["compiling when it runs", "layer", "fused convolution", "first call, s", "fused, ms", "apart, ms"]
+    return [_rows(header, rows)] if rows else []
 
 
 def rate(value: float, unit: str) -> str:
@@ -131,6 +145,30 @@ def _bench(record: Record) -> str:
 def _ladder(record: Record) -> str:
     title = f"**One speed-up at a time, step alone** (`python -m benchmarks ladder`): {_where(record)}"
     return "\n\n".join([title, *(rungs_of(found) for found in record["results"] if found.get("rungs"))])
+
+
+def _profile(record: Record) -> str:
+    title = f"**What one step starts** (`python -m benchmarks profile`): {_where(record)}"
+    return "\n\n".join([title, *map(profile, record["results"])])
+
+
+def profile(found: dict[str, Any], most: int = 25) -> str:
+    """Return what took longest of a profiled step as a table of at most so many rows."""
+    about = found.get("what", str(found["setup"])) + (f": failed: {found['failed']}" if "failed" in found else "")
+    if "ms" in found:
+        about += f": {cell(found['ms'])} ms before it was profiled"
+    kernels = found.get("kernels", ())
+    if not kernels:
+        return about + "; nothing was listed"
+    count, us = (sum(row[key] for row in kernels) for key in ("count", "us"))
+    about += f"; {count:,} started, {us / 1e3:.3g} ms of work"
+    shown = [
+        [r["name"][:100], r["kind"], f"{r['count']:,}", f"{r['us']:,.0f}", f"{r['us'] / (us or 1):.1%}"]
+        for r in kernels
+    ]
+    rows = _rows(["name", "kind", "count", "us in all", "share"], shown[:most])
+    rest = f"\n\n{len(shown) - most} more names are in the JSON file." if len(shown) > most else ""
+    return f"{about}.\n\n{rows}{rest}"
 
 
 def rungs_of(found: dict[str, Any]) -> str:
