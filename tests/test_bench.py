@@ -13,6 +13,7 @@ import fastarat
 from fastarat.bench import BenchConfig, bench, make_step, render
 from fastarat.bench.bench import asked_precision, cost_of, forward_flops, phase_samples, step_flops
 from fastarat.bench.harness import Clock, Marks, launches, profiled, quartiles
+from fastarat.card import fast_paths
 from fastarat.cli import main
 from fastarat.defenses import ARAT, AT, TRADES, Standard
 from fastarat.specs import Attack
@@ -119,6 +120,17 @@ def test_reporting_phases_changes_nothing():
         step(images, labels)
     for p, q in zip(plain.model.state_dict().values(), marked.model.state_dict().values(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_gpu_is_told_why_its_loss_is_not_compiled():
+    step = make_step(TINY, AT(), CPU, "fp32")
+    assert "compiled loss" not in " ".join(fast_paths(step)[1])
+    step.device = torch.device("cuda")
+    assert "compiled loss (not yet measured to pay on a GPU; --compile-loss)" in fast_paths(step)[1]
+    step.fast = dataclasses.replace(step.fast, compile_loss=True)
+    on, off = fast_paths(step)
+    assert "compiled loss" in on
+    assert "compiled loss" not in " ".join(off)
 
 
 def test_marks_measure_what_lies_between_them():
