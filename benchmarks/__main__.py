@@ -152,13 +152,13 @@ def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 def _run_cases(record: dict[str, Any], names: Sequence[str], setup: Setup, args: argparse.Namespace, out: Path) -> bool:
     deadline, first = time.monotonic() + args.budget, args.cases[:1] == ["first"]
-    # On a GPU each question is asked in a process of its own: PyTorch reads the variable once, remembers the plans of
-    # the first search, and one that ends with an error of CUDA's takes no other along.
+    # On a GPU most of what is asked first has a process of its own: PyTorch reads the variable once and remembers the
+    # plans of the first search, and an error of CUDA's then takes nothing else along.
     asked = FIRST if first and setup.device != "cpu" else [(name, {}, ()) for name in names]
     for name, environment, flags in asked:
         if time.monotonic() > deadline:
             found = [{"case": name, "skipped": "out of time"}]
-        elif first and setup.device != "cpu":
+        elif environment or flags:
             found = _elsewhere(name, setup, environment, *flags, timeout=deadline - time.monotonic())
         else:
             try:
@@ -167,6 +167,9 @@ def _run_cases(record: dict[str, Any], names: Sequence[str], setup: Setup, args:
                 if args.cases and not first:
                     raise UserError(f"{name} cannot run here: {reason}") from reason
                 found = [{"case": name, "skipped": str(reason)}]
+            except RuntimeError as error:
+                traceback.print_exc()
+                found = [{"case": name, "failed": first_line(error)}]
         print("\n".join(map(tables.summary, found)), flush=True)
         record["results"] += found
         if out == args.out:  # a file that was named: a run stopped by the clock leaves something
@@ -196,8 +199,11 @@ def _elsewhere(
         try:
             limit = timeout if timeout < math.inf else None
             done = _in_a_process(name, setup, environment, *flags, "--out", str(out), timeout=limit)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:
+            said = late.stderr or b""  # bytes, though text was asked for
+            print(said.decode(errors="replace") if isinstance(said, bytes) else said, file=sys.stderr)
             return [{"case": name, "skipped": f"{what}: not done after {timeout:.0f} s"}]
+        print(done.stderr, end="", file=sys.stderr)  # tracebacks, of which the record has the last line
         if not out.exists():
             return [{"case": name, "failed": f"{what}: {done.stderr.strip()[-500:]}"}]
         return json.loads(out.read_text())["results"]

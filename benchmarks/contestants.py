@@ -364,4 +364,4 @@ FIRST: Sequence[tuple[str, dict[str, str], tuple[str, ...]]] = (
     ("launch-gap", {}, ()),
     ("captured", {}, ("--cudnn-plans", "0")),
 )
-"""What a GPU is asked first, most telling first: a case, the environment and the flags of its process."""
+"""What a GPU is asked first, most telling first: a case, and environment and flags of its process if it needs one."""

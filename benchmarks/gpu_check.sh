@@ -130,15 +130,15 @@ if chosen a first.json profile.json; then
     if command -v nvidia-smi >/dev/null; then nvidia-smi; nvidia-smi -q -d CLOCK,POWER,PERFORMANCE; fi
     command -v nvcc >/dev/null && nvcc --version
     "$0" -m fastarat.cli doctor' "$python"
-  allow 90
+  allow 92
   # Its questions are processes of their own, which end when the budget does.
   step a first "${benchmarks[@]}" first "${small[@]}" $(budget 5) --out "$out/first.json"
-  allow 30
+  allow 38
   step a profile "${benchmarks[@]}" profile "${small[@]}" --out "$out/profile.json" ar-at:resnet18:128
 fi
 
 if chosen b ladder.json; then
-  allow 140 175
+  allow 135 175
   step b ladder "${benchmarks[@]}" ladder "${small[@]}" $(budget 25) --out "$out/ladder.json" ar-at:resnet18:128
 fi
 
@@ -204,7 +204,7 @@ if chosen d matrix.json; then
   setups+=(at-eval:resnet18:128:short ar-at:preactresnet18:128:short trades:wrn-34-10:128:short)
   [ $dry = 1 ] && setups=(trades:resnet18:128:short)
   # The tests after it have time of their own: it is not to take theirs.
-  allow 45
+  allow 40
   step d matrix "${benchmarks[@]}" ladder "${small[@]}" $(budget 25) --out "$out/matrix.json" "${setups[@]}"
 fi
 

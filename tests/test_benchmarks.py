@@ -450,11 +450,16 @@ def test_a_gpu_is_asked_in_processes_of_their_own(monkeypatch, tmp_path):
         asked.append((name, *environment.values(), *flags))
         return [{"case": name, "skipped": "not today"}]
 
+    def broken(case, setup, repeats):
+        asked.append((case.name,))
+        raise RuntimeError("no card today\nand more")
+
     monkeypatch.setattr(harness, "_elsewhere", elsewhere)
+    monkeypatch.setattr(harness, "measure", broken)
     args = harness._parser().parse_args(["first"])
     record = {"results": []}
     setup = replace(TINY, device="cuda")
-    assert not harness._run_cases(record, ["captured", "conv-relu", "launch-gap"], setup, args, tmp_path)
+    assert harness._run_cases(record, ["captured", "conv-relu", "launch-gap"], setup, args, tmp_path)
     assert asked == [
         ("captured", "--cudnn-plans", "10"),
         ("conv-relu", "0"),
@@ -463,15 +468,17 @@ def test_a_gpu_is_asked_in_processes_of_their_own(monkeypatch, tmp_path):
         ("captured", "--cudnn-plans", "0"),
     ]
     assert len(record["results"]) == 5
+    assert record["results"][3] == {"case": "launch-gap", "failed": "RuntimeError: no card today"}
 
 
-def test_a_case_asked_elsewhere_hands_back_its_results_or_says_why_not(monkeypatch):
+def test_a_case_asked_elsewhere_hands_back_its_results_or_says_why_not(capfd):
     (found,) = harness._elsewhere("launch-gap", TINY, {layers.RTC: "1"}, "--cudnn-plans", "0", "--repeats", "1")
     assert len(found["samples_s"]["fast"]) == 1
     (late,) = harness._elsewhere("launch-gap", TINY, {layers.RTC: "1"}, timeout=0.2)
     assert late == {"case": "launch-gap", "skipped": f"{layers.RTC}=1: not done after 0 s"}
     (broken,) = harness._elsewhere("launch-gap", TINY, {}, "--cudnn-plans", "-1")
     assert "--cudnn-plans -1: expected 0 or more" in broken["failed"]
+    assert "--cudnn-plans -1: expected 0 or more" in capfd.readouterr().err  # what it said is not lost
 
 
 def stand_in(x, weight, bias, residual, stride):
