@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from benchmarks import fake_cuda, tables
-from benchmarks.contestants import CASES, PHASES, RTC, Case, Pairs
+from benchmarks.contestants import CASES, FIRST, PHASES, Case, Pairs
 from benchmarks.gates import PLAINEST, Setup, Unavailable, engine_step
-from benchmarks.rungs import MATRIX, PREDICTED, predictions_hold, rung_contestant, rungs
+from benchmarks.rungs import MATRIX, PREDICTED, count_rungs, predictions_hold, profile_step, rung_contestant, rungs
 from fastarat.bench.bench import EPOCH_IMAGES, step_flops
 from fastarat.bench.harness import (
     Ceiling,
@@ -50,8 +50,10 @@ from fastarat.errors import UserError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 _SUBCOMMANDS = """In place of a CASE: `ladder [DEFENSE:MODEL:BATCH[:short]...]` adds one speed-up at a time, `first` \
-asks a GPU what must be known before all else, `structure [CASE...]` counts a step's kernels and bytes without a GPU, \
-`table FILE.json...` prints results as Markdown, `readme` puts those of benchmarks/results/ into docs/measuring.md."""
+asks a GPU what must be known before all else, `profile [DEFENSE:MODEL:BATCH]` lists the kernels of one eager step, \
+`structure [CASE...]` counts a step's kernels and bytes without a GPU, `table FILE.json...` prints results as \
+Markdown, `readme` puts those of benchmarks/results/ into docs/measuring.md."""
+SUBCOMMANDS = ("ladder", "first", "profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", help="of the fast side (default: bf16 on CUDA, fp32 on a CPU; arat-step: both)")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (default: its own choice)")
+    parser.add_argument("--cudnn-plans", type=int, default=10, help="that autotuning times; 0: all (default: 10)")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing new starts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="FILE.json, or a folder of such files")
     parser.add_argument("--dry", action="store_true", help="tiny sizes and two rounds, to prove the machinery")
@@ -101,52 +104,65 @@ def _run(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print("\n".join(f"{case.name:<16} {case.help}" for case in CASES.values()))
         return 0
-    ladder, first = args.cases[:1] == ["ladder"], args.cases[:1] == ["first"]
-    device = pick_device(args.device)
-    setups = [Setup.parse(text, str(device), dry=args.dry) for text in args.cases[1:] or MATRIX] if ladder else []
-    names = [] if ladder else [c.name for c in CASES.values() if c.first] if first else args.cases
-    for name in names:
-        if name not in CASES:
-            raise unknown("case", name, (*CASES, "ladder", "first"))
-    for flag, least in (("repeats", 1), ("batch_size", 2), ("threads", 1)):
-        if (value := getattr(args, flag)) is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected {least} or more")
-    if args.precision not in (None, "fp32", "tf32", "bf16"):
-        raise unknown("precision", args.precision, ("fp32", "tf32", "bf16"))
+    kind = next((word for word in args.cases[:1] if word in SUBCOMMANDS), "pairs")
+    device, steps = pick_device(args.device), kind in ("ladder", "profile")
+    texts = args.cases[1:] or (MATRIX if kind == "ladder" else MATRIX[:1])
+    setups = [Setup.parse(text, str(device), dry=args.dry) for text in texts] if steps else []
+    if kind == "profile" and len(setups) > 1:
+        raise UserError("profile takes one setup: what is timed after a profile, in the same process, is off")
+    names = [] if steps else [c.name for c in CASES.values() if c.first] if kind == "first" else args.cases
+    _check(args, names)
     model = "resnet-small" if args.dry else args.model
     batch_size = args.batch_size or (4 if args.dry else 128 if device.type == "cuda" else 16)
     setup = Setup(model, batch_size, str(device), args.precision, args.dry)
     # Both sides gain from cuDNN's autotuning: the trainer sets it, and so does most research code. A ladder runs as the
     # trainer does; TF32 is PyTorch's default for convolutions, and the float32 forms of the checks switch it off.
-    autotuning = partial(torch.backends.cudnn.flags, enabled=True, benchmark=device.type == "cuda", allow_tf32=True)
-    with placed(device, args.threads), backend_flags(device, "tf32") if ladder else autotuning():
+    autotuning = {"benchmark": device.type == "cuda", "benchmark_limit": args.cudnn_plans}
+    flags = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=True, **autotuning)
+    with placed(device, args.threads), backend_flags(device, "tf32", args.cudnn_plans) if steps else flags():
         if args.memory_of:
             pairs = CASES[names[0]].prepare(setup)
             one = pairs.plain if args.memory_of == "plain" else pairs.fast[0]
             print(json.dumps(_host_peak(one.build())))
             return 0
         about: dict[str, Any] = {"config": dataclasses.asdict(setup) | {"repeats": args.repeats}}
-        if ladder:
-            about = {"dry": args.dry, "predictions": {name: p._asdict() for name, p in PREDICTED.items()}}
-        record = opened("ladder" if ladder else "pairs", command, device, data="random images", **about)
+        if steps:
+            about = {"dry": args.dry, "cudnn_plans": args.cudnn_plans}
+        if kind == "ladder":
+            about |= {"predictions": {name: p._asdict() for name, p in PREDICTED.items()}}
+        record = opened(kind if steps else "pairs", command, device, data="random images", **about)
         out = args.out
         if out.suffix != ".json":
             stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
-            out = out / f"{'ladder' if ladder else stamp}.json"
-        run = _run_ladder if ladder else _run_cases
+            out = out / f"{kind if steps else stamp}.json"
+        run = {"ladder": _run_ladder, "profile": _run_profile}.get(kind, _run_cases)
         failed = run(record, setups or names or [c.name for c in CASES.values() if not c.first], setup, args, out)
     write_record(record, out)
     print(f"wrote {out}")
     return int(failed)
 
 
+def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in CASES:
+            raise unknown("case", name, (*CASES, *SUBCOMMANDS))
+    for flag, least in (("repeats", 1), ("batch_size", 2), ("threads", 1), ("cudnn_plans", 0)):
+        if (value := getattr(args, flag)) is not None and value < least:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected {least} or more")
+    if args.precision not in (None, "fp32", "tf32", "bf16"):
+        raise unknown("precision", args.precision, ("fp32", "tf32", "bf16"))
+
+
 def _run_cases(record: dict[str, Any], names: Sequence[str], setup: Setup, args: argparse.Namespace, out: Path) -> bool:
     deadline, first = time.monotonic() + args.budget, args.cases[:1] == ["first"]
-    for name in names:
+    # On a GPU most of what is asked first has a process of its own: PyTorch reads the variable once and remembers the
+    # plans of the first search, and an error of CUDA's then takes nothing else along.
+    asked = FIRST if first and setup.device != "cpu" else [(name, {}, ()) for name in names]
+    for name, environment, flags in asked:
         if time.monotonic() > deadline:
             found = [{"case": name, "skipped": "out of time"}]
-        elif first and name == "conv-relu" and setup.device != "cpu":
-            found = [r for value in "01" for r in _elsewhere(name, setup, {RTC: value})]
+        elif environment or flags:
+            found = _elsewhere(name, setup, environment, *flags, timeout=deadline - time.monotonic())
         else:
             try:
                 found = measure(CASES[name], setup, args.repeats)
@@ -154,6 +170,9 @@ def _run_cases(record: dict[str, Any], names: Sequence[str], setup: Setup, args:
                 if args.cases and not first:
                     raise UserError(f"{name} cannot run here: {reason}") from reason
                 found = [{"case": name, "skipped": str(reason)}]
+            except RuntimeError as error:
+                traceback.print_exc()
+                found = [{"case": name, "failed": first_line(error)}]
         print("\n".join(map(tables.summary, found)), flush=True)
         record["results"] += found
         if out == args.out:  # a file that was named: a run stopped by the clock leaves something
@@ -161,22 +180,35 @@ def _run_cases(record: dict[str, Any], names: Sequence[str], setup: Setup, args:
     return any("unequal" in result or "failed" in result for result in record["results"])
 
 
-def _in_a_process(name: str, setup: Setup, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a case in a process of its own, in this environment."""
+def _in_a_process(
+    name: str, setup: Setup, environment: dict[str, str], *more: str, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a case in a process of its own, in this environment. Raises: subprocess.TimeoutExpired."""
     flags = ["--model", setup.model, "--batch-size", setup.batch_size, "--device", setup.device]
     flags += ["--precision", setup.precision] if setup.precision else []
     flags += ["--threads", torch.get_num_threads(), *(["--dry"] if setup.dry else []), *more]
     command = [sys.executable, "-m", "benchmarks", name, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
+    options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": timeout, "check": False}
+    return subprocess.run(command, env=os.environ | environment, **options)
 
 
-def _elsewhere(name: str, setup: Setup, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Measure a case apart, for what a process reads from its environment once."""
+def _elsewhere(
+    name: str, setup: Setup, environment: dict[str, str], *flags: str, timeout: float = math.inf
+) -> list[dict[str, Any]]:
+    """Measure a case apart, for what a process does or reads from its environment once."""
+    what = " ".join([*(f"{key}={value}" for key, value in environment.items()), *flags])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        done = _in_a_process(name, setup, environment, "--out", str(out))
+        try:
+            limit = timeout if timeout < math.inf else None
+            done = _in_a_process(name, setup, environment, *flags, "--out", str(out), timeout=limit)
+        except subprocess.TimeoutExpired as late:
+            said = late.stderr or b""  # bytes, though text was asked for
+            print(said.decode(errors="replace") if isinstance(said, bytes) else said, file=sys.stderr)
+            return [{"case": name, "skipped": f"{what}: not done after {timeout:.0f} s"}]
+        print(done.stderr, end="", file=sys.stderr)  # tracebacks, of which the record has the last line
         if not out.exists():
-            return [{"case": name, "failed": f"{environment}: {done.stderr.strip()[-500:]}"}]
+            return [{"case": name, "failed": f"{what}: {done.stderr.strip()[-500:]}"}]
         return json.loads(out.read_text())["results"]
 
 
@@ -189,7 +221,10 @@ def measure(case: Case, setup: Setup, repeats: int | None = None) -> list[dict[s
     # Recorded before and after: numbers taken while others worked on the machine can be told from the file.
     load = [_load()]
     pairs = case.prepare(setup)
-    results = {one.name: {"case": case.name} | ({} if one.skipped else {"info": one.info}) for one in pairs.fast}
+    results = {
+        one.name: {"case": case.name} | ({"info": one.info} if one.info or not one.skipped else {})
+        for one in pairs.fast
+    }
     base: dict[str, Any] = {}
     calls = admit([*pairs.fast, pairs.plain], {**results, "plain": base}, device)
     timed = [one for one in pairs.fast if one.name in calls]
@@ -324,8 +359,26 @@ def _run_ladder(record: dict[str, Any], setups: Sequence[Setup], _: Setup, args:
             found["failed"] = first_line(error)
         print(tables.rungs_of(found), flush=True)
         gc.collect()
+    # After the last setup's rounds: a profiler's hooks outlive it, and slow down what is timed later.
+    for setup, found in zip(dict.fromkeys(setups), record["results"], strict=True):
+        count_rungs(setup, found["rungs"], deadline, lambda: write_record(record, out))
     rungs = [r for found in record["results"] for r in (found, *found["rungs"])]
     return any("unequal" in r or "failed" in r for r in rungs)
+
+
+def _run_profile(
+    record: dict[str, Any], setups: Sequence[Setup], _: Setup, args: argparse.Namespace, out: Path
+) -> bool:
+    (setup,) = setups
+    found: dict[str, Any] = {"setup": dataclasses.asdict(setup)}
+    record["results"].append(found)
+    try:
+        profile_step(setup, found, lambda: write_record(record, out))
+    except RuntimeError as error:
+        traceback.print_exc()
+        found["failed"] = first_line(error)
+    print(tables.profile(found), flush=True)
+    return "failed" in found
 
 
 def climb(

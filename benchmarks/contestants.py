@@ -12,16 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastarat.kernels import split_bn, why_not_triton
 from torch import Tensor, nn
 
-from benchmarks import gates, plain
+from benchmarks import gates, layers, plain
 from benchmarks.gates import IMAGE_SIZE, NUM_CLASSES, Setup, Unavailable, engine_step, released_loop
 from fastarat.bench.bench import forward_flops
 from fastarat.bench.harness import Clock, Contestant, Equality, Marks
 from fastarat.data import Augment, Split, beton, make_loader
-from fastarat.device import bf16_support
+from fastarat.device import bf16_support, switched
 from fastarat.engine.graphs import capture
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
@@ -49,7 +48,7 @@ class Pairs(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Named pairs. long: whole steps, for which fewer rounds are enough. first: what a GPU is asked before all else."""
+    """Named pairs. long: whole steps, for which fewer rounds are enough. first: asked in `first`."""
 
     name: str
     help: str
@@ -272,54 +271,59 @@ def _captured(setup: Setup) -> Pairs:
     setup = setup.settled
     precision = setup.precision if bf16_support(setup.device)[0] else "fp32"
     setup = replace(setup, precision=precision)
-    images, labels = gates.random_batch(setup)
-    images = images.contiguous(memory_format=torch.channels_last)
+    batch = gates.random_batch(setup)
+    images = batch.laid_out(channels_last=True)
     fast = Fast(precision=precision, capture="fake" if setup.device == "cpu" else "on")
     eager = replace(fast, capture="off")
     clock, untuned = Clock(torch.device(setup.device)), engine_step(setup, replace(eager, kernels="plain"))
-    first, second = (clock(lambda: untuned(images, labels), 1) for _ in "ab")
+    # Two images first, untuned: loading the libraries is not what is asked for.
+    with switched(torch.backends.cudnn, benchmark=False):
+        untuned(images[:2].contiguous(memory_format=torch.channels_last), batch.labels[:2])
+    first, second = (clock(lambda: untuned(images, batch.labels), 1) for _ in "ab")
     step = engine_step(setup, fast)
     flops = forward_flops(step.model, images[:1])
     info = _network_info(setup, step, flops, STEP_FORWARDS)
+    plans = torch.backends.cudnn.benchmark_limit
     info |= {"baseline": "fastarat, eager", "plain": "the same step, eager", "autotuning_s": first - second}
-    call, check = partial(step, images, labels), partial(gates.check_rung, setup, fast, eager)
+    info["cudnn_plans"] = plans
+    info["what"] += f", {plans or 'all'} plans of cuDNN timed" if setup.device != "cpu" else ""
+    call, check = partial(step, images, batch.labels), partial(gates.check_captured, setup, fast)
     one = Contestant("fast", lambda: call, check, info=info, precision=precision)
-    base = Contestant("plain", lambda: partial(engine_step(setup, eager), images, labels))
+    base = Contestant("plain", lambda: partial(engine_step(setup, eager), images, batch.labels))
     return Pairs(base, [one], Work(STEP_FORWARDS * flops * setup.batch_size, "FLOP"))
 
 
-RTC = "TORCH_CUDNN_V8_API_RTC_ENABLED"
-"""Lets cuDNN compile fused convolutions when it runs; PyTorch reads it once in a process."""
-
-
 def _conv_relu(setup: Setup) -> Pairs:
-    """Convolution, bias and ReLU of ResNet-18's first stage, as folded attacks have them: two calls against one."""
+    """Convolution, bias, add and ReLU as folded attacks have them, two or three calls against one: every layer tried.
+
+    Those that fail are a finding, not a failure: the network then runs them as calls of their own.
+    """
     if setup.device == "cpu":
         raise Unavailable("cudnn_convolution_relu needs a GPU")
     setup = setup.settled
-    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    draw = partial(torch.randn, device=setup.device)
-    x, w = (t.to(dtype, memory_format=torch.channels_last) for t in (draw(128, 64, 32, 32), draw(64, 64, 3, 3) / 24))
-    b = draw(64).to(dtype)
-
-    def fused() -> Tensor:
-        return torch.cudnn_convolution_relu(x, w, b, [1, 1], [1, 1], [1, 1], 1)
-
-    def apart() -> Tensor:
-        return torch.relu(F.conv2d(x, w, b, 1, 1))
-
-    def check() -> Equality:
-        found, wanted = fused().float(), apart().float()
-        return {"output, relative": (((found - wanted).norm() / wanted.norm()).item(), 0.02)}
-
+    dtype, device = torch.bfloat16 if setup.precision == "bf16" else torch.float32, torch.device(setup.device)
+    found = [layers.tried(layer, setup.batch_size, dtype, device) for layer in layers.LAYERS]
+    commonest, first = layers.LAYERS[0], found[0]
+    arguments = layers.drawn(commonest, setup.batch_size, dtype, device)
+    value = os.environ.get(layers.RTC, "")
     info = {
-        "what": f"128 x 64 x 32 x 32, {setup.precision}, {RTC}={os.environ.get(RTC, '')}",
+        "what": f"{setup.batch_size} x 64 x 32 x 32, {setup.precision}, {layers.RTC}={value}",
         "fast": "cudnn_convolution_relu",
         "plain": "conv2d with bias, then ReLU",
         "precision": setup.precision,
+        "rtc": value,
+        "layers": found,
     }
-    one = Contestant("fast", lambda: fused, check, info=info, precision=setup.precision)
-    return Pairs(Contestant("plain", lambda: apart), [one], Work(2.0 * 128 * 32 * 32 * 64 * 64 * 9, "FLOP"))
+    one = Contestant(
+        "fast",
+        lambda: partial(layers.cudnn_fused, *arguments),
+        lambda: {"output, relative": (first["error"], layers.LARGEST)},
+        info=info,
+        precision=setup.precision,
+        skipped=f"{layers.RTC}={value}: {first['failed']}" if "failed" in first else "",
+    )
+    work = 2.0 * setup.batch_size * 32 * 32 * 64 * 64 * 9
+    return Pairs(Contestant("plain", lambda: partial(layers.apart, *arguments)), [one], Work(work, "FLOP"))
 
 
 def _launch_gap(setup: Setup) -> Pairs:
@@ -346,7 +350,18 @@ _ALL = (
     Case("loader-resident", "the resident loader against a plain DataLoader", partial(_loader, kind="resident")),
     Case("loader-ffcv", "the ffcv loader against a plain DataLoader", partial(_loader, kind="ffcv")),
     Case("captured", "the AR-AT step captured against itself eager, and autotuning's seconds", _captured, True, True),
-    Case("conv-relu", "cuDNN's convolution with bias and ReLU in one call against two", _conv_relu, first=True),
+    Case(
+        "conv-relu", "cuDNN's convolution with bias, add and ReLU in one call, layer by layer", _conv_relu, first=True
+    ),
     Case("launch-gap", "an empty kernel and its gap, in a graph against from Python", _launch_gap, first=True),
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
+
+FIRST: Sequence[tuple[str, dict[str, str], tuple[str, ...]]] = (
+    ("captured", {}, ("--cudnn-plans", "10")),
+    ("conv-relu", {layers.RTC: "0"}, ()),
+    ("conv-relu", {layers.RTC: "1"}, ()),
+    ("launch-gap", {}, ()),
+    ("captured", {}, ("--cudnn-plans", "0")),
+)
+"""What a GPU is asked first, most telling first: a case, and environment and flags of its process if it needs one."""

@@ -141,6 +141,7 @@ def pretended(**also: Any) -> Iterator[None]:
         "torch.cuda.device_count": lambda: 1,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.get_device_capability": lambda device=None: (9, 0),
+        "torch.cuda.get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),

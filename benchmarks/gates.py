@@ -87,8 +87,8 @@ class Batch(NamedTuple):
         return self.images.contiguous(memory_format=torch.channels_last) if channels_last else self.images
 
 
-def random_batch(setup: Setup) -> Batch:
-    generator = torch.Generator().manual_seed(1)
+def random_batch(setup: Setup, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     images = torch.rand(setup.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(setup.device)
     return Batch(images, torch.randint(NUM_CLASSES, (setup.batch_size,), generator=generator).to(setup.device))
 
@@ -348,3 +348,61 @@ def check_rung(setup: Setup, fast: Fast | None, than: Fast = PLAINEST) -> Equali
     limits = ROUNDING["bf16" if fast is not None and fast.precision == "bf16" else "fp32"]
     parts = ["1 attack step", *["training step"] * 4]
     return {f"{p}: {q}": (v, most) for p, q, v, most in zip(parts, QUANTITIES, values, limits, strict=True)}
+
+
+def check_captured(setup: Setup, fast: Fast) -> Equality:
+    """Compare a captured step, its attack and its random start included, with itself run eagerly: two replays.
+
+    Both draw the same noise, and cuDNN is held to deterministic algorithms, so that little but an error of the capture
+    is left to tell them apart. After ten attack steps the pixels are not compared: whatever rounding is left spreads to
+    all of them. With one step they are, and the bands are narrower.
+    """
+    setup = replace(setup, batch_size=min(setup.batch_size, 16))
+    half = fast.precision == "bf16"
+    bands = {
+        1: ROUNDING["tf32" if half else "fp32"],
+        setup.num_steps: (math.inf, *ROUNDING["bf16" if half else "fp32"][1:]),
+    }
+    checked = {}
+    for num_steps, limits in bands.items():
+        with float32_flags(tf32=False), switched(torch.backends.cudnn, benchmark=False, deterministic=True):
+            found = _twin_differences(setup, fast, num_steps)
+        for quantity, value, limit in zip(QUANTITIES, found, limits, strict=True):
+            if limit < math.inf:
+                checked[f"captured against eager, {num_steps} attack step(s): {quantity}"] = (value, limit)
+    return checked
+
+
+def _twin_differences(setup: Setup, fast: Fast, num_steps: int) -> list[float]:
+    """Take two steps captured and eagerly, each on a batch of its own and from equal weights; return the largest."""
+    twins = [engine_step(setup, form, num_steps) for form in (fast, replace(fast, capture="off"))]
+    crafted = [_keep_crafted(step, random_batch(setup)) for step in twins]
+    largest = [0.0] * len(QUANTITIES)
+    for number in (1, 2):
+        batch = random_batch(setup, seed=number)
+        # In place: a graph holds the weights by address.
+        twins[0].model.load_state_dict(twins[1].model.state_dict())
+        twins[0].companions.load_state_dict(twins[1].companions.state_dict())
+        before = _state_of(twins[1])
+        losses = [
+            sum(t.item() for t in step(batch.laid_out(fast.channels_last), batch.labels).values()) for step in twins
+        ]
+        ours, theirs = (
+            Outcome(images.clone(), loss, _state_of(step))
+            for step, images, loss in zip(twins, crafted, losses, strict=True)
+        )
+        largest = [max(pair) for pair in zip(largest, _differences(ours, theirs, before), strict=True)]
+    return largest
+
+
+def _keep_crafted(step: TrainStep, example: Batch) -> Tensor:
+    """Return a tensor that each step, replays included, leaves its adversarial images in."""
+    kept, attack = torch.empty_like(example.images), step.attack
+
+    def remember(images: Tensor, labels: Tensor) -> Attacked:
+        attacked = attack(images, labels)
+        kept.copy_(attacked.images)
+        return attacked
+
+    step.attack = remember
+    return kept

@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
 # Prove and measure fastarat on this machine's GPU in one command of less than nine minutes, from a bare checkout.
 #
-#   bash benchmarks/gpu_check.sh          on a GPU: kernels and captured steps tested, then benchmarks, then a training
-#   bash benchmarks/gpu_check.sh --dry    the same on a CPU at tiny sizes, to prove that it would run
+#   bash benchmarks/gpu_check.sh             on a GPU: five parts, most telling first, as somebody may cut it short
+#   bash benchmarks/gpu_check.sh --only a,b  these parts alone
+#   bash benchmarks/gpu_check.sh --dry       the same on a CPU at tiny sizes, to prove that it would run
+#
+#   a  the machine; a captured step against its eager twin, cuDNN's fused convolutions by layer with and without
+#      compiling at run time, an empty kernel's gap, cuDNN's autotuning of ten plans and of all (first.json); the
+#      kernels of one eager step (profile.json)
+#   b  AR-AT, ResNet-18, batch 128, one speed-up at a time, beside the released structure (ladder.json)
+#   c  three epochs of training, then clean and PGD accuracy on test images (train.json)
+#   d  TRADES and AT, batch 512, WRN-34-10: the last speed-ups (matrix.json)
+#   e  the tests of kernels and capture, compiled (tests.xml)
 #
 # Nothing is fetched or installed, and no setting of the card is changed. From the environment:
 #   OUT            folder of the results (default benchmarks/out): at most 8 files
@@ -10,32 +19,42 @@
 #   WHEELS         folder of wheels this machine lacks; they are unpacked into a scratch folder
 #   CIFAR_ARCHIVE  archive of CIFAR-10 as an image folder (train/CLASS/*, test/CLASS/*); without it, random images
 # Exit code: 1 when a test failed or did not finish, or a part ended with an error (an unequal rung among them); else 0.
-# A part that ran out of time is recorded in summary.md and fails nothing but the tests.
+# A part that ran out of time is recorded in summary.md, leaves what it has, and fails nothing but the tests.
 set -u -o pipefail
 
-dry=0
-for word in "$@"; do
-  case $word in
+dry=0 only=a,b,c,d,e
+while [ $# -gt 0 ]; do
+  case $1 in
     --dry) dry=1 ;;
-    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "gpu_check.sh: unknown argument $word (known: --dry, --help)" >&2; exit 2 ;;
+    --only) only=${2:-} && shift ;;
+    --only=*) only=${1#--only=} ;;
+    -h | --help) sed -n '2,24s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "gpu_check.sh: unknown argument $1 (known: --dry, --only PARTS, --help)" >&2; exit 2 ;;
   esac
+  shift || break
 done
+if ! [[ $only =~ ^[a-e](,[a-e])*$ ]]; then
+  echo "gpu_check.sh: --only '$only': expected parts out of a to e with commas between them, such as a,b" >&2
+  exit 2
+fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${OUT:-$root/benchmarks/out}
 python=${PYTHON:-python3}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
-rm -f "$out"/{log.txt,summary.md,tests.xml,ladder.json,matrix.json,first.json,bench.json,train.json}
+rm -f "$out"/{log.txt,summary.md}
 log=$out/log.txt
 : >"$log"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 status=$scratch/status
 : >"$status"
-deadline=$(($(date +%s) + 510))
+# What the steps are allowed adds up to it; what they leave of that is the next ones': `spare`.
+deadline=$(($(date +%s) + 515))
+spare=0
 failed=0
+results=()
 
 # kernels/ is shipped as fastarat.kernels: lay the packages out as an installation would have them.
 mkdir -p "$scratch/layout/fastarat" "$scratch/site"
@@ -49,91 +68,105 @@ export PYTHONPATH="$scratch/layout:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 cd "$root" || exit 2
 
-# part NAME SECONDS COMMAND...: run within its own and the whole's time; leaves rc.
-part() {
-  local name=$1 limit=$2 left=$((deadline - $(date +%s))) began
-  shift 2
+# allow SECONDS [MOST]: set `limit`, a step's own time and what is spare, never more than MOST or than is left in all.
+# A dry run measures nothing, and a busy machine may take its time.
+allow() {
+  local left=$((deadline - $(date +%s)))
+  [ $dry = 0 ] || { limit=240; return; }
+  spare=$((spare + $1))
+  limit=$spare
+  [ "$limit" -le "${2:-$limit}" ] || limit=$2
   [ "$limit" -le "$left" ] || limit=$left
+}
+
+# step PART NAME COMMAND...: run within `limit`; leaves rc.
+step() {
+  local part=$1 name=$2 began took outcome
+  shift 2
   if [ "$limit" -lt 5 ]; then
     rc=124
-    echo "| $name | no time left | 0 |" >>"$status"
+    echo "| $part | $name | no time left | 0 |" >>"$status"
     return
   fi
   echo "=== $name (at most $limit s)" | tee -a "$log"
   began=$(date +%s)
   timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
   rc=$?
-  local took=$(($(date +%s) - began)) outcome="exit code $rc"
+  took=$(($(date +%s) - began)) outcome="exit code $rc"
+  [ $rc -eq 137 ] && rc=124
   [ $rc -eq 0 ] && outcome=done
-  [ $rc -eq 124 ] || [ $rc -eq 137 ] && outcome="stopped by the clock"
-  echo "| $name | $outcome | $took |" >>"$status"
+  [ $rc -eq 124 ] && outcome="stopped by the clock"
+  spare=$((took < spare ? spare - took : 0))
+  echo "| $part | $name | $outcome | $took |" >>"$status"
   echo "    $outcome, $took s" | tee -a "$log"
+  [ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
 }
 
-# soft SECONDS: what a part may spend on starting new work, so that it ends by itself.
-soft() {
-  local left=$((deadline - $(date +%s)))
-  [ "$1" -le "$left" ] && left=$1
-  echo $((left > 40 ? left - 25 : left / 2))
+# chosen PART FILE...: whether it is to run; what an earlier run left in its files is removed.
+chosen() {
+  [[ ,$only, == *,$1,* ]] || return 1
+  local file
+  for file in "${@:2}"; do
+    rm -f "$out/$file"
+    results+=("$file")
+  done
 }
 
 if [ -n "${WHEELS:-}" ]; then
-  part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" "$WHEELS"/*.whl
+  allow 60
+  step - wheels "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" "$WHEELS"/*.whl
+  spare=0
 fi
 
-part machine 60 bash -c '
-  uname -a; free -g 2>/dev/null
-  if command -v nvidia-smi >/dev/null; then nvidia-smi; nvidia-smi -q -d CLOCK,POWER,PERFORMANCE; fi
-  command -v nvcc >/dev/null && nvcc --version
-  "$0" -m fastarat.cli doctor' "$python"
+benchmarks=("$python" -m benchmarks)
+[ $dry = 1 ] && small=(--dry --threads 1) || small=()
+# Seconds after which a step starts nothing new, so that it ends by itself: the last thing it started is still to finish.
+budget() { [ $dry = 1 ] || echo "--budget $((limit > 40 ? limit - $1 : limit / 2))"; }
 
-# Decoding an archive takes a processor a while: it is done while the tests run, which measure nothing.
-decoding=
-if [ -n "${CIFAR_ARCHIVE:-}" ]; then
-  timeout 150 "$python" -m fastarat.cli data info "$CIFAR_ARCHIVE" --data-dir "$scratch/data" >>"$log" 2>&1 &
-  decoding=$!
+if chosen a first.json profile.json; then
+  allow 40
+  step a machine bash -c '
+    uname -a; free -g 2>/dev/null
+    if command -v nvidia-smi >/dev/null; then nvidia-smi; nvidia-smi -q -d CLOCK,POWER,PERFORMANCE; fi
+    command -v nvcc >/dev/null && nvcc --version
+    "$0" -m fastarat.cli doctor' "$python"
+  allow 92
+  # Its questions are processes of their own, which end when the budget does.
+  step a first "${benchmarks[@]}" first "${small[@]}" $(budget 5) --out "$out/first.json"
+  allow 38
+  step a profile "${benchmarks[@]}" profile "${small[@]}" --out "$out/profile.json" ar-at:resnet18:128
 fi
 
-jobs=()
-"$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
-if [ $dry = 1 ]; then
-  part tests 120 "$python" -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" \
-    tests/kernels/test_pgd_update.py tests/test_graphs.py -k "owned or refused or rounding"
-else
-  part tests 130 "$python" -m pytest -q -p no:cacheprovider "${jobs[@]}" --junitxml "$out/tests.xml" \
-    tests/kernels tests/test_graphs.py
+if chosen b ladder.json; then
+  allow 135 175
+  step b ladder "${benchmarks[@]}" ladder "${small[@]}" $(budget 25) --out "$out/ladder.json" ar-at:resnet18:128
 fi
-[ $rc -eq 0 ] || failed=1
-[ -z "$decoding" ] || wait "$decoding"
 
-if [ $dry = 1 ]; then
-  part ladder 120 "$python" -m benchmarks ladder --dry --threads 1 --out "$out/ladder.json" ar-at:resnet18:128
-else
-  part ladder 110 "$python" -m benchmarks ladder --budget "$(soft 110)" --out "$out/ladder.json" ar-at:resnet18:128
-fi
-[ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
+# save_training: what training and evaluation have left so far.
+save_training() {
+  "$python" - "$scratch/run" "$data" "$out/train.json" "${CIFAR_ARCHIVE:+archive}" <<'PY' >>"$log" 2>&1
+import json
+import sys
+from pathlib import Path
 
-if [ $dry = 1 ]; then
-  part bench 120 "$python" -m fastarat.cli bench --defense at,trades --model resnet-small --batch-size 4 --repeats 2 \
-    --steps 1 --threads 1 --attack.num-steps 2 --out "$out/bench.json"
-else
-  part bench 60 "$python" -m fastarat.cli bench --defense ar-at,at,trades --repeats 10 --steps 20 --out "$out/bench.json"
-fi
-[ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
+run, data, out, archive = Path(sys.argv[1]), *sys.argv[2:5]
+rows, card, found = (run / name for name in ("metrics.jsonl", "card.txt", "eval.json"))
+record = {
+    "kind": "train",
+    "data": Path(data).name if archive else "random images: accuracies mean nothing",
+    "card": card.read_text() if card.exists() else None,
+    "metrics": [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [],
+    "evaluation": json.loads(found.read_text()) if found.exists() else None,
+}
+Path(out).write_text(json.dumps(record, indent=1) + "\n")
+PY
+}
 
-if [ $dry = 1 ]; then
-  part first 120 "$python" -m benchmarks first --dry --threads 1 --out "$out/first.json"
-else
-  part first 80 "$python" -m benchmarks first --budget "$(soft 80)" --out "$out/first.json"
-fi
-[ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
-
-sizes=(--model resnet18 --amp --epochs 2)
-[ $dry = 1 ] && sizes=(--model resnet-small --epochs 1 --batch-size 16 --attack.num-steps 2 --eval.num-steps 2)
-data=${CIFAR_ARCHIVE:-}
-if [ -z "$data" ]; then
-  data=$scratch/random-images
-  "$python" - "$data" $((dry ? 8 : 256)) <<'PY' >>"$log" 2>&1
+if chosen c train.json; then
+  data=${CIFAR_ARCHIVE:-}
+  if [ -z "$data" ]; then
+    data=$scratch/random-images
+    "$python" - "$data" $((dry ? 8 : 256)) <<'PY' >>"$log" 2>&1
 import sys
 from pathlib import Path
 
@@ -149,42 +182,55 @@ for part, images in (("train", count), ("test", max(count // 8, 1))):
         for i in range(images):
             Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 PY
+  fi
+  sizes=(--model resnet18 --amp --epochs 3) tested=(--attack clean,pgd-20 --limit 1000)
+  if [ $dry = 1 ]; then
+    sizes=(--model resnet-small --epochs 1 --batch-size 16 --attack.num-steps 2 --eval.num-steps 2)
+    tested=(--attack clean,pgd-2 --limit 8)
+  fi
+  allow 75
+  step c train "$python" -m fastarat.cli train --dataset "$data" --data-dir "$scratch/data" --loader resident \
+    --no-tensorboard "${sizes[@]}" --out "$scratch/run"
+  save_training
+  if [ -f "$scratch/run/last.pt" ]; then
+    allow 20
+    step c eval "$python" -m fastarat.cli eval "$scratch/run" "${tested[@]}"
+    save_training
+  fi
 fi
-part train 70 "$python" -m fastarat.cli train --dataset "$data" --data-dir "$scratch/data" --loader resident \
-  --no-tensorboard "${sizes[@]}" --out "$scratch/run"
-[ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
-"$python" - "$scratch/run" "$data" "$out/train.json" "${CIFAR_ARCHIVE:+archive}" <<'PY' >>"$log" 2>&1
-import json
-import sys
-from pathlib import Path
 
-run, data, out, archive = Path(sys.argv[1]), *sys.argv[2:5]
-rows = run / "metrics.jsonl"
-record = {
-    "kind": "train",
-    "data": Path(data).name if archive else "random images: accuracies mean nothing",
-    "card": (run / "card.txt").read_text() if (run / "card.txt").exists() else None,
-    "metrics": [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [],
-}
-Path(out).write_text(json.dumps(record, indent=1) + "\n")
-PY
-
-# Last, because it uses whatever time is left: other methods, networks and batch sizes.
-if [ $dry = 1 ]; then
-  part matrix 120 "$python" -m benchmarks ladder --dry --threads 1 --out "$out/matrix.json" trades:resnet18:128:short
-else
-  setups=(trades:resnet18:128 ar-at:resnet18:512:short at:resnet18:128:short at-eval:resnet18:128:short)
-  setups+=(ar-at:resnet18:256:short ar-at:preactresnet18:128:short ar-at:wrn-34-10:128:short)
-  part matrix 400 "$python" -m benchmarks ladder --budget "$(soft 400)" --out "$out/matrix.json" "${setups[@]}"
+if chosen d matrix.json; then
+  setups=(trades:resnet18:128:short at:resnet18:128:short ar-at:resnet18:512:short ar-at:wrn-34-10:128:short)
+  setups+=(at-eval:resnet18:128:short ar-at:preactresnet18:128:short trades:wrn-34-10:128:short)
+  [ $dry = 1 ] && setups=(trades:resnet18:128:short)
+  # The tests after it have time of their own: it is not to take theirs.
+  allow 40
+  step d matrix "${benchmarks[@]}" ladder "${small[@]}" $(budget 25) --out "$out/matrix.json" "${setups[@]}"
 fi
-[ $rc -eq 0 ] || [ $rc -eq 124 ] || failed=1
+
+if chosen e tests.xml; then
+  cases=(tests/kernels tests/test_graphs.py)
+  [ $dry = 1 ] && cases=(tests/kernels/test_pgd_update.py tests/test_graphs.py -k "owned or refused or rounding")
+  [ $dry = 0 ] && "$python" -c 'import xdist' 2>/dev/null && cases+=(-n 8)
+  allow 75
+  step e tests "$python" -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${cases[@]}"
+  [ $rc -eq 0 ] || failed=1
+fi
 
 {
   echo "# fastarat on this machine$([ $dry = 1 ] && echo " (dry run: sizes too small to say anything about speed)")"
-  printf '\n| part | outcome | s |\n| --- | --- | --- |\n'
+  printf '\n| part | step | outcome | s |\n| --- | --- | --- | --- |\n'
   cat "$status"
   echo
-  "$python" - "$out/tests.xml" "$out/train.json" <<'PY'
+  tables=()
+  for name in "${results[@]}"; do
+    case $name in
+      tests.xml | train.json) ;;
+      *) [ -s "$out/$name" ] && tables+=("$out/$name") ;;
+    esac
+  done
+  chosen_file() { [[ " ${results[*]} " == *" $1 "* ]] && echo "$out/$1" || echo "$scratch/none"; }
+  "$python" - "$(chosen_file tests.xml)" "$(chosen_file train.json)" <<'PY'
 import json
 import sys
 import xml.etree.ElementTree as xml
@@ -204,13 +250,11 @@ if train.exists():
     print(f"Training ({record['data']}):\n")
     for row in record["metrics"]:
         print("- " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+    if record["evaluation"]:
+        print("- test images: " + ", ".join(f"{k} {v:.4g}" for k, v in record["evaluation"]["accuracy"].items()))
     print()
 PY
-  results=()
-  for name in ladder matrix bench first; do
-    [ -s "$out/$name.json" ] && results+=("$out/$name.json")
-  done
-  [ ${#results[@]} -eq 0 ] || "$python" -m benchmarks table "${results[@]}"
+  [ ${#tables[@]} -eq 0 ] || "${benchmarks[@]}" table "${tables[@]}"
 } >"$out/summary.md" 2>>"$log"
 cat "$out/summary.md"
 [ $failed = 0 ] || echo "FAILED: see $log"

@@ -58,6 +58,7 @@ _AFFINE, _AFFINE2 = "weight_ptr bias_ptr mean_ptr var_ptr", "weight2_ptr bias2_p
 _DY = "dy_ptr dy2_ptr bits_ptr"
 # Partial results, which a reduction's programs write and its last ones read.
 _TOTALS = "dbias_ptr dweight_ptr"
+_AGAIN = "x_again_ptr dy_again_ptr dy2_again_ptr bits_again_ptr"
 _SUMS, _SUMS2 = "part_dy_ptr part_dyx_ptr", "part_again_ptr part_dyx2_ptr"
 _STATISTICS = "weight", "bias", "mean", "var"
 # One line for each kernel in kernels/*_triton.py; a launch of another is an error.
@@ -79,6 +80,14 @@ TRITON: dict[str, Kernel] = {
     "_join_backward_kernel": Kernel(
         f"{_DY} x_ptr x2_ptr weight_ptr mean_ptr var_ptr weight2_ptr mean2_ptr var2_ptr {_TOTALS} dweight2_ptr",
         "dx_ptr dx2_ptr",
+    ),
+    "_cooperative_forward_kernel": Kernel(
+        "x_ptr residual_ptr weight_ptr bias_ptr part_mean_ptr part_m2_ptr zero_ptr",
+        "y_ptr bits_ptr mean_ptr var_ptr part_mean_ptr part_m2_ptr count_ptr",
+    ),
+    "_cooperative_backward_kernel": Kernel(
+        f"{_DY} x_ptr {_AGAIN} weight_ptr mean_ptr var_ptr {_SUMS} zero_ptr",
+        f"dx_ptr dresidual_ptr {_SUMS} {_TOTALS} count_ptr",
     ),
     "_masked_sum_kernel": Kernel("dy_ptr dy2_ptr y_ptr", "out_ptr"),
     "_fold_kernel": Kernel(

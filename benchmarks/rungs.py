@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +13,16 @@ from fastarat.kernels import why_not_fold, why_not_triton
 
 from benchmarks import gates, plain
 from benchmarks.gates import PLAINEST, Setup, engine_step, released_loop
-from fastarat.bench.harness import Call, Clock, Contestant, launches, peak_memory, quartiles
+from fastarat.bench.harness import (
+    Call,
+    Clock,
+    Contestant,
+    count_launches,
+    peak_memory,
+    profiled,
+    quartiles,
+    warmed,
+)
 from fastarat.device import bf16_support
 from fastarat.specs import Fast
 
@@ -102,6 +113,58 @@ def rungs(setup: Setup) -> list[Rung]:
     return [r for r in found if not setup.short or r.name in ("triton", "graph", "fold")]
 
 
+def _call(setup: Setup, fast: Fast | None) -> Call:
+    batch = gates.random_batch(setup)
+    if fast is None:
+        loop = released_loop(setup)
+        return lambda: loop(batch.images.clone(), batch.labels)  # AR-AT's leaves its noise in the batch
+    return partial(engine_step(setup, fast), batch.laid_out(fast.channels_last), batch.labels)
+
+
+def count_rungs(
+    setup: Setup, results: Sequence[dict[str, Any]], deadline: float, on_counted: Callable[[], None]
+) -> None:
+    """Count what one step of each timed rung starts, run eagerly, once nothing is left to be timed in this process.
+
+    results: the record's rungs. deadline: of time.monotonic(); after it none is counted.
+    """
+    device, fasts = torch.device(setup.device), {rung.name: rung.fast for rung in rungs(setup)}
+    counted: dict[Fast | None, dict[str, Any]] = {}
+    for result in results:
+        if "ms" not in result:
+            continue
+        fast = fasts[result["name"]]
+        eager = fast and replace(fast, capture="off")
+        if eager not in counted:  # a graph starts what its step starts: one count serves both
+            if time.monotonic() > deadline:
+                return
+            counted[eager] = count_launches(partial(_call, setup, eager), device)
+        result |= counted[eager]
+        on_counted()
+
+
+def profile_step(setup: Setup, found: dict[str, Any], on_timed: Callable[[], None]) -> None:
+    """Time an eager step with all fast paths on, then list what it starts, by name, into `found`.
+
+    on_timed: called between the two, when the times are in `found`.
+    """
+    device = torch.device(setup.device)
+    on = [rung.fast for rung in rungs(replace(setup, short=False)) if rung.fast and not rung.skipped]
+    fast = replace(on[-1], capture="off", compile_loss=False)
+    found["what"] = f"{setup.defense}, {setup.model}, {setup.batch_size} images, PGD-{setup.num_steps}, eager"
+    found["fast"] = asdict(fast)
+    call, seconds = warmed(partial(_call, setup, fast), device)
+    clock = Clock(device)
+    found |= seconds | {"ms": quartiles([clock(call, 1) for _ in range(5)], 1e3)}
+    on_timed()
+    names: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in profiled(call, device):
+        row = names.setdefault((one.kind, one.name), {"kind": one.kind, "name": one.name, "count": 0, "us": 0.0})
+        row["count"] += 1
+        row["us"] += one.us
+    found["kernels"] = sorted(names.values(), key=lambda row: -row["us"])
+
+
 def rung_contestant(setup: Setup, rung: Rung) -> Contestant:
     """Make a rung run on one batch of random images that rests on the device."""
     device = torch.device(setup.device)
@@ -113,11 +176,7 @@ def rung_contestant(setup: Setup, rung: Rung) -> Contestant:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(device)
-        batch = gates.random_batch(setup)
-        if rung.fast is None:
-            loop = released_loop(setup)
-            return lambda: loop(batch.images.clone(), batch.labels)  # AR-AT's leaves its noise in the batch
-        return partial(engine_step(setup, rung.fast), batch.laid_out(rung.fast.channels_last), batch.labels)
+        return _call(setup, rung.fast)
 
     def after(result: dict[str, Any], call: Call) -> None:
         result["memory"] = {"method": "not measured: all rungs share one process", "peak_bytes": None}
@@ -126,7 +185,6 @@ def rung_contestant(setup: Setup, rung: Rung) -> Contestant:
             result["memory"] = memory | {"peak_bytes": memory["peak_bytes"] - before}
         clock = Clock(device)
         result["alone_ms"] = quartiles([clock(call, 1) for _ in range(3)], 1e3)
-        result["launches"] = launches(call, device)
 
     return Contestant(
         rung.name,

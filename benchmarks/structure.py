@@ -47,26 +47,26 @@ LARGE = 64 * 1024
 """Elements of a tensor whose layout matters."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "awp": {"awp": 0.005},
+    "cooperative": {"kernels": "cooperative"},
     "eval": {"bn": "eval"},
     "l2": {"norm": "l2", "epsilon": 128 / 255},
     "restarts": {"num_restarts": 2},
     "unfolded": {"fold_bn": False},
 }
 """What a word behind a case's batch size passes to TrainStep."""
-SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {}
-"""What such a word turns on around the step where that is no option of it: a kernel that is not the default."""
 CASES = (
     *(f"{name}/resnet18/128" for name in DEFENSES),
     "ar-at/resnet18/512",
     "ar-at/preactresnet18/128",
     "ar-at/wrn-34-10/128",
+    "ar-at/resnet18/128/cooperative",
     "ar-at/resnet18/128/awp",
     "ar-at/resnet18/128/l2",
     "ar-at/resnet18/128/restarts",
     "at/resnet18/128/eval",
     "trades/resnet18/128/unfolded",
 )
-"""defense/model/batch, with words of OPTIONS and SWITCHES behind it."""
+"""defense/model/batch, with words of OPTIONS behind it."""
 
 
 class Fault(Exception):
@@ -267,14 +267,10 @@ def counted(case: str) -> Watch:
     if defense not in DEFENSES:
         raise unknown("defense", defense, [*DEFENSES])
     for word in words:
-        if word not in {**OPTIONS, **SWITCHES}:
-            raise unknown("word of a case", word, [*OPTIONS, *SWITCHES])
-    options = {key: value for word in words for key, value in OPTIONS.get(word, {}).items()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(pretended())
-        for word in words:
-            if word in SWITCHES:
-                stack.enter_context(SWITCHES[word]())
+        if word not in OPTIONS:
+            raise unknown("word of a case", word, [*OPTIONS])
+    options = {key: value for word in words for key, value in OPTIONS[word].items()}
+    with pretended():
         return watched(step_of(DEFENSES[defense](), model, **options), int(batch))
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plain import STRUCTURE
-from fastarat.bench.bench import cell, render
+from fastarat.bench.bench import cell, launched, render
 from fastarat.bench.harness import FORMAT
 from fastarat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = {"benchmarks": ("pairs", "bench", "ladder"), "structure": ("structure",)}
+BLOCKS = {"benchmarks": ("pairs", "bench", "ladder", "profile"), "structure": ("structure",)}
 """Kinds of result that a page has between `<!-- name -->` and `<!-- /name -->`."""
 Record = dict[str, Any]
 
@@ -31,6 +31,7 @@ def markdown(records: Sequence[Record]) -> str:
     parts += [_bench(r) for r in of_kind.get("bench", ())]
     parts += [_ladder(r) for r in of_kind.get("ladder", ())]
     parts += [_structure(r) for r in of_kind.get("structure", ())]
+    parts += [_profile(r) for r in of_kind.get("profile", ())]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -89,7 +90,20 @@ def _pairs(records: Sequence[Record]) -> list[str]:
     if others:
         header = ["case", "device", "what", "baseline", "baseline, ms", "fastarat, ms", "ratio"]
         parts.append(_rows([*header, *ends], others))
-    return parts
+    return parts + _layers(records)
+
+
+def _layers(records: Sequence[Record]) -> list[str]:
+    """Of cases that tried a network's layers one by one: which of them cuDNN's fused convolution serves, and when."""
+    rows = []
+    for info in (r.get("info", {}) for record in records for r in record["results"]):
+        for found in info.get("layers", ()):
+            layer = f"{found['inputs']} to {found['outputs']}, {found['side']}x{found['side']}"
+            layer += f", stride {found['stride']}{', residual added' if found['add'] else ''}"
+            numbers = [f"{found[key]:.3g}" if key in found else "-" for key in ("first_call_s", "fused_ms", "apart_ms")]
+            rows.append([info["rtc"], layer, found.get("failed", "equal"), *numbers])
+    header = ["compiling when it runs", "layer", "fused convolution", "first call, s", "fused, ms", "apart, ms"]
+    return [_rows(header, rows)] if rows else []
 
 
 def rate(value: float, unit: str) -> str:
@@ -135,9 +149,33 @@ def _ladder(record: Record) -> str:
     return "\n\n".join([title, *(rungs_of(found) for found in record["results"] if found.get("rungs"))])
 
 
+def _profile(record: Record) -> str:
+    title = f"**What one step starts** (`python -m benchmarks profile`): {_where(record)}"
+    return "\n\n".join([title, *map(profile, record["results"])])
+
+
+def profile(found: dict[str, Any], most: int = 25) -> str:
+    """Return what took longest of a profiled step as a table of at most so many rows."""
+    about = found.get("what", str(found["setup"])) + (f": failed: {found['failed']}" if "failed" in found else "")
+    if "ms" in found:
+        about += f": {cell(found['ms'])} ms before it was profiled"
+    kernels = found.get("kernels", ())
+    if not kernels:
+        return about + "; nothing was listed"
+    count, us = (sum(row[key] for row in kernels) for key in ("count", "us"))
+    about += f"; {count:,} started, {us / 1e3:.3g} ms of work"
+    shown = [
+        [r["name"][:100], r["kind"], f"{r['count']:,}", f"{r['us']:,.0f}", f"{r['us'] / (us or 1):.1%}"]
+        for r in kernels
+    ]
+    rows = _rows(["name", "kind", "count", "us in all", "share"], shown[:most])
+    rest = f"\n\n{len(shown) - most} more names are in the JSON file." if len(shown) > most else ""
+    return f"{about}.\n\n{rows}{rest}"
+
+
 def rungs_of(found: dict[str, Any]) -> str:
     """Return the rungs of one setup as a table."""
-    header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step"]
+    header = ["rung", "ms per step", "s per 50,000 images", "images/s", "TFLOP/s", "MFU", "memory", "per step, eager"]
     header += [f"ratio to the {STRUCTURE}", "saves, ms", "predicted for an H200"]
     rows = []
     for r in found["rungs"]:
@@ -148,7 +186,7 @@ def rungs_of(found: dict[str, Any]) -> str:
         memory = r["memory"].get("peak_bytes")
         row = [r["adds"], cell(r["ms"]), cell(r["epoch_s"]), f"{r['images_per_s']:,.0f}", f"{r['tflops']:.3g}"]
         row += [f"{r['mfu']:.1%}", "-" if memory is None else f"{memory / 2**20:,.0f} MiB"]
-        row.append(", ".join(f"{count:,} {kind}" for kind, count in r["launches"].items()))
+        row.append(launched(r))
         row += [cell(r[key]) if key in r else "-" for key in ("ratio", "gain_ms")]
         rows.append([*row, predicted(r["predicted"]) if "predicted" in r else "-"])
     about = found.get("what", str(found["setup"])) + (f": failed: {found['failed']}" if "failed" in found else "")

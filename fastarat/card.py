@@ -189,5 +189,8 @@ def fast_paths(step: TrainStep) -> tuple[list[str], list[str]]:
         "channels-last (asked for)": not fast.channels_last,
         f"captured step ({step.why_eager})": step.why_eager,
         f"Triton kernels ({why})": layers and why is not None,
+        # On a CPU it is no fast path: compiling takes longer than it can save.
+        "compiled loss (not yet measured to pay on a GPU; --compile-loss)": not fast.compile_loss
+        and step.device.type == "cuda",
     }
     return [name for name, holds in on.items() if holds], [name for name, holds in off.items() if holds]

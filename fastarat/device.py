@@ -182,16 +182,22 @@ def switched(owner: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def backend_flags(device: torch.device, precision: str) -> Iterator[None]:
-    """Set what a CUDA device trains with inside the block: TF32 unless `precision` is fp32, and cuDNN's autotuning."""
+def backend_flags(device: torch.device, precision: str, cudnn_plans: int = 10) -> Iterator[None]:
+    """Set what a CUDA device trains with inside the block: TF32 unless `precision` is fp32, and cuDNN's autotuning.
+
+    cudnn_plans: plans that autotuning times per convolution (0: all). PyTorch remembers the winners as long as the
+    process lives, by shape and not by this number: whoever trains twice in one process searches once.
+    """
     if device.type != "cuda":
         yield
         return
     cudnn, matmul, tf32 = torch.backends.cudnn, torch.backends.cuda.matmul, precision != "fp32"
     products = {"allow_tf32": tf32, "fp32_precision": "tf32" if tf32 else "ieee"}
-    # The older TF32 switches too, since others read them, and PyTorch raises where only the newer ones were set. A
-    # limit of 0 times every plan, not the first ten: this happens once per shape, before a step is captured.
-    with switched(matmul, **products), switched(cudnn, allow_tf32=tf32, benchmark=True, benchmark_limit=0):
+    # The older TF32 switches too, since others read them, and PyTorch raises where only the newer ones were set.
+    with (
+        switched(matmul, **products),
+        switched(cudnn, allow_tf32=tf32, benchmark=True, benchmark_limit=cudnn_plans),
+    ):
         yield
 
 

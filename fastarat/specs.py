@@ -18,7 +18,7 @@ from fastarat.values import EPSILON, Norm, Precision, checked_budget, named, set
 Start = Literal["none", "uniform", "uniform-unclamped", "gaussian", "l2"]
 Objective = Literal["ce", "kl", "cw"]
 BatchNormMode = Literal["eval", "train", "train-frozen"]
-Backend = Literal["auto", "triton", "plain"]
+Backend = Literal["auto", "triton", "plain", "cooperative"]
 Capture = Literal["auto", "on", "off", "fake"]
 _T = TypeVar("_T")
 
@@ -81,6 +81,11 @@ class Fast:
     )
     compile_loss: bool = setting(False, "torch.compile the loss")
     fold_bn: bool = setting(True, "in eval-mode attacks, fold BatchNorm into the convolutions once per step")
+    cudnn_plans: int = setting(
+        10,
+        "plans cuDNN's autotuning times per convolution, in train and bench on a GPU; 0: all, which takes longer",
+        "[0, inf)",
+    )
 
     def __post_init__(self) -> None:
         settle(self)
@@ -121,6 +126,6 @@ def none_left(options: dict[str, Any], who: str, *specs: type) -> None:
 def checked_backend(key: str, backend: str, device: torch.device) -> str:
     """Return a kernel backend's canonical name. Raises: UserError for an unknown one, or Triton where it is not."""
     backend = named(key, backend, Backend.__args__)
-    if backend == "triton" and not interpreting() and (reason := why_not_triton(device)) is not None:
-        raise UserError(f"{key}=triton cannot be had here: {reason}; write {key}=auto")
+    if backend in ("triton", "cooperative") and not interpreting() and (reason := why_not_triton(device)) is not None:
+        raise UserError(f"{key}={backend} cannot be had here: {reason}; write {key}=auto")
     return backend

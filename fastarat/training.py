@@ -81,7 +81,7 @@ def train(
     device = pick_device(config.device)
     with threads(config.threads), seeded_apart(device):
         trainer = Trainer(config, resume=resume is not None, progress=progress)
-        with backend_flags(device, trainer.precision):
+        with backend_flags(device, trainer.precision, config.cudnn_plans):
             return trainer.run()
 
 

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "plain"]
+Backend = Literal["auto", "triton", "plain", "cooperative"]
+"""cooperative: Triton, with a BatchNorm that no GPU has proved yet."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,7 +58,7 @@ def _use_triton(backend: str, device: str) -> bool:
     if backend == "plain":
         return False
     if backend not in ("auto", "triton"):
-        raise ValueError(f"backend={backend!r} is unknown: write 'auto', 'triton' or 'plain'")
+        raise ValueError(f"backend={backend!r} is unknown: write 'auto', 'triton' or 'plain' (or try 'cooperative')")
     reason = why_not_triton(device)
     if backend == "auto":
         return reason is None
@@ -82,6 +83,8 @@ def use_triton(backend: Backend, tensor: Tensor, what: str) -> bool:
     """
     if backend == "auto" and not tensor.is_cuda:
         return False
+    if backend == "cooperative":
+        backend = "triton"
     supported = tensor.dtype in TRITON_DTYPES
     if backend == "triton" and not supported:
         names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)

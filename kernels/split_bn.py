@@ -53,7 +53,9 @@ def split_bn(
     running: (mean [G, C], var [G, C]), used in place of batch statistics and returned unchanged (evaluation).
         None takes the statistics of the batch (training); gradients then flow through them.
     eps: added to the variance.
-    backend: "triton", "plain", or "auto": Triton on CUDA where it is supported, plain elsewhere.
+    backend: "triton", "plain", or "auto": Triton on CUDA where it is supported, plain elsewhere. "cooperative": Triton,
+        by batch statistics in one launch and with one read less where the images fit the registers; no GPU has proved
+        it yet.
 
     Returns: SplitBN(y, mean, var).
 
@@ -66,14 +68,16 @@ def split_bn(
     _check(x, weight, bias, residual, running)
     if not use_triton(backend, x, "x"):
         return SplitBN(*split_bn_plain(x, weight, bias, residual, relu, running, eps))
-    x = x.contiguous(memory_format=CHANNELS_LAST)
-    keep_bits = False
+    x, cooperative = x.contiguous(memory_format=CHANNELS_LAST), backend == "cooperative"
     if residual is not None:
         residual = residual.contiguous(memory_format=CHANNELS_LAST)
-        # Without a residual the ReLU's mask is worked out from x, which backward reads anyway.
-        keep_bits = relu and torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, residual))
+    # Without a residual the ReLU's mask can be worked out from x, which backward reads anyway.
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    keep_bits = relu and differentiated and (residual is not None or (cooperative and running is None))
     if running is None:
-        return SplitBN(*_train_op(x, weight, bias, residual, relu, eps, keep_bits)[:3])
+        return SplitBN(*_train_op(x, weight, bias, residual, relu, eps, keep_bits, cooperative)[:3])
     return SplitBN(_eval_op(x, weight, bias, *running, residual, relu, eps, keep_bits)[0], *running)
 
 
@@ -127,19 +131,30 @@ def _check(
 
 @torch.library.custom_op("fastarat::split_bn_train", mutates_args=())
 def _train_op(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float, keep_bits: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+    keep_bits: bool,
+    cooperative: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, variance, and a bit per element that the ReLU let pass, where backward is to have them."""
-    from . import split_bn_triton as kernels
+    from . import split_bn_cooperative as together, split_bn_triton as kernels
 
+    plan = together.plan(x, weight.shape[0], together.FORWARD_CHUNK) if cooperative else None
     with torch.cuda.device_of(x):
-        mean, var = kernels.statistics(x, weight.shape[0])
-        y, bits = kernels.apply(x, weight, bias, mean, var, residual, relu, eps, keep_bits)
+        if plan is None:
+            mean, var = kernels.statistics(x, weight.shape[0])
+            y, bits = kernels.apply(x, weight, bias, mean, var, residual, relu, eps, keep_bits)
+        else:
+            y, mean, var, bits = together.forward(x, weight, bias, residual, relu, eps, keep_bits, plan)
     return y, mean, var, _no_bits(x) if bits is None else bits
 
 
 @_train_op.register_fake
-def _(x, weight, bias, residual, relu, eps, keep_bits):
+def _(x, weight, bias, residual, relu, eps, keep_bits, cooperative):
     mean = x.new_empty(weight.shape, dtype=torch.float32)
     return torch.empty_like(x, memory_format=CHANNELS_LAST), mean, torch.empty_like(mean), _fake_bits(x, keep_bits)
 
@@ -194,22 +209,34 @@ def _backward_op(
     need_affine: bool,
     need_residual: bool,
     eps: float,
+    cooperative: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias, residual); one that is not needed comes back with no elements.
 
     dy2: more of y's gradient, to be added, of all pixels or of every other one. bits: what the ReLU let pass, or None
     to work it out from x.
     """
-    from . import split_bn_triton as kernels
+    from . import split_bn_cooperative as together, split_bn_triton as kernels
 
+    plan = None
+    if cooperative and training and need_x and not (relu and bits is None):
+        plan = together.plan(x, weight.shape[0], together.BACKWARD_CHUNK)
     with torch.cuda.device_of(x):
-        return kernels.backward(
-            dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps
-        )
+        if plan is None:
+            return kernels.backward(
+                dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps
+            )
+        found = together.backward(dy, dy2, x, bits if relu else None, weight, mean, var, need_residual, eps, plan)
+    needed = need_x, need_affine, need_affine, need_residual
+    like = x, weight, bias, x
+    dx, dweight, dbias, dresidual = (
+        kernels.or_empty(g if wanted else None, t) for g, wanted, t in zip(found, needed, like, strict=True)
+    )
+    return dx, dweight, dbias, dresidual
 
 
 @_backward_op.register_fake
-def _(dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps):
+def _(dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_affine, need_residual, eps, cooperative):
     def images(needed):
         return torch.empty_like(x, memory_format=CHANNELS_LAST) if needed else x.new_empty(0)
 
@@ -219,19 +246,19 @@ def _(dy, dy2, x, bits, weight, bias, mean, var, training, relu, need_x, need_af
     return images(need_x), affine(weight), affine(bias), images(need_residual)
 
 
-def _save(ctx, x, weight, bias, mean, var, bits, relu, eps, training) -> None:
+def _save(ctx, x, weight, bias, mean, var, bits, relu, eps, training, cooperative=False) -> None:
     ctx.mark_non_differentiable(*([mean, var] if training else []), bits)
     # Nobody differentiates the statistics, and zeros in place of their gradients would be a launch each.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, var, bits if bits.numel() else None)
-    ctx.relu, ctx.eps, ctx.training = relu, eps, training
+    ctx.relu, ctx.eps, ctx.training, ctx.cooperative = relu, eps, training, cooperative
     take_two(ctx)
 
 
 def _setup_train(ctx, inputs, output) -> None:
-    x, weight, bias, _, relu, eps, _ = inputs
+    x, weight, bias, _, relu, eps, _, cooperative = inputs
     _, mean, var, bits = output
-    _save(ctx, x, weight, bias, mean, var, bits, relu, eps, True)
+    _save(ctx, x, weight, bias, mean, var, bits, relu, eps, True, cooperative)
 
 
 def _setup_eval(ctx, inputs, output) -> None:
@@ -250,7 +277,7 @@ def _gradients(ctx, dy, need_x, need_affine, need_residual):
     if need_x or need_affine or written_residual:
         dx, dweight, dbias, dresidual = _backward_op(
             dy, dy2, x, bits, weight, bias, mean, var, ctx.training, ctx.relu, need_x, need_affine, written_residual,
-            ctx.eps,
+            ctx.eps, ctx.cooperative,
         )  # fmt: skip
     if need_residual and not written_residual:
         dresidual = dy
@@ -265,7 +292,7 @@ def _gradients(ctx, dy, need_x, need_affine, need_residual):
 def _backward_train(ctx, dy, _dmean, _dvar, _dbits):
     need = ctx.needs_input_grad
     dx, dweight, dbias, dresidual = _gradients(ctx, dy, need[0], need[1] or need[2], need[3])
-    return dx, dweight, dbias, dresidual, None, None, None
+    return dx, dweight, dbias, dresidual, None, None, None, None
 
 
 def _backward_eval(ctx, dy, _dbits):

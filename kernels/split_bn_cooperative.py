@@ -1,8 +1,11 @@
 """`split_bn`'s training passes with one launch and one read less: statistics, a barrier across the grid, then the rest.
 
 One program per multiprocessor holds its share of a group in registers while all of them find the statistics together;
-the two-pass kernels read that share again. Groups take turns. A cooperative launch, so that a grid that does not fit the
-device is an error and not a deadlock. No GPU has run this yet: it serves backend="cooperative" alone.
+the two-pass kernels read that share again. Groups take turns. A cooperative launch: a grid that does not fit the device
+is an error and not a deadlock. No GPU has run this yet: it serves backend="cooperative" alone.
+
+Of the larger shares some registers are spilt (tests/kernels/test_compiled.py says how many), to a multiprocessor's own
+cache. What is kept in 16 bits must be hidden from the compiler, which would rather keep what it made of it.
 """
 
 # Triton's rules, which the checker cannot know: a launch takes options of its own, a tuple grows in an unrolled loop.
@@ -19,20 +22,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import arrivals, interpreting
-from .split_bn_tiles import load_bits, normalise, store_bits, summed_dy, tile_at
+from .split_bn_tiles import affine_at, load_bits, normalise, store_bits, summed_dy, tile_at
 from .split_bn_triton import MAX_BLOCK_CHANNELS, bits_like, laid_out, like, rows_of, step_of
 
 WARPS = 16
-CHUNK = 64
+FORWARD_CHUNK, BACKWARD_CHUNK = 128, 64
 """Rows that are worked on at a time; all chunks of a share stay in registers."""
 KEPT = 2048
 """Bytes of a channel's share that a program keeps: 64 of the 128 registers each of its threads may have."""
 
 
 class Plan(NamedTuple):
-    """How the rows of a group are shared out: parts of `share` rows, `chunks` at a time, for each channel block."""
+    """How the rows of a group are shared out: parts of `share` rows, `chunk` at a time, for each channel block."""
 
     share: int
+    chunk: int
     chunks: int
     parts: int
     channel_blocks: int
@@ -40,7 +44,7 @@ class Plan(NamedTuple):
     kept: int  # bytes of one tensor and channel
 
 
-def plan(x: Tensor, groups: int) -> Plan | None:
+def plan(x: Tensor, groups: int, chunk: int) -> Plan | None:
     """Return how the device's multiprocessors share x, or None where a share would not fit their registers."""
     rows, channels = x.numel() // x.shape[1] // groups, x.shape[1]
     block = max(8, min(MAX_BLOCK_CHANNELS, triton.next_power_of_2(channels)))
@@ -49,9 +53,9 @@ def plan(x: Tensor, groups: int) -> Plan | None:
     if most == 0:
         return None
     share = triton.cdiv(triton.cdiv(rows, most), 8) * 8
-    chunks = triton.cdiv(share, CHUNK)
-    kept = chunks * CHUNK * x.element_size()
-    return None if kept > KEPT else Plan(share, chunks, triton.cdiv(rows, share), channel_blocks, block, kept)
+    chunks = triton.cdiv(share, chunk)
+    kept = chunks * chunk * x.element_size()
+    return None if kept > KEPT else Plan(share, chunk, chunks, triton.cdiv(rows, share), channel_blocks, block, kept)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -179,11 +183,11 @@ def _cooperative_forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """PHASE 0 is all of it; of an interpreter, which runs one program after another, 1 is before and 2 behind the wait."""
+    """PHASE 0 is all of it; 1 is before the wait and 2 behind, for an interpreter that runs programs one by one."""
     block, part, first, end, cols = _origin(rows, C, channel_blocks, share, BLOCK_C)
     channel = cols < C
     count_ptr += 2 * block
-    for group in tl.static_range(GROUPS):
+    for group in range(GROUPS):
         before, base, stat = rows * group, group * num_parts * C, group * C + cols
         kept, own_mean, own_m2 = _hold(x_ptr, before, first, end, cols, C, CHUNKS, BLOCK_ROWS, BLOCK_C)
         tl.store(part_mean_ptr + base + part * C + cols, own_mean, mask=channel)
@@ -232,13 +236,14 @@ def _hold_gradient(
     H,
     W,
     KEEP_X: tl.constexpr,
+    KEEP_DY: tl.constexpr,
     DY2_STEP: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A share of the masked dy, of x if it is to be kept, and the sums of dy and dy * (x - mean) over it, [BLOCK_C]."""
-    kept, kept_x = (), ()
+    """A share of x and of the masked dy, if they are to be kept; sums of dy and dy * (x - mean) over it, [BLOCK_C]."""
+    kept_x, kept_dy = (), ()
     sum_dy = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     sum_dyx = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for i in tl.static_range(CHUNKS):
@@ -253,10 +258,11 @@ def _hold_gradient(
         low = dy.to(x.dtype)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + at, low, mask=mask)
-        kept = kept + (low,)  # noqa: RUF005 - Triton does not unpack
         if KEEP_X:
-            kept_x = kept_x + (x,)  # noqa: RUF005
-    return kept, kept_x, tl.sum(sum_dy, 0), tl.sum(sum_dyx, 0)
+            kept_x = kept_x + (x,)  # noqa: RUF005 - Triton does not unpack
+        if KEEP_DY:
+            kept_dy = kept_dy + (low,)  # noqa: RUF005
+    return kept_x, kept_dy, tl.sum(sum_dy, 0), tl.sum(sum_dyx, 0)
 
 
 @triton.jit
@@ -264,8 +270,11 @@ def _cooperative_backward_kernel(
     dy_ptr,
     dy2_ptr,
     x_ptr,
-    x_again_ptr,
     bits_ptr,
+    x_again_ptr,
+    dy_again_ptr,
+    dy2_again_ptr,
+    bits_again_ptr,
     dx_ptr,
     dresidual_ptr,
     weight_ptr,
@@ -293,16 +302,16 @@ def _cooperative_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """As forward. The masked dy is kept in x's dtype; x is where x_again_ptr is None, and read again where it is not."""
+    """As forward. x and the masked dy, in x's dtype, are kept where x_again_ptr and dy_again_ptr are None."""
     block, part, first, end, cols = _origin(rows, C, channel_blocks, share, BLOCK_C)
     channel = cols < C
     count_ptr += 2 * block
-    for group in tl.static_range(GROUPS):
+    for group in range(GROUPS):
         before, base, stat = rows * group, group * num_parts * C, group * C + cols
         mean = tl.load(mean_ptr + stat, mask=channel, other=0.0)[None, :]
-        kept, kept_x, own_dy, own_dyx = _hold_gradient(
+        kept_x, kept_dy, own_dy, own_dyx = _hold_gradient(
             dy_ptr, dy2_ptr, x_ptr, bits_ptr, dresidual_ptr, mean, before, first, end, cols, C, H, W,
-            x_again_ptr is None, DY2_STEP, CHUNKS, BLOCK_ROWS, BLOCK_C,
+            x_again_ptr is None, dy_again_ptr is None, DY2_STEP, CHUNKS, BLOCK_ROWS, BLOCK_C,
         )  # fmt: skip
         tl.store(part_dy_ptr + base + part * C + cols, own_dy, mask=channel)
         tl.store(part_dyx_ptr + base + part * C + cols, own_dyx, mask=channel)
@@ -312,20 +321,30 @@ def _cooperative_backward_kernel(
             zero = tl.load(zero_ptr)
             again = first + zero  # addresses, too, would be kept
             dbias, dyx = _all_parts(part_dy_ptr, part_dyx_ptr, base, num_parts, cols, C, rows, share, BLOCK_C, False)
-            rstd = tl.rsqrt(tl.load(var_ptr + stat, mask=channel, other=1.0) + eps)[None, :]
             if part == 0:
                 tl.store(dbias_ptr + stat, tl.sum(dbias, 0), mask=channel)
-                tl.store(dweight_ptr + stat, tl.sum(dyx * rstd, 0), mask=channel)
-            own = group * affine_stride + cols
-            scale = rstd * tl.load(weight_ptr + own, mask=channel, other=0.0).to(tl.float32)[None, :]
-            mean_dy, mean_dyx = dbias / rows, dyx * rstd * rstd / rows
+                own_rstd = tl.rsqrt(tl.load(var_ptr + stat, mask=channel, other=1.0) + eps)
+                tl.store(dweight_ptr + stat, tl.sum(dyx, 0) * own_rstd, mask=channel)
+            mean_dy, mean_dyx = dbias / rows, dyx / rows
             for i in tl.static_range(CHUNKS):
-                at, mask = tile_at(before, again + i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), end, cols, C)
+                row = again + i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+                at, mask = tile_at(before, row, end, cols, C)
+                if dy_again_ptr is None:
+                    dy = _veiled(kept_dy[i], zero).to(tl.float32)
+                else:
+                    dy = summed_dy(dy_again_ptr, dy2_again_ptr, before, row, cols, C, H, W, at, mask, DY2_STEP)
+                    if bits_again_ptr is not None:
+                        passed = load_bits(bits_again_ptr, before, row, end, cols, C, BLOCK_ROWS, BLOCK_C)
+                        dy = tl.where(passed, dy, 0.0)
                 if x_again_ptr is None:
                     x = _veiled(kept_x[i], zero).to(tl.float32)
                 else:
                     x = tl.load(x_again_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                dx = (kept[i].to(tl.float32) - mean_dy - (x - mean) * mean_dyx) * scale
+                # Read for each chunk: to hold them, too, there are not enough registers.
+                mean, rstd, scale, _ = affine_at(
+                    weight_ptr, mean_ptr, mean_ptr, var_ptr, group * affine_stride + cols, stat, channel, eps
+                )
+                dx = (dy - mean_dy - (x - mean) * (rstd * rstd * mean_dyx)) * scale
                 tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if PHASE == 0:
         _leave(count_ptr, num_parts)
@@ -344,7 +363,7 @@ def _launch(kernel, plan: Plan, *args, **options) -> None:
     grid = (plan.parts * plan.channel_blocks,)
     options |= {
         "CHUNKS": plan.chunks,
-        "BLOCK_ROWS": CHUNK,
+        "BLOCK_ROWS": plan.chunk,
         "BLOCK_C": plan.block_channels,
         "num_warps": WARPS,
         "maxnreg": 128,
@@ -394,11 +413,18 @@ def backward(
     groups, channels = weight.shape
     dx, dresidual = like(x), like(x) if need_residual else None
     x2d, more = rows_of(x), None if dy2 is None else rows_of(dy2)
+    # Where there is no room for both, what takes fewer reads is read again: x, or the masked dy, which may have been
+    # written as the residual's gradient.
+    again = None, None, None, None
+    if 2 * plan.kept > KEPT and dresidual is not None:
+        again = None, rows_of(dresidual), None, None
+    elif 2 * plan.kept > KEPT:
+        again = (None, rows_of(dy), None, bits) if more is None else (x2d, None, None, None)
     laid, _, mean, var, stride = laid_out(weight, weight, mean, var)
     part_dy, part_dyx, dbias, dweight, *counts = _room(x, plan, groups)
     _launch(
-        _cooperative_backward_kernel, plan, rows_of(dy), more, x2d, None if 2 * plan.kept <= KEPT else x2d,
-        bits, dx, dresidual, laid, mean, var, stride, part_dy, part_dyx, dbias, dweight,
+        _cooperative_backward_kernel, plan, rows_of(dy), more, x2d, bits, *again,
+        dx, dresidual, laid, mean, var, stride, part_dy, part_dyx, dbias, dweight,
         *counts, x2d.shape[0] // groups, channels, plan.channel_blocks, plan.parts, plan.share, *x.shape[2:], eps,
         DY2_STEP=step_of(dy2, x), GROUPS=groups,
     )  # fmt: skip

@@ -27,8 +27,8 @@ class Joined(NamedTuple):
 
 
 def joins(x: Tensor, x2: Tensor, backend: Backend = "auto") -> bool:
-    """Whether `split_bn_join` has kernels for these images."""
-    return x.shape == x2.shape and x.dtype == x2.dtype and use_triton(backend, x, "x")
+    """Whether `split_bn_join` has kernels for these images, and no others would need fewer passes."""
+    return backend != "cooperative" and x.shape == x2.shape and x.dtype == x2.dtype and use_triton(backend, x, "x")
 
 
 def split_bn_join(

@@ -277,7 +277,7 @@ def step_of(dy2: Tensor | None, x: Tensor) -> int:
     return 1 if dy2 is None or dy2.shape == x.shape else 2
 
 
-def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     """In the dtype of `like`; an empty tensor for none, which an op of torch.library cannot return."""
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 
@@ -390,7 +390,7 @@ def backward(
         )  # fmt: skip
     if not need_affine:
         dweight = dbias = None
-    return _or_empty(dx, x), _or_empty(dweight, weight), _or_empty(dbias, bias), _or_empty(dresidual, x)
+    return or_empty(dx, x), or_empty(dweight, weight), or_empty(dbias, bias), or_empty(dresidual, x)
 
 
 def _backward_sums(

@@ -10,7 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run from a checkout, never installed
+# benchmarks/ is run from a checkout, never installed. Last, because the checkout's fastarat/ lies beside its kernels: what
+# is laid out as an installation has them wins where it is on the path, as in benchmarks/gpu_check.sh.
+sys.path.append(str(Path(__file__).parent.parent))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -13,6 +13,7 @@ import fastarat
 from fastarat.bench import BenchConfig, bench, make_step, render
 from fastarat.bench.bench import asked_precision, cost_of, forward_flops, phase_samples, step_flops
 from fastarat.bench.harness import Clock, Marks, launches, profiled, quartiles
+from fastarat.card import fast_paths
 from fastarat.cli import main
 from fastarat.defenses import ARAT, AT, TRADES, Standard
 from fastarat.specs import Attack
@@ -84,7 +85,7 @@ def test_numbers_follow_from_the_samples(record):
         assert r["tflops"]["median"] == pytest.approx(flop / middle / 1e12)
         shares = [flop / s / (2 * 2048**3 / m) for s, m in zip(loop, matmul, strict=True)]
         assert r["mfu"]["median"] == pytest.approx(statistics.median(shares))
-        assert r["warmup_s"] > 0
+        assert r["warmup_s"] > r["first_call_s"] > 0
         assert r["memory"]["peak_bytes"] > 2**20
         assert r["launches"]["ops"] > 100
     at, trades = record["results"]
@@ -121,6 +122,17 @@ def test_reporting_phases_changes_nothing():
         assert torch.equal(p, q)
 
 
+def test_a_gpu_is_told_why_its_loss_is_not_compiled():
+    step = make_step(TINY, AT(), CPU, "fp32")
+    assert "compiled loss" not in " ".join(fast_paths(step)[1])
+    step.device = torch.device("cuda")
+    assert "compiled loss (not yet measured to pay on a GPU; --compile-loss)" in fast_paths(step)[1]
+    step.fast = dataclasses.replace(step.fast, compile_loss=True)
+    on, off = fast_paths(step)
+    assert "compiled loss" in on
+    assert "compiled loss" not in " ".join(off)
+
+
 def test_marks_measure_what_lies_between_them():
     marks = Marks(CPU)
     marks("forgotten")
@@ -151,7 +163,9 @@ def test_outermost_operations_are_counted():
         a.add_(1)
 
     assert launches(call, CPU) == {"ops": 3}
-    assert profiled(lambda: a.mul_(2), CPU) == [("ops", "aten::mul_")]
+    (one,) = profiled(lambda: a.mul_(2), CPU)
+    assert (one.kind, one.name) == ("ops", "aten::mul_")
+    assert 0 < one.us < 1e6
 
 
 def test_the_command_writes_every_sample(tmp_path, capsys):

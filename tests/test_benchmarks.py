@@ -10,11 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from costs import Backwards
+from fastarat.kernels import conv
 
-from benchmarks import __main__ as harness, contestants, gates, plain, tables
+from benchmarks import __main__ as harness, contestants, gates, layers, plain, rungs, tables
 from benchmarks.contestants import CASES, Case, Pairs, Setup, Work
 from fastarat.bench.bench import forward_flops
 from fastarat.bench.harness import Clock, Contestant
+from fastarat.engine import step as engine
+from fastarat.engine.graphs import Captured
 from fastarat.nets.models import build_model
 from fastarat.specs import Fast
 
@@ -401,6 +404,8 @@ def test_the_released_structure_leads_the_tables_and_old_records_are_not_shown_a
         (["ladder", "ar-tt:resnet18:8"], "did you mean 'ar-at'"),
         (["ladder", "--repeats", "0"], "expected 1 or more"),
         (["ladder", "--rounds", "3"], "unrecognized arguments"),
+        (["ladder", "--cudnn-plans", "-1"], "expected 0 or more"),
+        (["profile", "at:resnet18:8", "ar-at:resnet18:8"], "profile takes one setup"),
         (["readme", "--readme", "nowhere.md"], "cannot read nowhere.md"),
     ],
 )
@@ -429,6 +434,7 @@ def test_what_a_gpu_is_asked_first(monkeypatch, tmp_path, capsys):
     assert record["kind"] == "pairs"
     assert captured["info"]["autotuning_s"] > -1
     assert captured["equality"]
+    assert all(value == 0 for value, _ in captured["equality"].values())
     assert conv == {"case": "conv-relu", "skipped": "cudnn_convolution_relu needs a GPU"}
     assert gap["rate"]["fast"] == pytest.approx(100 / statistics.median(gap["samples_s"]["fast"]))
     capsys.readouterr()
@@ -436,7 +442,140 @@ def test_what_a_gpu_is_asked_first(monkeypatch, tmp_path, capsys):
     assert "| the same step, eager |" in capsys.readouterr().out
 
 
+def test_a_gpu_is_asked_in_processes_of_their_own(monkeypatch, tmp_path):
+    """Both values of the variable that a process reads once, both limits of a search that a process makes once."""
+    asked = []
+
+    def elsewhere(name, setup, environment, *flags, timeout):
+        asked.append((name, *environment.values(), *flags))
+        return [{"case": name, "skipped": "not today"}]
+
+    def broken(case, setup, repeats):
+        asked.append((case.name,))
+        raise RuntimeError("no card today\nand more")
+
+    monkeypatch.setattr(harness, "_elsewhere", elsewhere)
+    monkeypatch.setattr(harness, "measure", broken)
+    args = harness._parser().parse_args(["first"])
+    record = {"results": []}
+    setup = replace(TINY, device="cuda")
+    assert harness._run_cases(record, ["captured", "conv-relu", "launch-gap"], setup, args, tmp_path)
+    assert asked == [
+        ("captured", "--cudnn-plans", "10"),
+        ("conv-relu", "0"),
+        ("conv-relu", "1"),
+        ("launch-gap",),
+        ("captured", "--cudnn-plans", "0"),
+    ]
+    assert len(record["results"]) == 5
+    assert record["results"][3] == {"case": "launch-gap", "failed": "RuntimeError: no card today"}
+
+
+def test_a_case_asked_elsewhere_hands_back_its_results_or_says_why_not(capfd):
+    (found,) = harness._elsewhere("launch-gap", TINY, {layers.RTC: "1"}, "--cudnn-plans", "0", "--repeats", "1")
+    assert len(found["samples_s"]["fast"]) == 1
+    (late,) = harness._elsewhere("launch-gap", TINY, {layers.RTC: "1"}, timeout=0.2)
+    assert late == {"case": "launch-gap", "skipped": f"{layers.RTC}=1: not done after 0 s"}
+    (broken,) = harness._elsewhere("launch-gap", TINY, {}, "--cudnn-plans", "-1")
+    assert "--cudnn-plans -1: expected 0 or more" in broken["failed"]
+    assert "--cudnn-plans -1: expected 0 or more" in capfd.readouterr().err  # what it said is not lost
+
+
+def stand_in(x, weight, bias, residual, stride):
+    """cuDNN as it may be: without an engine for the stem, off where a residual is added, else right."""
+    if weight.shape[1] == 3:
+        raise RuntimeError("no engine\nand more")
+    y = layers.apart(x, weight, bias, residual, stride)
+    return y if residual is None else 1.1 * y
+
+
+def test_fused_convolutions_are_tried_layer_by_layer():
+    cpu = torch.device("cpu")
+    few = (layers.Layer(8, 8, 8, 1, False), layers.Layer(8, 8, 8, 1, True), layers.Layer(3, 8, 8, 2, False))
+    plain, added, stem = (layers.tried(layer, 2, torch.float32, cpu, stand_in) for layer in few)
+    assert "failed" not in plain
+    assert plain["error"] < 1e-5
+    assert min(plain["fused_ms"], plain["apart_ms"], plain["first_call_s"]) > 0
+    assert added["failed"] == "off by 0.1"
+    assert "fused_ms" not in added
+    assert stem["failed"] == "RuntimeError: no engine"
+    x, *_, stride = layers.drawn(few[2], 2, torch.float32, cpu)
+    assert (x.shape, stride) == ((2, 3, 8, 8), 2)
+    record = {"kind": "pairs", "machine": {"device": "A GPU", "driver_version": "1"}, "results": [{
+        "case": "conv-relu", "skipped": "no engine", "info": {"rtc": "0", "layers": [plain, added, stem]},
+    }]}  # fmt: skip
+    told = tables.markdown([record])
+    assert "| 0 | 3 to 8, 8x8, stride 2 | RuntimeError: no engine | - | - | - |" in told
+    assert "| 0 | 8 to 8, 8x8, stride 1, residual added | off by 0.1 |" in told
+
+
+def test_the_layers_tried_are_those_a_folded_resnet_has(monkeypatch):
+    seen = set()
+
+    def fused(x, weight, bias, residual, stride, padding):
+        if weight.shape[-1] == 3:
+            seen.add(layers.Layer(weight.shape[1], weight.shape[0], x.shape[-1], stride[0], residual is not None))
+        return layers.apart(x, weight, bias, residual, stride[0])
+
+    monkeypatch.setattr(conv, "_fused", fused)
+    monkeypatch.setattr("fastarat.nets.attacker.why_not_conv_bias_relu", lambda device, dtype: None)
+    step = gates.engine_step(replace(TINY, model="resnet18", defense="at-eval"), Fast(capture="off"), 1)
+    step.attack(*gates.random_batch(replace(TINY, batch_size=2)))
+    assert seen == set(layers.LAYERS)
+
+
+@pytest.mark.parametrize("broken", ["inputs", "steps", "generator"])
+def test_the_check_of_a_captured_step_notices_a_wrong_replay(broken, monkeypatch):
+    fake = Fast(capture="fake")
+    assert all(value == 0 for value, _ in gates.check_captured(TINY, fake).values())
+    if broken == "inputs":  # the graph goes on with the batch it was captured with
+        call = Captured.__call__
+        monkeypatch.setattr(Captured, "__call__", lambda self, *new: call(self, *self.inputs))
+    elif broken == "steps":
+        build = gates.engine_step
+        monkeypatch.setattr(
+            gates, "engine_step", lambda setup, fast, n: build(setup, fast, n + (fast.capture == "fake"))
+        )
+    else:  # what warming up draws is not given back
+        preserved = engine.preserved
+        monkeypatch.setattr(engine, "preserved", lambda changed, device, generators: preserved(changed, device, []))
+    found = gates.check_captured(TINY, fake)
+    for num_steps in ("1 attack step", f"{TINY.num_steps} attack step"):
+        assert any(value > limit for name, (value, limit) in found.items() if num_steps in name)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_every_case_runs_on_cuda(tmp_path):
     assert run("--dry", "--device", "cuda", "--out", str(tmp_path)) == 0
     assert run("first", "--dry", "--device", "cuda", "--out", str(tmp_path)) == 0
+
+
+def test_a_profile_lists_what_an_eager_step_starts(tmp_path, capsys):
+    out = tmp_path / "p.json"
+    assert run("profile", "--dry", "--device", "cpu", "--threads", "1", "--out", str(out)) == 0
+    record = json.loads(out.read_text())
+    (found,) = record["results"]
+    assert (record["kind"], record["dry"], record["cudnn_plans"]) == ("profile", True, 10)
+    assert found["fast"]["capture"] == "off"
+    assert found["first_call_s"] > 0
+    kernels = found["kernels"]
+    assert sum(row["count"] for row in kernels) > 100
+    assert [row["us"] for row in kernels] == sorted((row["us"] for row in kernels), reverse=True)
+    assert len({(row["kind"], row["name"]) for row in kernels}) == len(kernels)
+    capsys.readouterr()
+    assert run("table", str(out)) == 0
+    told = capsys.readouterr().out
+    assert f"| {kernels[0]['name']} | ops | {kernels[0]['count']:,} |" in told
+    assert "Dry run at tiny sizes" in told
+
+
+def test_a_profile_that_fails_leaves_its_times(monkeypatch, tmp_path):
+    def broken(call, device):
+        raise RuntimeError("no CUPTI today\nand more")
+
+    monkeypatch.setattr(rungs, "profiled", broken)
+    out = tmp_path / "p.json"
+    assert run("profile", "--dry", "--device", "cpu", "--out", str(out)) == 1
+    (found,) = json.loads(out.read_text())["results"]
+    assert found["failed"] == "RuntimeError: no CUPTI today"
+    assert found["ms"]["median"] > 0

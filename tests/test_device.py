@@ -1,10 +1,16 @@
 """Devices and precision: what computes bf16, what a run falls back to, and switches that come back."""
 
+import sys
 from contextlib import suppress
 
 import pytest
+import small
 import torch
 
+import fastarat
+from fastarat import training
+from fastarat.bench import bench
+from fastarat.cli import main
 from fastarat.device import backend_flags, bf16_support, float32_flags, usable_precision
 
 
@@ -67,9 +73,41 @@ def test_training_switches_hold_inside_their_block_alone(precision):
     with backend_flags(torch.device("cpu"), precision):
         assert switches() == before
     with suppress(KeyboardInterrupt), backend_flags(torch.device("cuda"), precision):
-        assert switches()[:4] == (precision != "fp32", precision != "fp32", True, 0)
+        assert switches()[:4] == (precision != "fp32", precision != "fp32", True, 10)
+        with backend_flags(torch.device("cuda"), precision, cudnn_plans=0):
+            assert switches()[:4] == (precision != "fp32", precision != "fp32", True, 0)
+        assert switches()[3] == 10
         with float32_flags(False):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert switches()[0] == (precision != "fp32")
         raise KeyboardInterrupt
     assert switches() == before
+
+
+@pytest.mark.parametrize(("given", "wanted"), [([], 10), (["--cudnn-plans", "0"], 0)])
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_training_and_bench_time_as_many_plans_as_asked(command, given, wanted, monkeypatch, tmp_path):
+    module = training if command == "train" else sys.modules[bench.__module__]
+    asked = []
+    monkeypatch.setattr(module, "backend_flags", lambda *a: (asked.append(a[2]), backend_flags(*a))[1])
+    sizes = ["--model", "resnet-small", "--batch-size", "8", "--attack.num-steps", "1", "--device", "cpu"]
+    more = {
+        "train": [
+            "--epochs",
+            "1",
+            "--limit-train",
+            "16",
+            "--no-tensorboard",
+            "--quiet",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        "bench": ["--image-size", "8", "--repeats", "1", "--steps", "1"],
+    }
+    assert main([command, *sizes, *more[command], *given]) == 0
+    assert asked == [wanted]
+
+
+def test_a_number_of_plans_is_zero_or_more():
+    with pytest.raises(fastarat.UserError, match=r"cudnn_plans=-1"):
+        small.step_of(cudnn_plans=-1)

@@ -9,9 +9,15 @@ import statistics
 import time
 
 import pytest
+import torch
 from costs import Backwards
 
 from benchmarks import __main__ as harness, gates, rungs, tables
+from fastarat.bench import BenchConfig, bench, harness as bench_harness
+from fastarat.bench.harness import Clock, Marks
+from fastarat.defenses import AT, TRADES
+from fastarat.engine.graphs import Captured
+from fastarat.specs import Attack
 
 
 def tiny(defense: str, num_steps: int = 10) -> gates.Setup:
@@ -212,3 +218,81 @@ def test_the_readme_is_made_from_the_results(climbed, tmp_path, capsys):
 
 def test_the_repositorys_readme_is_up_to_date(capsys):
     assert run("readme", "--check") == 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[str]:
+    """What happens in a process, in order: "timed", "profiled", and "replayed" for a replay that is being profiled."""
+    happened = []
+    clock, profile, replay, read = Clock.__call__, torch.profiler.profile, Captured.__call__, Marks.read
+    profiling = False
+
+    class Profile(profile):
+        def __enter__(self):
+            nonlocal profiling
+            profiling = True
+            happened.append("profiled")
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            nonlocal profiling
+            profiling = False
+            return super().__exit__(*error)
+
+    def replayed(self, *tensors):
+        happened.extend(["replayed"] * profiling)
+        return replay(self, *tensors)
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(Clock, "__call__", lambda self, *a: (happened.append("timed"), clock(self, *a))[1])
+    monkeypatch.setattr(Marks, "read", lambda self: (happened.append("timed"), read(self))[1])
+    monkeypatch.setattr(Captured, "__call__", replayed)
+    return happened
+
+
+def nothing_timed_after_a_profile(seen: list[str]) -> bool:
+    return "timed" in seen and "timed" not in seen[seen.index("profiled") :]
+
+
+def test_a_ladder_profiles_eager_steps_after_the_last_rung_of_all_setups_is_timed(seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_in_a_process", None)  # one process, in which cuDNN's plans are searched for once
+    both = ladder(tmp_path / "l.json", "ar-at:resnet18:128:short", "at:resnet18:128:short", "--repeats", "1")["results"]
+    assert nothing_timed_after_a_profile(seen)
+    assert "replayed" not in seen
+    graphs = [next(r for r in found["rungs"] if r["name"] == "graph") for found in both]
+    assert all(r["launches"]["ops"] > 100 for r in graphs)
+    assert seen.count("profiled") == sum("ms" in r for found in both for r in found["rungs"])
+
+
+def test_a_graph_is_counted_by_its_eager_step_once(seen, tmp_path, climbed):
+    (found,) = climbed["results"]
+    by_name = {r["name"]: r for r in found["rungs"]}
+    before = next(by_name[name] for name in ("triton", "bf16", "channels-last") if "ms" in by_name[name])
+    assert by_name["graph"]["launches"] == before["launches"]
+    rungs.count_rungs(tiny("trades", 1), [before, by_name["graph"]], time.monotonic() + 600, lambda: None)
+    assert seen.count("profiled") == 1
+
+
+def test_launches_that_cannot_be_counted_cost_no_times(monkeypatch, tmp_path):
+    def broken(call, device):
+        raise RuntimeError("no CUPTI today\nand more")
+
+    monkeypatch.setattr(bench_harness, "profiled", broken)
+    (found,) = ladder(out := tmp_path / "l.json", "at:resnet18:128:short", "--repeats", "1")["results"]
+    timed = [r for r in found["rungs"] if "ms" in r]
+    assert {r["not_counted"] for r in timed} == {"RuntimeError: no CUPTI today"}
+    assert "| not counted |" in tables.markdown([tables.read(out)])
+
+
+def test_bench_profiles_eager_steps_after_the_last_defense_is_timed(seen):
+    config = BenchConfig(
+        model="resnet-small", batch_size=4, image_size=8, repeats=1, steps=1, device="cpu", capture="fake",
+        attack=Attack(num_steps=1),
+    )  # fmt: skip
+    written = []
+    record = bench(config, [AT(), TRADES()], on_result=lambda r: written.append(json.dumps(r["results"])))
+    assert nothing_timed_after_a_profile(seen)
+    assert "replayed" not in seen
+    assert all(r["captured"] and r["launches"]["ops"] > 100 for r in record["results"])
+    assert seen.count("profiled") == 2
+    assert "launches" not in written[1]  # what was measured is written before anything is profiled

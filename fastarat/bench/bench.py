@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from fastarat.bench.harness import (
     Clock,
     Marks,
     Race,
-    launches,
+    count_launches,
     matmul_ceiling,
     opened,
     peak_memory,
@@ -204,7 +205,7 @@ def bench(
         config: default `BenchConfig()`: AR-AT, ResNet-18, 32x32.
         defenses: replace those `config` names.
         command: kept in the record.
-        on_result: called with the record so far after each defense.
+        on_result: called with the record so far after each defense, and again when its launches are counted.
     Returns: the record: machine, config, and per defense all samples, medians and quartiles.
     Raises: UserError for what cannot be measured.
     """
@@ -223,8 +224,13 @@ def bench(
         record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
         for defense in defenses:
             precision, note = _chosen(config, defense, device)
-            with backend_flags(device, precision):
+            with backend_flags(device, precision, config.cudnn_plans):
                 record["results"].append(_measured(config, defense, device, precision) | {"precision_note": note})
+            on_result(record)
+        # Apart from the above, because nothing may be timed once a profiler has run.
+        for defense, result in zip(defenses, record["results"], strict=True):
+            with backend_flags(device, result["precision"], config.cudnn_plans):
+                result |= count_launches(partial(_eager, config, defense, device, result["precision"]), device)
             on_result(record)
     return record
 
@@ -296,7 +302,7 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
         made[0].forward.progress.fill_(0.5)
         made[0](batch.images, batch.labels)
 
-    _, warmup_s = warmed(build, device)
+    _, seconds = warmed(build, device)
     step = made[0]
     ceiling = matmul_ceiling(device)
     timed = race(
@@ -309,9 +315,8 @@ def _measured(config: BenchConfig, defense: Defense, device: torch.device, preci
         "fast_paths": fast_paths(step)[0],
         "repeats": config.repeats,
         "steps_per_sample": timed.calls["loop"],
-        "warmup_s": warmup_s,
+        **seconds,
         "memory": peak_memory(once, device),
-        "launches": launches(once, device),
         "data_samples_s": [clock(lambda: next(batches), 4) for _ in range(rounds + 1)][1:],
     }
     found["phase_samples_s"], found["phases_of"] = phase_samples(config, defense, device, precision)
@@ -337,6 +342,12 @@ def _numbers(found: dict[str, Any], timed: Race, ceiling: Ceiling, work: float, 
         "mfu": timed.share("loop", work, ceiling),
         "phase_ms": {name: quartiles(v, 1e3) for name, v in phases.items()},
     }
+
+
+def _eager(config: BenchConfig, defense: Defense, device: torch.device, precision: str) -> Callable[[], object]:
+    """Build a step like the measured one, uncaptured: it starts the same kernels one by one."""
+    step = make_step(dataclasses.replace(config, capture="off"), defense, device, precision)
+    return partial(step, *_batch(config, device))
 
 
 def phase_samples(
@@ -387,14 +398,20 @@ def render(record: dict[str, Any]) -> str:
             "peak memory": "not measured"
             if r["memory"]["peak_bytes"] is None
             else f"{r['memory']['peak_bytes'] / 2**20:,.0f} MiB ({r['memory']['method']})",
-            "per step": ", ".join(f"{n:,} {kind}" for kind, n in r["launches"].items()),
-            "before the first timed step": f"{r['warmup_s']:.1f} s (building, compiling, autotuning, capturing)",
+            "per step, eager": launched(r),
+            "before the first timed step": f"{r['warmup_s']:.1f} s (building, compiling, autotuning, capturing)"
+            + (f", {r['first_call_s']:.1f} s of it the first call" if "first_call_s" in r else ""),
         }
         if "H200" in where["device"]:
             rows["share of 790 TFLOP/s"] = f"{r['tflops']['median'] * 1e12 / H200_BF16:.1%} (an H200's usual rate)"
         width = max(map(len, rows))
         lines += ["", *(f"{key:<{width}}  {value}" for key, value in rows.items())]
     return "\n".join(lines)
+
+
+def launched(result: dict[str, Any]) -> str:
+    """Say what a step starts, as `count_launches` found it."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in result.get("launches", {}).items()) or "not counted"
 
 
 def cell(q: dict[str, float]) -> str:

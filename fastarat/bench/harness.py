@@ -143,8 +143,9 @@ class Contestant:
     """One of those that are timed.
 
     build: makes the call that is timed. check: its equality test. after: told the result and the call once that is
-    warm. skipped: why it cannot run here. least_s: seconds that must be left for it to be built. order: of building.
-    marks: what the call tells the ends of its phases. info: shapes, dtypes and settings for the record.
+    warm; others are timed later, so it does not profile. skipped: why it cannot run here. least_s: seconds that must be
+    left for it to be built. order: of building. marks: what the call tells the ends of its phases. info: shapes, dtypes
+    and settings for the record.
     """
 
     name: str
@@ -159,15 +160,23 @@ class Contestant:
     marks: Marks | None = None
 
 
-def warmed(build: Callable[[], Call], device: torch.device) -> tuple[Call, float]:
-    """Build a call and make it twice; return it, and the seconds of building, compiling, autotuning and capturing."""
+def warmed(build: Callable[[], Call], device: torch.device) -> tuple[Call, dict[str, float]]:
+    """Build a call and make it twice; return it, and for the record its seconds: {"warmup_s", "first_call_s"}.
+
+    warmup_s: of everything. first_call_s: of the first call alone, which autotunes, compiles and captures; cuDNN's
+    search for plans is in that of whoever meets a shape first in this process, and in no later one.
+    """
     gc.collect()  # those built before, and their graphs
     started = time.perf_counter()
     call = build()
-    for _ in range(2):
-        call()
     synchronize(device)
-    return call, time.perf_counter() - started
+    built = time.perf_counter()
+    call()
+    synchronize(device)
+    first = time.perf_counter()
+    call()
+    synchronize(device)
+    return call, {"warmup_s": time.perf_counter() - started, "first_call_s": first - built}
 
 
 def admit(
@@ -194,7 +203,8 @@ def admit(
             if broken := {name: value for name, (value, limit) in result["equality"].items() if not value <= limit}:
                 result["unequal"] = broken
             else:
-                call, result["warmup_s"] = warmed(one.build, device)
+                call, seconds = warmed(one.build, device)
+                result |= seconds
                 one.after(result, call)
                 calls[one.name] = call
         except Exception as error:  # whatever one contestant runs into, the others are worth having
@@ -276,8 +286,21 @@ def race_phases(calls: Mapping[str, tuple[Call, Marks]], *, rounds: int) -> dict
     return samples
 
 
-def profiled(call: Call, device: torch.device) -> list[tuple[str, str]]:
-    """List what `call` starts, as (kind, name): kernels and copies on a GPU, outermost ATen ops elsewhere."""
+class Started(NamedTuple):
+    """Something a call started. kind: "kernels" or "copies" on a GPU, "ops" elsewhere. us: microseconds it took."""
+
+    kind: str
+    name: str
+    us: float
+
+
+def profiled(call: Call, device: torch.device) -> list[Started]:
+    """List what `call` starts: kernels and copies on a GPU, outermost ATen ops elsewhere.
+
+    Only after everything that is timed in this process: on CUDA the profiler's hooks stay in the driver when it has
+    ended, and later timings have been 10 to 20 % slower for it (pytorch/pytorch#146604). And only of a call that runs
+    eagerly: what is recorded of a CUDA graph's replay is not reliable (pytorch/kineto#1165).
+    """
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
@@ -297,14 +320,27 @@ def profiled(call: Call, device: torch.device) -> list[tuple[str, str]]:
                 continue
             # An op that begins before the last outermost one of its thread has ended was called by it.
             ends[e["tid"]] = e["ts"] + e.get("dur", 0)
-        found.append((kinds[e["cat"]], e["name"]))
+        found.append(Started(kinds[e["cat"]], e["name"], e.get("dur", 0)))
     return found
 
 
 def launches(call: Call, device: torch.device) -> dict[str, int]:
-    """Count what one `call` starts: {"kernels", "copies"} on a GPU (a graph's are counted too), {"ops"} elsewhere."""
-    kinds = [kind for kind, _ in profiled(call, device)]
+    """Count what one `call` starts, as `profiled` lists it: {"kernels", "copies"} on a GPU, {"ops"} elsewhere."""
+    kinds = [one.kind for one in profiled(call, device)]
     return {kind: kinds.count(kind) for kind in (("kernels", "copies") if device.type == "cuda" else ("ops",))}
+
+
+def count_launches(build: Callable[[], Call], device: torch.device) -> dict[str, Any]:
+    """Build a call that runs eagerly and count what it starts: {"launches": ...}, or why not: {"not_counted": ...}.
+
+    Once nothing is left to be timed: see `profiled`.
+    """
+    try:
+        call, _ = warmed(build, device)  # what is compiled or made once shall not be counted
+        return {"launches": launches(call, device)}
+    except Exception as error:  # the times are measured, and worth having without it
+        traceback.print_exc()
+        return {"not_counted": first_line(error)}
 
 
 def peak_memory(call: Call, device: torch.device) -> dict[str, Any]:

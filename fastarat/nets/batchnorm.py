@@ -365,8 +365,8 @@ def _apply_updates(pending: list) -> None:
             variances = torch._foreach_mul(
                 [var.to(s.running_var.dtype) for s, _, var, _ in entries], [u for *_, u in entries]
             )
-            torch._foreach_lerp_([s.running_mean for s, *_ in entries], means, momentum)
-            torch._foreach_lerp_([s.running_var for s, *_ in entries], variances, momentum)
+            running = [s.running_mean for s, *_ in entries] + [s.running_var for s, *_ in entries]
+            torch._foreach_lerp_(running, means + list(variances), momentum)
 
 
 def _convert(

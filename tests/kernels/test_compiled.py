@@ -16,6 +16,7 @@ import pytest
 import torch
 
 MULTIPROCESSORS, REGISTERS = 132, 65536
+COOPERATIVE = ("_cooperative_forward_kernel", "_cooperative_backward_kernel")
 REDUCING = ("_stats_kernel", "_backward_sums_kernel", "_join_sums_kernel")
 
 
@@ -38,7 +39,14 @@ def ptxas(ptx: str) -> dict[str, int]:
 
 def compile_all() -> None:
     import triton
-    from fastarat.kernels import conv_triton, pgd_update_triton, split_bn_join_triton, split_bn_triton, stem_triton
+    from fastarat.kernels import (
+        conv_triton,
+        pgd_update_triton,
+        split_bn_cooperative as together,
+        split_bn_join_triton,
+        split_bn_triton,
+        stem_triton,
+    )
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -65,6 +73,8 @@ def compile_all() -> None:
         return call
 
     driver.set_active(Hopper())
+    together.multiprocessors = lambda device: MULTIPROCESSORS
+    CHUNKS = together.FORWARD_CHUNK, together.BACKWARD_CHUNK
     triton.JITFunction.__getitem__ = compile_instead_of_launch
     # Sizes of 1 become constants in the kernel, a case of its own.
     shapes = {f"{c} channels": (128, c, s, s, torch.bfloat16) for c, s in ((64, 32), (128, 16), (512, 4))}
@@ -92,6 +102,17 @@ def compile_all() -> None:
         split_bn_join_triton.join(x, x, affine, 1e-5, 1e-5, True)
         for more in (None, x, half):
             split_bn_join_triton.join_backward(x, more, x, x, bits, affine, affine, 1e-5, 1e-5)
+        for groups in (1, 2) if channels in (64, 128) and dtype == torch.bfloat16 else (1,):
+            both = torch.cat([x] * groups)
+            forward, backward = (together.plan(both, groups, n) for n in CHUNKS)
+            several = (torch.zeros(groups, channels),) * 4
+            case = f"{name}, together, {groups} groups"
+            if forward is not None:
+                together.forward(both, *several[:2], both, True, 1e-5, True, forward)
+            if backward is not None:
+                bits = split_bn_triton.bits_like(both)
+                together.backward(both, None, both, bits, *several[:3], False, 1e-5, backward)
+                together.backward(both, both, both, bits, *several[:3], True, 1e-5, backward)
     case = "images"
     images, scalar = torch.zeros(4, 3, 8, 8), torch.tensor(0.1)
     pgd_update_triton.update(images, images.bfloat16(), images, 0.1, 0.1, None, None)
@@ -140,8 +161,9 @@ def test_all_compile_for_hopper_without_a_spill(compiled):
         "_join_apply_kernel",
         "_join_sums_kernel",
         "_join_backward_kernel",
+        *COOPERATIVE,
     }
-    assert [found for found in compiled if found["spilt"]] == []
+    assert [found for found in compiled if found["spilt"] and found["kernel"] not in COOPERATIVE] == []
     # Whole 16-byte loads wherever rows are whole vectors.
     assert [found for found in compiled if "channels" in found["case"] and not found["wide"]] == []
 
@@ -155,6 +177,17 @@ def test_a_reduction_is_one_wave(compiled):
         threads, registers = 32 * found["warps"], -(-found["registers"] // 8) * 8
         resident = REGISTERS // (registers * threads)
         assert found["programs"] <= MULTIPROCESSORS * resident, found
+
+
+def test_a_cooperative_launch_fits_the_device(compiled):
+    """One program for each multiprocessor, all resident; what its registers cannot hold stays in the cache beside it."""
+    found = [one for one in compiled if one["kernel"] in COOPERATIVE and "channels" in one["case"]]
+    assert {one["case"] for one in found} >= {f"{c} channels, together, 1 groups" for c in (64, 128, 512)}
+    for one in found:
+        assert one["programs"] <= MULTIPROCESSORS, one
+        assert one["registers"] * 32 * one["warps"] <= REGISTERS, one
+        # Stores and loads counted both; the cache holds 256 KiB for 512 threads.
+        assert one["spilt"] <= 1024, one
 
 
 if __name__ == "__main__":

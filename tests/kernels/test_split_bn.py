@@ -151,6 +151,66 @@ def test_matches_float64(backend, dtype, shape, training, relu, residual, device
     check_against_reference(backend, x, weight, bias, extra, relu, running)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 4, 64, 5, 5), (2, 2, 63, 3, 5), (2, 20, 9, 9, 9), (1, 7, 65, 1, 1)], ids=str)
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+def test_cooperative_matches_float64(dtype, shape, relu, residual, device, kernels, monkeypatch):
+    from fastarat.kernels import split_bn_cooperative as together
+
+    def never(*args, **options):
+        raise AssertionError("a two-pass kernel was launched")
+
+    calls = []
+    for name in ("forward", "backward"):
+        whole = getattr(together, name)
+        monkeypatch.setattr(together, name, lambda *a, name=name, whole=whole: (calls.append(name), whole(*a))[1])
+    monkeypatch.setattr(kernels, "statistics", never)
+    monkeypatch.setattr(kernels, "backward", never)
+    x, weight, bias, extra, _ = make_case(device, dtype, *shape, residual=residual, training=True, mean=3.0)
+    check_against_reference("cooperative", x, weight, bias, extra, relu, None)
+    assert calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("forked", [True, False])
+def test_cooperative_reads_again_what_it_cannot_keep(residual, forked, device, monkeypatch):
+    from fastarat.kernels import fork, split_bn_cooperative as together
+
+    case = make_case(device, torch.float32, 2, 6, 12, 9, 9, residual=residual, training=True)
+    leaves = [t.requires_grad_() for t in case[:4] if t is not None]
+    weights = torch.randn(2, *case[0].shape, device=device)
+    found = []
+    for kept in (2048, 2048, 512):
+        monkeypatch.setattr(together, "KEPT", kept)
+        plan = together.plan(case[0], 2, together.BACKWARD_CHUNK)
+        assert plan is not None
+        assert (2 * plan.kept > kept) == (kept == 512)
+        out = split_bn(*case[:4], True, backend="cooperative")
+        first, second = fork(out.y) if forked else (out.y, out.y)
+        loss = (first * weights[0]).sum() + (second * weights[1]).sum()
+        found.append([*out, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    for ours, theirs in zip(found[2], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_cooperative_plans(device):
+    from fastarat.kernels import split_bn_cooperative as together
+
+    for rows, channels, groups in product((1, 9, 1000, 1024, 1025, 4096), (1, 64, 65, 200), (1, 2)):
+        x = torch.empty(groups, channels, rows, 1, dtype=torch.bfloat16, device=device)
+        plan = together.plan(x, groups, 128)
+        if plan is None:
+            blocks = -(-channels // 64)
+            assert blocks > 4 or rows / (together.multiprocessors(x.device) // blocks) > 896
+            continue
+        assert (plan.parts - 1) * plan.share < rows <= plan.parts * plan.share
+        assert plan.parts * plan.channel_blocks <= together.multiprocessors(x.device)
+        assert plan.share <= plan.chunks * plan.chunk
+        assert plan.channel_blocks * plan.block_channels >= channels
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16(backend, device):
     case = make_case(device, torch.float16, 2, 2, 9, 4, 3, residual=True, training=True)
@@ -362,14 +422,14 @@ def test_opcheck(dtype, residual, device):
     x, weight, bias, extra, running = make_case(device, dtype, 2, 2, 5, 3, 3, residual=residual, training=False)
     for leaf in (x, weight, bias, *([extra] if residual else [])):
         leaf.requires_grad_()
-    torch.library.opcheck(ops.split_bn_train.default, (x, weight, bias, extra, True, EPS, residual))
+    torch.library.opcheck(ops.split_bn_train.default, (x, weight, bias, extra, True, EPS, residual, False))
     torch.library.opcheck(ops.split_bn_eval.default, (x, weight, bias, *running, extra, True, EPS, residual))
     bits = torch.randint(256, (36, 1), dtype=torch.uint8, device=device) if residual else None
     detached = [None if t is None else t.detach() for t in (x, extra, x, bits, weight, bias)]
     for need_x, need_affine, training in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(
             ops.split_bn_backward.default,
-            (*detached, *running, training, True, need_x, need_affine, residual, EPS),
+            (*detached, *running, training, True, need_x, need_affine, residual, EPS, False),
         )
 
 
