@@ -303,6 +303,7 @@ def _cooperative_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """As forward. x and the masked dy, in x's dtype, are kept where x_again_ptr and dy_again_ptr are None."""
+    # Longer than a function should be: pointers are more than half of it, and Triton has no structures to put them in.
     block, part, first, end, cols = _origin(rows, C, channel_blocks, share, BLOCK_C)
     channel = cols < C
     count_ptr += 2 * block

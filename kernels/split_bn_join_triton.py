@@ -107,6 +107,7 @@ def _join_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Sums of the masked dy and of its products with both xhat, [G, C]."""
+    # Longer than a function should be for its pointers, as in split_bn_cooperative.
     part, first, before, cols, stat = tile_origin(rows, C, channel_blocks, num_tiles, BLOCK_ROWS, BLOCK_C)
     channel = cols < C
     mean = tl.load(mean_ptr + stat, mask=channel, other=0.0)[None, :]

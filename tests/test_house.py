@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 FILES = [p for folder in ("fastarat", "kernels", "benchmarks", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
 MOST = {"file": 450, "class": 250, "function": 60}
 # Longer for a reason that is written beside it.
-REASONED: dict[str, str] = {}
+_POINTERS = "a kernel's pointers, one to a line, are more than half of it"
+REASONED = {"_cooperative_backward_kernel": _POINTERS, "_join_sums_kernel": _POINTERS}
 
 
 def parsed(path: Path) -> ast.Module:

@@ -183,8 +183,7 @@ class TrainStep:
         # The graph's own terms would keep its activations alive until the next step.
         terms = {name: term.detach() for name, term in terms.items()}
         objective = None if attacked is None else attacked.objective
-        watched = {} if objective is None else {"the attack's objective": objective}
-        self.meter.add(terms, views, watched)
+        self.meter.add(terms, views, {} if objective is None else {"the attack's objective": objective})
         self.mark("metrics")
         return terms
 
