@@ -196,6 +196,11 @@ in bf16, not that bf16 costs no accuracy.
 """
 
 
+def _worse(one: float, other: float) -> float:
+    """The larger; NaN is the worst there is, which `max` may pass over."""
+    return one if math.isnan(one) or one >= other else other
+
+
 def _differences(found: Outcome, wanted: Outcome, before: dict[str, Tensor]) -> list[float]:
     """Return the quantities, of what `wanted` has. before: what both began with.
 
@@ -205,13 +210,13 @@ def _differences(found: Outcome, wanted: Outcome, before: dict[str, Tensor]) -> 
     for key, value in wanted.state.items():
         difference = (found.state[key] - value).norm().item()
         if "num_batches" in key:
-            running = max(running, difference)
+            running = _worse(running, difference)
         elif "running" in key:
-            running = max(running, difference / max(value.norm().item(), 1e-12))
+            running = _worse(running, difference / max(value.norm().item(), 1e-12))
         else:
             update = (value - before[key]).norm().item()
             # By tensor as well as in all: a wrong gradient of one small layer drowns in the sum over a ResNet.
-            worst = max(worst, difference / max(update, 1e-12))
+            worst = _worse(worst, difference / max(update, 1e-12))
             off, moved = off + difference**2, moved + update**2
     pixels = ((found.crafted.double() - wanted.crafted.double()).abs() > 1e-5).double().mean().item()
     loss = abs(found.loss - wanted.loss) / abs(wanted.loss)
@@ -250,7 +255,7 @@ def step_differences(setup: Setup, *, double: bool, num_steps: int, steps: int =
         theirs = loop(noisy.to(torch.float64 if double else torch.float32), batch.labels, torch.zeros_like(noisy))
         wanted = Outcome(loop.adversarial, theirs, _state_of_loop(loop))
         found = _differences(Outcome(crafted[-1], loss, _state_of(step)), wanted, before)
-        largest = [max(pair) for pair in zip(largest, found, strict=True)]
+        largest = [_worse(*pair) for pair in zip(largest, found, strict=True)]
     return dict(zip(QUANTITIES, largest, strict=True))
 
 
@@ -391,7 +396,7 @@ def _twin_differences(setup: Setup, fast: Fast, num_steps: int) -> list[float]:
             Outcome(images.clone(), loss, _state_of(step))
             for step, images, loss in zip(twins, crafted, losses, strict=True)
         )
-        largest = [max(pair) for pair in zip(largest, _differences(ours, theirs, before), strict=True)]
+        largest = [_worse(*pair) for pair in zip(largest, _differences(ours, theirs, before), strict=True)]
     return largest
 
 

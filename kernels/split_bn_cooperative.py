@@ -184,6 +184,7 @@ def _cooperative_forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """PHASE 0 is all of it; 1 is before the wait and 2 behind, for an interpreter that runs programs one by one."""
+    # Longer than a function should be: pointers are half of it, and Triton has no structures to put them in.
     block, part, first, end, cols = _origin(rows, C, channel_blocks, share, BLOCK_C)
     channel = cols < C
     count_ptr += 2 * block
@@ -303,7 +304,7 @@ def _cooperative_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """As forward. x and the masked dy, in x's dtype, are kept where x_again_ptr and dy_again_ptr are None."""
-    # Longer than a function should be: pointers are more than half of it, and Triton has no structures to put them in.
+    # Longer than a function should be, as above.
     block, part, first, end, cols = _origin(rows, C, channel_blocks, share, BLOCK_C)
     channel = cols < C
     count_ptr += 2 * block

@@ -87,8 +87,9 @@ def test_a_twin_has_its_own_weights_and_the_models_everything_else(precision):
     attacker = attacker_of(model, precision=precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     twins = dict(attacker.network.named_parameters())
+    layers = {id(p) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) for p in m.parameters(False)}
     for name, p in model.named_parameters():
-        if p.dim() >= 2:
+        if id(p) in layers:
             assert torch.equal(twins[name], p.detach().to(dtype))
             assert not twins[name].requires_grad
         else:
@@ -99,6 +100,25 @@ def test_a_twin_has_its_own_weights_and_the_models_everything_else(precision):
     addresses = {name: p.data_ptr() for name, p in twins.items()}
     attacker.refresh()  # in place: a captured step reads by address
     assert {name: p.data_ptr() for name, p in attacker.network.named_parameters()} == addresses
+
+
+@pytest.mark.parametrize("how", ["as ever", "attack replaced", "no attack"])
+def test_a_training_forward_is_lent_the_weights_as_they_are(how):
+    """What was cast for the attack serves the training forward, whoever crafts the images: the bits of autocast's own."""
+    states = []
+    for lent in (True, False):
+        torch.manual_seed(0)
+        step = bf16_step(fastarat.Standard() if how == "no attack" else fastarat.AT(), attack_bn="train")
+        if "replaced" in how:
+            step.attack = lambda images, labels: fastarat.ascent.Attacked(images.clone(), None)
+        if not lent:
+            step.attacker.lend = dict
+        for seed in range(3):
+            torch.manual_seed(seed)
+            step(torch.rand(4, 3, 8, 8), torch.arange(4))
+        assert step.meter.bad() is None
+        states.append(step.model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def assert_fresh(step):

@@ -518,7 +518,7 @@ def test_the_layers_tried_are_those_a_folded_resnet_has(monkeypatch):
         return layers.apart(x, weight, bias, residual, stride[0])
 
     monkeypatch.setattr(conv, "_fused", fused)
-    monkeypatch.setattr("fastarat.nets.attacker.why_not_conv_bias_relu", lambda device, dtype: None)
+    monkeypatch.setattr("fastarat.nets.attacker.why_not_conv_bias_relu", lambda device, dtype, kind=None: None)
     step = gates.engine_step(replace(TINY, model="resnet18", defense="at-eval"), Fast(capture="off"), 1)
     step.attack(*gates.random_batch(replace(TINY, batch_size=2)))
     assert seen == set(layers.LAYERS)

@@ -105,7 +105,7 @@ def test_training_and_bench_time_as_many_plans_as_asked(command, given, wanted, 
         "bench": ["--image-size", "8", "--repeats", "1", "--steps", "1"],
     }
     assert main([command, *sizes, *more[command], *given]) == 0
-    assert asked == [wanted]
+    assert set(asked) == {wanted}  # bench sets it for each defense, and again to count its launches
 
 
 def test_a_number_of_plans_is_zero_or_more():

@@ -16,6 +16,7 @@ import pytest
 from archives import place_cifar
 
 import fastarat
+from benchmarks import structure
 from benchmarks.__main__ import main as benchmarks
 from fastarat.cli import main
 
@@ -174,7 +175,7 @@ def test_every_flag_named_in_prose_or_by_the_program_exists(capsys, monkeypatch)
         for text in strings(file):
             flags = set() if ":root" in text else set(FLAG.findall(text))
             assert flags <= known | others, f"{file.name} names {sorted(flags - known)}: {text[:100]}"
-    known |= flags_of(benchmarks, [])
+    known |= flags_of(benchmarks, []) | flags_of(structure.main, [])
     for page in PAGES:
         flags = set(FLAG.findall(" ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())))))
         # compare's --tune names settings without dashes; --defense.beta may belong to a defense of one's own.

@@ -148,11 +148,11 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         # Once a step, so that a layer put in place of another between two steps is routed as well.
-        self.forward.route, self.forward.weights = route_of(self.model), None
+        self.forward.route, self.attacker.fresh = route_of(self.model), False
         spec, defense = self.spec, self.defense
         # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
         images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
-        attacked = self.attack(images, labels) if defense.attacks else self.attacker.refresh()
+        attacked = self.attack(images, labels) if defense.attacks else None
         # What was cast for the attack serves the training forward, unless the weights move in between.
         self.forward.weights = self.attacker.lend if self.perturbation is None else None
         self.mark("attack")

@@ -66,12 +66,14 @@ class Attacker:
         precision: of the forwards: "fp32", "tf32", "bf16", "fp16".
         fold: fold BatchNorm where that pays: built-in networks, on a GPU only if cuDNN adds bias and ReLU itself.
         exact: fold it for `exact` as well, at the price of another float32 copy of the weights.
-    folds: whether BatchNorm is folded. Parameters get no gradient inside `frozen(model)`.
+    folds: whether BatchNorm is folded. Parameters get no gradient inside `frozen(model)`. fresh: whether the
+    weights have not changed since `refresh`, as far as is known: who changes them says so.
     """
 
     def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False, exact: bool = False) -> None:
         self.model, self.network, self.precision = model, model, precision
         self.route, self._fold_asked, self._exact_asked = route_of(model), fold, exact
+        self.fresh = False
         self._prepare()
 
     def _prepare(self) -> None:
@@ -110,7 +112,7 @@ class Attacker:
         person changes on the model between steps, a drop rate or a layer, is what the attack sees. What a forward
         writes to a plain attribute of its module (a counter, say) stays on the twin; buffers are the model's.
         """
-        self.route = route_of(self.model)
+        self.route, self.fresh = route_of(self.model), True
         # Full precision attacks the model itself: a copy would cost memory and could only be stale.
         if not self._cast and not self._folded:
             return
@@ -129,8 +131,10 @@ class Attacker:
     def lend(self) -> dict[str, Tensor]:
         """Return the casts, by parameter's name, for a training forward: autocast need not make them again.
 
-        Differentiable: what they get is the parameters' gradient. Valid from `refresh` until a weight changes.
+        Differentiable: what they get is the parameters' gradient. They are made anew unless `fresh`.
         """
+        if not self.fresh:
+            self.refresh()
         own = dict(self.model.named_parameters())
         lent = {name: self._cast[name] for name in self._lent}
         moving = [name for name in lent if own[name].requires_grad]
