@@ -19,6 +19,7 @@ from fastarat.errors import UserError
 _MARGIN = 0.95
 """bf16 rounds to three digits: it must take less than this share of float32's time to be worth that."""
 _ROUNDS = (2, 10)
+_CLEAR = 1.4
 _BUDGET_S = 1.0  # no round begins, from the third on, that would not be done by then
 
 
@@ -137,7 +138,7 @@ def fastest_precision(
     There both are timed in turn and the least of each is compared; without bf16 in hardware, and on a GPU, neither is.
 
     build: returns a call of the whole step in "fp32" or "bf16", on a batch as large as in training; the first call of
-    each is not timed. clock: seconds. say: told that timing begins.
+    each counts only where a step takes long and one is far ahead. clock: seconds. say: told that timing begins.
     """
     if device.type != "cpu" or not bf16_support(device)[0]:
         return usable_precision("bf16", device)
@@ -145,18 +146,28 @@ def fastest_precision(
     began = clock()
     names = ("fp32", "bf16")
     calls = {name: build(name) for name in names}
-    for call in calls.values():  # chooses and prepares the kernels
-        call()
-    least, rounds, first, (fewest, most) = dict.fromkeys(names, math.inf), 0, clock(), _ROUNDS
+    least, rounds = dict.fromkeys(names, math.inf), 0
+
+    def time_once(name: str) -> None:
+        start = clock()
+        calls[name]()
+        least[name] = min(least[name], clock() - start)
+
+    for name in names:  # chooses and prepares the kernels
+        time_once(name)
+    low, high = sorted(least.values())
+    first, (fewest, most) = clock(), _ROUNDS
+    if low > _BUDGET_S and high > _CLEAR * low:
+        fewest = most = 0  # of steps this long, what is prepared at the first is a small part
+    else:
+        least = dict.fromkeys(names, math.inf)
     while rounds < fewest or (rounds < most and (clock() - first) * (rounds + 1) / rounds <= _BUDGET_S):
         # Side by side, and each first in every other round, so that what else the machine does meets both.
         for name in names[:: -1 if rounds % 2 else 1]:
-            start = clock()
-            calls[name]()
-            least[name] = min(least[name], clock() - start)
+            time_once(name)
         rounds += 1
     found = f"here a step takes {_seconds(least['bf16'])} in bf16 and {_seconds(least['fp32'])} in float32"
-    timed = f"the least of {rounds}, timed in {_seconds(clock() - began)}"
+    timed = f"{f'the least of {rounds}' if rounds else 'once'}, timed in {_seconds(clock() - began)}"
     if least["bf16"] < _MARGIN * least["fp32"]:
         return usable_precision("bf16", device, why=f"--amp: {found}, {timed}")
     little = f", less than {1 - _MARGIN:.0%} faster" if least["bf16"] < least["fp32"] else ""

@@ -80,7 +80,9 @@ def stated(run):
         (0.026, 0.034, "bf16", "(--amp: here a step takes 26 ms in bf16 and 34 ms in float32, the least of 10, timed in "),
         (1 / 32, 1 / 32, "fp32", "a step takes 31.2 ms in bf16 and 31.2 ms in float32 (the least of 10"),
         (0.0245, 0.025, "fp32", "24.5 ms in bf16 and 25 ms in float32, less than 5% faster (the least of"),
-        (2.363, 5.1, "bf16", "2.36 s in bf16 and 5.1 s in float32, the least of 2, timed in 22.4 s)"),
+        (2.363, 5.1, "bf16", "2.36 s in bf16 and 5.1 s in float32, once, timed in 7.46 s)"),
+        (4.0, 5.1, "bf16", "4 s in bf16 and 5.1 s in float32, the least of 2, timed in 27.3 s)"),
+        (5.1, 2.5, "fp32", "5.1 s in bf16 and 2.5 s in float32 (once, timed in 7.6 s)"),
         (0.9996, 0.9994, "fp32", "takes 1 s in bf16 and 999 ms in float32"),
     ],
 )  # fmt: skip
