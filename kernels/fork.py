@@ -36,10 +36,17 @@ def taken(ctx: Any, dy: Tensor | None, like: Tensor) -> tuple[Tensor | None, Ten
     like: of the output's shape. The second may be of every other pixel alone, [B, C, ceil(H / 2), ceil(W / 2)]: the
     others' are zero.
     """
-    second, ctx.second_gradient = ctx.second_gradient, None
+    handed, ctx.second_gradient = ctx.second_gradient, None
+    # One of another backward is nobody's: that one had asked for a shortcut's weight, and came no further.
+    second = handed[1] if handed is not None and handed[0] == _this_backward() else None
     if dy is None and second is not None:
         return whole(second, like), None
     return dy, second
+
+
+def _this_backward() -> int:
+    """A number of the backward that runs now, which no other has."""
+    return torch._C._current_graph_task_id()
 
 
 def whole(gradient: Tensor, like: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ class _Fork(torch.autograd.Function):
     def backward(ctx, first: Tensor | None, second: Tensor | None):
         if first is None or second is None:
             return second if first is None else first, None
-        ctx.producer.second_gradient = second
+        ctx.producer.second_gradient = _this_backward(), second
         return first, None
 
 
@@ -94,7 +101,8 @@ class _PickPointwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             rows = dy.permute(0, 2, 3, 1)
             # To the producer and past the fork, which sees no gradient of this use.
-            ctx.producer.second_gradient = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
+            picked = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
+            ctx.producer.second_gradient = _this_backward(), picked
         if ctx.needs_input_grad[1]:
             dweight = torch.ops.aten.convolution_backward(
                 dy, x, weight, None, (2, 2), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)

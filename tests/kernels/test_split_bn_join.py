@@ -132,3 +132,14 @@ def test_a_step_is_the_same_in_fewer_passes(name, monkeypatch):
     assert len(calls) == (2 if name == "resnet-small" else 0)  # its two blocks with a projection, in the second forward
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item() + 1e-6)
+
+
+def test_a_shortcuts_weight_asked_for_alone_leaves_nothing_behind():
+    """Its backward hands the picked gradient to a producer that this pass does not reach; the next pass is another's."""
+    x, side = images(3, 8, 5, 5), torch.randn(5, 8, 1, 1, requires_grad=True)
+    ones = torch.ones(1, 8)
+    first, second = fork(split_bn(x, ones, ones, relu=True, backend="triton").y)
+    torch.autograd.grad(pick_pointwise(second, side).square().sum(), side, retain_graph=True)
+    found = torch.autograd.grad(first.square().sum(), x)[0]
+    y = split_bn(x, ones, ones, relu=True, backend="triton").y
+    torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), x)[0], rtol=0, atol=0)
