@@ -146,7 +146,8 @@ def fastest_precision(
     began = clock()
     names = ("fp32", "bf16")
     calls = {name: build(name) for name in names}
-    least, rounds = dict.fromkeys(names, math.inf), 0
+    least: dict[str, float] = dict.fromkeys(names, math.inf)
+    rounds = 0
 
     def time_once(name: str) -> None:
         start = clock()

@@ -19,15 +19,16 @@ def fork(y: Tensor) -> tuple[Tensor, Tensor]:
     y: a tensor that nobody else takes a gradient by: `torch.autograd.grad(loss, y)`, a hook on y or its `.grad` would
     see that of the first use alone.
     """
-    producer = y.grad_fn
-    if torch.compiler.is_compiling() or not hasattr(producer, "second_gradient") or y.output_nr:
+    producer: Any = y.grad_fn
+    if torch.compiler.is_compiling() or not hasattr(producer, "second_gradient") or y.output_nr or producer.forked:
         return y, y
+    producer.forked = True  # it takes two, and no third
     return _Fork.apply(y, producer)
 
 
 def take_two(ctx: Any) -> None:
     """Declare, in a forward or its setup, that this operation's first output may be forked; backward asks `taken`."""
-    ctx.second_gradient = None
+    ctx.second_gradient, ctx.forked = None, False
 
 
 def taken(ctx: Any, dy: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -65,8 +66,11 @@ def pick_pointwise(x: Tensor, weight: Tensor) -> Tensor:
     that were picked; three quarters of the whole one would be zeros, written and read again.
     """
     forked: Any = x.grad_fn
-    if not hasattr(forked, "producer"):
-        return F.conv2d(x, weight.to(x.dtype), stride=2)
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+    if cast or getattr(forked, "picked", True):
+        return F.conv2d(x, weight if cast else weight.to(x.dtype), stride=2)
+    forked.picked = True
     return _PickPointwise.apply(x, weight.to(x.dtype), forked.producer)
 
 
@@ -74,7 +78,7 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, producer: Any):
         ctx.set_materialize_grads(False)
-        ctx.producer = producer
+        ctx.producer, ctx.picked = producer, False
         return y.view_as(y), y.view_as(y)
 
     @staticmethod
@@ -82,6 +86,9 @@ class _Fork(torch.autograd.Function):
     def backward(ctx, first: Tensor | None, second: Tensor | None):
         if first is None or second is None:
             return second if first is None else first, None
+        handed = ctx.producer.second_gradient
+        if handed is not None and handed[0] == _this_backward():  # the side was picked from, and used as it is as well
+            second = second + whole(handed[1], second)
         ctx.producer.second_gradient = _this_backward(), second
         return first, None
 

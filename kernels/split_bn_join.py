@@ -125,8 +125,10 @@ def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 9
     dx, dx2, dweight, dweight2, dbias = _join_backward_op(dy, dy2, x, x2, bits, [weight, weight2], stats, *ctx.eps)
-    affine = (dweight.to(weight.dtype), dbias.to(weight.dtype), dweight2.to(weight2.dtype), dbias.to(weight2.dtype))
-    found = (dx, *affine[:2], dx2, *affine[2:])
+    # A copy for the second: two parameters whose gradients share memory would be scaled, clipped and summed twice.
+    one = dweight.to(weight.dtype), dbias.to(weight.dtype)
+    two = dweight2.to(weight2.dtype), dbias.to(weight2.dtype, copy=True) if ctx.needs_input_grad[5] else None
+    found = (dx, *one, dx2, *two)
     return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)), None, None, None
 
 

@@ -121,6 +121,45 @@ def test_a_training_forward_is_lent_the_weights_as_they_are(how):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+class Noisy(fastarat.AT):
+    """Writes weights in its own forward, without a trace."""
+
+    def forward(self, run, companions, images, labels, attacked):
+        for p in run.model.parameters():
+            p.data.mul_(1.5)
+        views = super().forward(run, companions, images, labels, attacked)
+        for p in run.model.parameters():
+            p.data.div_(1.5)
+        return views
+
+
+def test_a_forward_that_writes_weights_is_not_lent_old_ones():
+    losses = []
+    for defense in (fastarat.AT(), Noisy()):
+        torch.manual_seed(0)
+        losses.append(sum(bf16_step(defense)(torch.rand(4, 3, 8, 8), torch.arange(4)).values()).item())
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+def test_weights_written_since_are_not_lent():
+    step = bf16_step(fastarat.AT())
+    step.attacker.refresh()
+    assert step.attacker.lend()
+    with torch.no_grad():
+        step.model.linear.weight.add_(1)
+    assert step.attacker.lend() == {}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_made_of_others_is_not_lent():
+    model = small_model()
+    torch.nn.utils.spectral_norm(model.layer1[0].conv1)
+    step = fastarat.TrainStep(model, fastarat.AT(), torch.empty(2, 3, 8, 8), precision="bf16", num_steps=1)
+    step(torch.rand(4, 3, 8, 8), torch.arange(4))
+    assert step.meter.bad() is None
+    assert not any("layer1.0.conv1" in name for name in step.attacker.lend())
+
+
 def assert_fresh(step):
     """What the next attack reads is the weights as they are."""
     own = dict(step.model.named_parameters())

@@ -45,7 +45,8 @@ def test_nothing_is_longer_than_a_head_can_hold():
 def test_no_private_name_crosses_a_file():
     """NamedTuple's methods, torch's multi-tensor calls and what a subclass or a twin of theirs reads are public."""
     public = ("_asdict", "_replace", "_fields", "_foreach_", "_actions", "_parameters", "_modules")
-    public += ("_forward_hooks", "_forward_pre_hooks")  # PyTorch has no other way to ask whether there are any
+    # PyTorch has no other way to ask whether there are any, and whether a tensor was written.
+    public += ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_version", "_global_")
     crossing = []
     for path in FILES:
         tree = parsed(path)

@@ -153,8 +153,7 @@ class TrainStep:
         # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
         images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
         attacked = self.attack(images, labels) if defense.attacks else None
-        # What was cast for the attack serves the training forward, unless the weights move in between.
-        self.forward.weights = self.attacker.lend if self.perturbation is None else None
+        self.forward.weights = self.attacker.lend if _stand_still(defense, self.perturbation) else None
         self.mark("attack")
 
         def terms_by(forward: Forward) -> tuple[dict[str, Tensor], Views]:
@@ -284,6 +283,14 @@ class TrainStep:
         if isinstance(self._run, PerShape):
             self._keep_lr_on_device()
             self._run.clear()  # loading replaced the optimiser's tensors
+
+
+def _stand_still(defense: Defense, perturbation: WeightPerturbation | None) -> bool:
+    """Whether no weight moves between the attack and the training forward, which what was cast for the one may serve.
+
+    A person's own forward may write weights (AWP, SAM, noise), through `.data` without a trace.
+    """
+    return perturbation is None and type(defense).forward.__module__.startswith("fastarat.")
 
 
 def lay_out_state(optimizer: torch.optim.Optimizer) -> None:

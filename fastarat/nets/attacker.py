@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from fastarat.kernels import Norm, fold_batchnorm, kind_of, why_not_conv_bias_relu, why_not_fold
 from fastarat.nets.batchnorm import route_of
-from fastarat.nets.convs import FoldedConv
+from fastarat.nets.convs import FoldedConv, Stem
 from fastarat.nets.models import Network
 from fastarat.specs import known
 
@@ -73,7 +75,7 @@ class Attacker:
     def __init__(self, model: nn.Module, *, precision: str = "fp32", fold: bool = False, exact: bool = False) -> None:
         self.model, self.network, self.precision = model, model, precision
         self.route, self._fold_asked, self._exact_asked = route_of(model), fold, exact
-        self.fresh = False
+        self.fresh, self._versions = False, []
         self._prepare()
 
     def _prepare(self) -> None:
@@ -89,11 +91,13 @@ class Attacker:
         self.exact_network = model
         self.folds = bool(self._folded)
         # What autocast would cast at every forward. BatchNorm's affine stays the model's, in float32.
-        layers = {id(p) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) for p in m.parameters(False)}
+        layers = {id(p) for m in model.modules() if _casts(m) for p in (m.weight, m.bias)}
+        # A hook that makes a weight of others (spectral norm) goes on making it of float32 ones.
+        made_into = {id(p) for m in model.modules() if m._forward_pre_hooks for p in m.parameters(False)}
         self._cast: dict[str, Tensor] = {
             name: torch.empty_like(p, dtype=dtype, requires_grad=False)
             for name, p in model.named_parameters()
-            if dtype is not None and (p.dim() >= 2 or id(p) in layers)
+            if dtype is not None and (id(p) in layers or (p.dim() >= 2 and id(p) not in made_into))
         }
         # Networks of ours use their layers' parameters as they are, once: there a cast is what autocast would give.
         lent = isinstance(model, Network)
@@ -113,6 +117,7 @@ class Attacker:
         writes to a plain attribute of its module (a counter, say) stays on the twin; buffers are the model's.
         """
         self.route, self.fresh = route_of(self.model), True
+        self._versions = [p._version for p in self.model.parameters()]
         # Full precision attacks the model itself: a copy would cost memory and could only be stale.
         if not self._cast and not self._folded:
             return
@@ -135,6 +140,8 @@ class Attacker:
         """
         if not self.fresh:
             self.refresh()
+        if self._versions != [p._version for p in self.model.parameters()]:
+            return {}  # written in between; what an earlier forward keeps for its backward must not be written over
         own = dict(self.model.named_parameters())
         lent = {name: self._cast[name] for name in self._lent}
         moving = [name for name in lent if own[name].requires_grad]
@@ -151,6 +158,13 @@ class Attacker:
     def exact(self, points: Tensor) -> Tensor:
         """points -> logits in float32 (on a GPU in TF32): the model's own, or a folded twin's if `exact` is set."""
         return self.exact_network(points)
+
+
+def _casts(m: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Whether autocast would cast this layer's weight and bias as they are, and nobody makes them of something else."""
+    return type(m).forward in (nn.Conv2d.forward, nn.Linear.forward, Stem.forward) and not (
+        m._forward_pre_hooks or parametrize.is_parametrized(m)
+    )
 
 
 class _Lent(torch.autograd.Function):

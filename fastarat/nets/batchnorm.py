@@ -41,9 +41,13 @@ class Route:
 
     def watch(self, model: nn.Module) -> None:
         """Fork from now on, and look at the hooks of these modules first."""
-        of_all = torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks
-        for hooks in (*of_all, *(h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks))):
-            self._hooks[id(hooks)] = hooks
+        for m in model.modules():
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+                self._hooks[id(hooks)] = hooks
+
+    def __getstate__(self) -> dict:
+        # A copy of a layer is not a copy of all hooks of its network; it forks when it is watched.
+        return self.__dict__ | {"_hooks": {}, "pending": None, "forks": False}
 
     @contextmanager
     def through(self, *groups: str, updates: Sequence[str] | None = None) -> Iterator[None]:
@@ -54,7 +58,9 @@ class Route:
         before = self.groups, self.updates, self.pending, self.forks
         pending: list = []
         self.groups, self.updates, self.pending = groups, None if updates is None else tuple(updates), pending
-        self.forks = bool(self._hooks) and not any(self._hooks.values())
+        hooks = torch.nn.modules.module
+        of_all = hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks
+        self.forks = bool(self._hooks) and not any((*of_all, hooks._global_backward_pre_hooks, *self._hooks.values()))
         try:
             yield
         finally:
@@ -150,8 +156,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y if self.act is None else self.act(y)
 
     def _joins(self, other: BatchNorm2d, x: Tensor, x2: Tensor) -> bool:
-        # Not where somebody's hook is to see what `other` returns: it returns nothing then.
-        if not self.route.forks or other.route is not self.route or not joins(x, x2, self.backend):
+        # Not where somebody's hook is to see what `other` returns (it returns nothing then), or it is somebody's own.
+        ours = isinstance(other, BatchNorm2d) and type(other).forward is BatchNorm2d.forward
+        if not ours or not self.route.forks or other.route is not self.route or not joins(x, x2, self.backend):
             return False
         plain = all(m.drop is m.act is None and m.running_mean is not None for m in (self, other))
         return plain and self.training and other.training and self.backend == other.backend

@@ -74,5 +74,6 @@ def can_fold(conv: nn.Conv2d, bn: BatchNorm2d) -> bool:
 def projected(conv: nn.Conv2d, side: Tensor, bn: BatchNorm2d) -> Tensor:
     """A block's shortcut; where `bn` may fork, a 1x1 one that strides hands back the gradient of what it picked."""
     pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None
-    picks = bn.route.forks and conv.stride == (2, 2) and pointwise
+    own = type(conv).forward in (nn.Conv2d.forward, FoldedConv.forward)  # else somebody's, who does more
+    picks = own and bn.route.forks and conv.stride == (2, 2) and pointwise
     return pick_pointwise(side, conv.weight) if picks else conv(side)

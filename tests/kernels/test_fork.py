@@ -3,7 +3,7 @@
 import pytest
 import torch
 from costs import Additions
-from fastarat.kernels import conv, conv_bias_relu, fork, split_bn
+from fastarat.kernels import conv, conv_bias_relu, fork, pick_pointwise, split_bn
 from torch import nn
 
 import fastarat
@@ -136,3 +136,52 @@ def test_a_training_step_is_the_same(monkeypatch):
         states.append(model.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_producer_is_forked_once():
+    x = torch.randn(4, 8, 3, 3, requires_grad=True)
+    weights = torch.randn(4, 4, 8, 3, 3)
+    found = []
+    for forked in (True, False):
+        y = normalised(x)
+        parts = (*fork(y), *fork(y)) if forked else (y,) * 4
+        found.append(torch.autograd.grad(sum((p * w).sum() for p, w in zip(parts, weights, strict=True)), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("twice", [True, False], ids=["picked twice", "picked and used"])
+def test_a_side_has_any_number_of_uses(twice):
+    x, side = torch.randn(4, 8, 5, 5, requires_grad=True), torch.randn(6, 8, 1, 1)
+    found = []
+    for forked in (True, False):
+        y = normalised(x)
+        first, second = fork(y) if forked else (y, y)
+        other = pick_pointwise(second, side + 1) if twice else second.exp()
+        loss = first.square().sum() + pick_pointwise(second, side).square().sum() + other.sum()
+        found.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_of_hooks_is_not_copied(network):
+    import copy
+    import pickle
+
+    route = route_of(network)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
+    try:
+        with route.through("adv"):
+            assert not route.forks
+        assert pickle.loads(pickle.dumps(route)).groups == route.groups
+        assert not copy.deepcopy(network).bn1.route._hooks
+    finally:
+        handle.remove()
+    with route.through("adv"):
+        assert route.forks
+
+
+@pytest.mark.parametrize("part", ["layer2.0.shortcut.0", "layer2.0.shortcut.1"])
+def test_whoever_hooks_the_backward_of_a_shortcut_is_called(network, part):
+    seen = []
+    network.get_submodule(part).register_full_backward_hook(lambda *a: seen.append(1))
+    gradient(network, torch.rand(2, 3, 8, 8), route_of(network).through("adv"))
+    assert seen

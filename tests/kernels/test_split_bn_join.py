@@ -143,3 +143,33 @@ def test_a_shortcuts_weight_asked_for_alone_leaves_nothing_behind():
     found = torch.autograd.grad(first.square().sum(), x)[0]
     y = split_bn(x, ones, ones, relu=True, backend="triton").y
     torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("defense", [fastarat.Standard(), fastarat.ARAT(), fastarat.AT()], ids=lambda d: d.name)
+def test_no_two_gradients_share_memory(defense):
+    """Whoever scales, clips or adds up gradients in place does it to each once."""
+    model = build_model("resnet-small", num_classes=4)
+    step = fastarat.TrainStep(model, defense, torch.empty(2, 3, 8, 8), num_steps=1, kernels="triton")
+    step(torch.rand(4, 3, 8, 8), torch.arange(4))
+    addresses = [p.grad.data_ptr() for p in step.parameters if p.grad is not None]
+    assert len(addresses) > 20
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_layers_of_somebodys_own_are_called():
+    """A convolution that does more than its weight, and a norm that is no BatchNorm, in a projection shortcut."""
+
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = build_model("resnet-small", num_classes=4)
+    old = model.layer2[0].shortcut[0]
+    model.layer2[0].shortcut[0] = Doubled(old.in_channels, old.out_channels, 1, 2, bias=False)
+    model.layer3[0].shortcut[1] = torch.nn.GroupNorm(4, 64)
+    set_kernels(model, "triton")
+    images, found = torch.rand(4, 3, 8, 8), []
+    for through in (branch(model, "adv"), route_of(model).through("adv")):
+        with through:
+            found.append(model(images))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
