@@ -96,7 +96,7 @@ def _triton(device: torch.device) -> Found:
     reason = why_not_triton(device)
     version = version_of("triton")
     if reason is None:
-        does = "fused split BatchNorm and PGD update, the stem's input gradient, SGD that writes bf16 weights"
+        does = "fused split BatchNorm, PGD update, folding, the stem's input gradient"
         return "used", f"{version}: {does}", ""
     if device.type != "cuda":
         return "not used", reason, "run on an NVIDIA GPU; on a CPU the plain PyTorch twins are the fast way"

@@ -138,6 +138,8 @@ class Attacker:
 
         Differentiable: what they get is the parameters' gradient. They are made anew unless `fresh`.
         """
+        if not self._lent:
+            return {}
         if not self.fresh:
             self.refresh()
         if self._versions != [p._version for p in self.model.parameters()]:
