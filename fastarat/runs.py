@@ -5,30 +5,35 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict
 from fastarat.data import Dataset, load_dataset
 from fastarat.defenses import Defense
 from fastarat.errors import UserError
 from fastarat.evaluation import wilson
 from fastarat.files import (
     FORMAT,
+    append_text,
     load_checkpoint,
     load_into,
     load_weights,
     make_writable,
+    parse_json,
+    save_tensors,
     save_weights,
-    write_atomic,
     write_text,
 )
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
+from fastarat.specs import known
 
 WEIGHTS = ("last", "best", "swa", "ema")
 """What a run may leave weights of: the last epoch, the best one on validation images, two averages."""
@@ -50,6 +55,7 @@ class Run:
         self.tensorboard_dir = self.path / "tensorboard"
         self.state_dir = self.path / "eval"
         """Where AutoAttack keeps the batches it has finished."""
+        self._wrote_last = False
 
     @classmethod
     def holding(cls, path: str | Path) -> Run:
@@ -80,14 +86,13 @@ class Run:
         run = cls(path)
         run._must_exist()
         make_writable(run.path)
-        for which in WEIGHTS:  # what a kill left half written
-            for partial in run.path.glob(f".{which}.*.partial"):
-                partial.unlink(missing_ok=True)
+        for partial in run.path.glob(".*.partial"):  # what a kill left half written
+            partial.unlink(missing_ok=True)
         return run
 
     def _must_exist(self) -> None:
-        if not self.config_file.is_file():
-            raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml")
+        if not (self.config_file.is_file() or self.checkpoint().is_file()):
+            raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml and no last.pt")
 
     def weights(self, which: str = "last") -> Path:
         return self.path / f"{which}.safetensors"
@@ -108,23 +113,78 @@ class Run:
         # Weights first: a kill in between leaves the older .pt, from which a resumed run makes these same weights
         # again.
         self.save_weights(which, state["step"]["model"], {**meta, "epoch": state["epoch"]})
-        write_atomic(self.checkpoint(which), lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
+        if which == "last":
+            self._keep_previous()
+        save_tensors(self.checkpoint(which), {"format": FORMAT, "meta": meta, **state})
+        self._wrote_last |= which == "last"
+
+    def _keep_previous(self) -> None:
+        """Keep last.pt as previous.pt, for the day that last.pt is damaged."""
+        # Only what was written by this very process: a last.pt found damaged must not replace the good one before it.
+        if not self._wrote_last:
+            return
+        link = self.path / f".previous.pt.{os.getpid()}.partial"
+        try:
+            link.unlink(missing_ok=True)
+            os.link(self.checkpoint(), link)
+            os.replace(link, self.checkpoint("previous"))
+        except (
+            OSError
+        ):  # a file system without hard links, FAT for one: moved, so that for a moment there is one of two
+            os.replace(self.checkpoint(), self.checkpoint("previous"))
 
     def save_weights(self, which: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
         save_weights(self.weights(which), weights, meta)
 
     def load(self, which: str = "last", map_location: Any = "cpu") -> dict[str, Any]:
-        """Read what `save` wrote. Raises: UserError if it is missing or corrupt."""
-        return load_checkpoint(self.checkpoint(which), map_location)
+        """Read what `save` wrote; of a `last` that is damaged or gone the one before it, which a warning says.
+
+        Raises: UserError if it is missing or corrupt.
+        """
+        file, previous = self.checkpoint(which), self.checkpoint("previous")
+        try:
+            return load_checkpoint(file, map_location)
+        except UserError as error:
+            if which != "last" or not previous.is_file():
+                raise
+            try:
+                state = load_checkpoint(previous, map_location)
+            except UserError:
+                raise error from None
+            warnings.warn(f"{error}. Using {previous.name} instead, of epoch {state['epoch']}", stacklevel=2)
+            return state
+
+    def load_weights(self, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return weights and metadata; where the file is damaged, those in the checkpoint beside it, with a warning.
+
+        Raises: UserError if they are missing or corrupt, and no checkpoint holds them.
+        """
+        try:
+            return load_weights(self.weights(which))
+        except UserError as error:
+            others = [self.checkpoint(which), *([self.checkpoint("previous")] if which == "last" else [])]
+            for other in others:
+                try:
+                    weights, meta = load_weights(other)
+                except UserError:
+                    continue
+                said = f"Using the weights in {other.name} instead, of epoch {meta['epoch']}"
+                warnings.warn(f"{error}. {said}", stacklevel=2)
+                return weights, meta
+            raise
+
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from; without one the run starts over."""
+        return self.checkpoint().is_file() or self.checkpoint("previous").is_file()
 
     def meta(self, which: str = "last") -> dict[str, Any]:
         """Return what is known of these weights: model, num_classes, defense, epsilon, epoch and more."""
-        return load_weights(self.weights(which))[1]
+        return self.load_weights(which)[1]
 
     def finished(self) -> bool:
         """Whether all epochs, and the averaging after them, are done; opens the last checkpoint."""
         config = self.read_config()
-        if config is None or not self.checkpoint().is_file():
+        if config is None or not self.resumable():
             return False
         # By the checkpoint and not by metrics.jsonl, which may be a line ahead of what can be resumed.
         done = self.load()["epoch"] >= (config.epochs or 0)
@@ -137,19 +197,22 @@ class Run:
         return from_dict(read_yaml(self.config_file), source=str(self.config_file))
 
     def write_config(self, config: Config) -> None:
-        write_yaml(config, self.config_file)
+        write_text(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def config_to_resume(self, overrides: dict[str, Any]) -> Config:
-        """Return the saved config with `overrides`. Raises: UserError for a setting that may not differ."""
+        """Return the config the run was trained with, by its checkpoint, with `overrides`.
+
+        Raises: UserError for a setting that may not differ, or a config.yaml that was changed since.
+        """
         self._must_exist()
-        saved = self.read_config()
         for key in overrides:
             if key not in MAY_DIFFER:
                 raise UserError(
                     f"--resume continues {self.path} as it was started: {key} cannot change (only "
                     f"{', '.join(MAY_DIFFER[:-1])} may); start another run for that"
                 )
-        return from_dict({**to_dict(saved), **overrides, "out": str(self.path)}, source=str(self.config_file))
+        saved = to_dict(trained_with(self))
+        return from_dict({**saved, **overrides, "out": str(self.path)}, source=str(self.config_file))
 
     def difference(self, config: Config) -> tuple[str, Any] | None:
         """Return the first setting (dotted name) that makes `config` another run than this one, and its value here."""
@@ -157,19 +220,27 @@ class Run:
         return None if saved is None else next(_differences(to_dict(config), to_dict(saved)), None)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self.metrics_file, json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return one row per epoch, those there are."""
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else ():
+        """Return one row per epoch, those there are; damaged ones are left out, which a warning says."""
+        rows, damaged = [], []
+        lines = self.metrics_file.read_bytes().split(b"\n") if self.metrics_file.is_file() else []
+        for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a run in progress, or killed, was writing
-                continue
+                row = parse_json(line)
+                if not (isinstance(row, dict) and isinstance(row.get("epoch"), int)):
+                    raise ValueError
+                if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in row.values()):
+                    raise ValueError
+                rows.append(row)
+            except ValueError:
+                if number < len(lines):  # the last is what a run in progress, or killed, was writing
+                    damaged.append(number)
+        if damaged:
+            warnings.warn(
+                f"{self.metrics_file}: {len(damaged)} damaged line(s) left out, line {damaged[0]} first", stacklevel=2
+            )
         return rows
 
     def last_validation(self) -> dict[str, float]:
@@ -210,6 +281,34 @@ class Run:
         """Return `read_evaluation` of all weights that were evaluated, by their name."""
         found = {which: self.read_evaluation(which) for which in WEIGHTS}
         return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
+
+
+def trained_with(run: Run) -> Config:
+    """The config inside the checkpoint; config.yaml's where there is none yet. Raises: UserError if they differ."""
+    state = run.load() if run.resumable() else {}
+    if not isinstance(state.get("config"), dict):
+        return known(run.read_config())
+    truth = from_dict(state["config"], source=str(run.checkpoint()))
+    if not run.config_file.is_file():
+        return truth
+    text = f"the checkpoint was trained with another: put it back, or delete {run.config_file} to go by the other"
+    try:
+        differing = list(_differences(to_dict(truth), to_dict(known(run.read_config()))))
+    except UserError as error:
+        raise UserError(f"{error}. Delete {run.config_file}: the checkpoint holds the config, too") from error
+    if differing:
+        trained = dict(_flat(to_dict(truth)))
+        said = "; ".join(f"{key}: {value!r}, trained with {trained.get(key)!r}" for key, value in differing[:5])
+        raise UserError(f"{run.config_file} was changed since ({said}). {text[0].upper()}{text[1:]}")
+    return truth
+
+
+def _flat(tree: dict[str, Any], prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = ""):
@@ -277,10 +376,12 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
     run, file = Run.holding(path), path
     if path.is_dir():
         file = run.weights(which)
-        if not file.exists():
+        if not file.exists() and not run.checkpoint(which).exists():
             there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
             raise UserError(f"{path} has no {which} weights (there: {there})")
-    weights, meta = load_weights(file)
+        weights, meta = run.load_weights(which)
+    else:
+        weights, meta = load_weights(file)
     model = network_of(meta)
     load_into(model, weights, file)
     return model, meta, run.read_config()
@@ -324,7 +425,7 @@ def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None
         raise UserError(f"{needs}, and {field} names none: {how}")
     path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
-        weights, meta = load_weights(path)
+        weights, meta = Run(named).load_weights() if Path(named).is_dir() else load_weights(path)
         if meta["defense"] != "standard":
             raise UserError(f"{path} was trained with {meta['defense']}, not standard")
         load_into(model, weights, path)

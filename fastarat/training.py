@@ -115,7 +115,7 @@ class Trainer:
         saved = None
         if not resume:
             Run.check_new(out)  # before time is spent on the choice of a precision
-        elif Run(out).checkpoint().is_file():  # else killed before the first checkpoint: the run starts over
+        elif Run(out).resumable():  # else killed before the first checkpoint: the run starts over
             saved = Run(out).load(map_location=self.device)
         say = partial(print, flush=True) if progress else lambda text: None
         self.precision, note = choose_precision(config, dataset, self.device, begun=saved and saved["meta"], say=say)
