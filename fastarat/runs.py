@@ -31,6 +31,7 @@ from fastarat.files import (
     save_weights,
     write_text,
 )
+from fastarat.locks import LOCK_FILES
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.specs import known
@@ -67,7 +68,7 @@ class Run:
     def check_new(cls, path: str | Path) -> Run:
         """Return the run that may be made at `path`. Raises: UserError when it exists: nothing is overwritten."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(p.name not in LOCK_FILES for p in run.path.iterdir())):
             raise UserError(
                 f"run folder {run.path} exists already: continue it with --resume {run.path}, or choose another --out"
             )

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # or those below.
 LAYERS = [
     {"errors", "kernels"},
-    {"device", "files"},
+    {"device", "files", "locks"},
     {"values"},
     {"checks", "specs", "schedules", "doctor"},
     {"nets", "data", "losses"},
