@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
 from fastarat.data import Dataset, load_dataset
 from fastarat.defenses import Defense
+from fastarat.defenses.naming import Foreign
 from fastarat.errors import UserError
 from fastarat.evaluation import wilson
 from fastarat.files import (
@@ -29,6 +31,7 @@ from fastarat.files import (
 )
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
+from fastarat.specs import known
 
 WEIGHTS = ("last", "best", "swa", "ema")
 """What a run may leave weights of: the last epoch, the best one on validation images, two averages."""
@@ -131,25 +134,42 @@ class Run:
         return done and (not config.swa or self.weights("swa").is_file())
 
     def read_config(self) -> Config | None:
-        """Return the config the run was started with; None where there is no config.yaml."""
+        """Return the config the run was started with; None where there is no config.yaml.
+
+        Its code, a defense in a file, is not run: it is `Foreign`.
+        """
         if not self.config_file.is_file():
             return None
-        return from_dict(read_yaml(self.config_file), source=str(self.config_file))
+        return from_dict(read_yaml(self.config_file), source=str(self.config_file), code=False)
 
     def write_config(self, config: Config) -> None:
         write_yaml(config, self.config_file)
 
-    def config_to_resume(self, overrides: dict[str, Any]) -> Config:
-        """Return the saved config with `overrides`. Raises: UserError for a setting that may not differ."""
+    def config_to_resume(self, overrides: dict[str, Any], defense: Any = None) -> Config:
+        """Return the saved config with `overrides`. Raises: UserError for a setting that may not differ.
+
+        defense: the run's own, a Defense or its class; needed where it is none of fastarat's, as is its name among
+        `overrides` from a command line.
+        """
         self._must_exist()
-        saved = self.read_config()
+        saved = known(self.read_config())
+        if isinstance(saved.defense, Foreign) and defense is None:
+            named = overrides.get("defense")
+            if isinstance(named, dict) and named.keys() == {"name"}:
+                overrides = {key: value for key, value in overrides.items() if key != "defense"}
+                defense = named["name"]
         for key in overrides:
             if key not in MAY_DIFFER:
                 raise UserError(
                     f"--resume continues {self.path} as it was started: {key} cannot change (only "
                     f"{', '.join(MAY_DIFFER[:-1])} may); start another run for that"
                 )
-        return from_dict({**to_dict(saved), **overrides, "out": str(self.path)}, source=str(self.config_file))
+        if isinstance(saved.defense, Foreign):
+            saved = replace(saved, defense=saved.defense.trusted(defense, self.path))
+        elif defense is not None:
+            saved = replace(saved, defense=defense)
+        values = {**to_dict(saved), "defense": saved.defense, **overrides, "out": str(self.path)}
+        return from_dict(values, source=str(self.config_file))
 
     def difference(self, config: Config) -> tuple[str, Any] | None:
         """Return the first setting (dotted name) that makes `config` another run than this one, and its value here."""

@@ -50,7 +50,7 @@ class Result:
 def train(
     config: Config | None = None,
     *,
-    defense: Defense | None = None,
+    defense: Defense | type[Defense] | None = None,
     resume: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
@@ -59,7 +59,8 @@ def train(
 
     Args:
         config: default `Config()`: AR-AT on digits.
-        defense: replaces `config.defense`.
+        defense: replaces `config.defense`. With `resume`: the run's own, an instance or its class, for a run whose
+            defense is none of fastarat's: a run folder's code is never run unasked.
         resume: a run folder; its saved config is used, and the run continues after its last checkpoint, bit for bit
             on a CPU.
         overrides: with `resume`, values that may differ from the saved run (device, data_dir, loader, log_every,
@@ -74,7 +75,7 @@ def train(
     if resume is not None:
         if config is not None:
             raise UserError("resume continues a run with its saved config: give the folder alone")
-        config = Run(resume).config_to_resume(overrides or {})
+        config, defense = Run(resume).config_to_resume(overrides or {}, defense), None
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
