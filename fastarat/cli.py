@@ -176,6 +176,7 @@ def _top(argv: list[str], texts: dict[str, str]) -> int:
 
 def _train(parser: _Parser, argv: list[str]) -> int:
     from fastarat import config as c
+    from fastarat.defenses.naming import is_code, same_code
     from fastarat.training import train
 
     parser.add_argument("--config", metavar="FILE", help="YAML with the same names; flags win over it")
@@ -184,7 +185,16 @@ def _train(parser: _Parser, argv: list[str]) -> int:
     # Read before the parser is complete: the defense, named in the file or on the line, decides which flags exist.
     file = _early(argv, "--config")
     from_file = c.read_yaml(file) if file else {}
-    kind, _ = c.defense_of(_early(argv, "--defense") or from_file.get("defense", {}), file or "flags")
+    named = _early(argv, "--defense")
+    saved, settings = c.named_defense(from_file.get("defense", {}), file or "flags")
+    if not named and is_code(saved):
+        raise UserError(
+            f"{file}: its defense {saved} is code, which runs only where the command line names it: if you trust that "
+            f"file, add --defense {saved}"
+        )
+    if named and is_code(saved) and same_code(named, saved):
+        from_file["defense"] = {"name": named, **settings}  # one class, whichever way its path is written
+    kind = c.resolve_defense(named or saved)
     args, flags = parser.parse_fields(argv, c.Config, kind)
     given = c.nest(flags)
     if args.resume and from_file:

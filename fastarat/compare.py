@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from fastarat import tuning
 from fastarat.bench.bench import forwards_of
 from fastarat.building import choose_precision, shared_precision
-from fastarat.config import DEFENSES, Config, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
+from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate, parse_attacks
@@ -187,7 +187,7 @@ class _Runner:
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: Settings = {}
         self.finished: set[Path] = set()
-        self.dataset = dataset_of(from_dict(base, source="compare"))
+        self.dataset = dataset_of(from_dict(base, source="compare", code=False))
 
     def check(self, grids: Mapping[str, list[Settings]], seed: int) -> None:
         """Find every mistake before any training."""
@@ -339,7 +339,7 @@ class _Runner:
             if state == "new":
                 train(plan.config, progress=self.progress)
             else:
-                train(resume=plan.run.path, progress=self.progress)
+                train(resume=plan.run.path, defense=plan.config.defense, progress=self.progress)
         except UserError as error:
             return Failure(str(error), isinstance(error, Diverged))
         return None
@@ -349,7 +349,10 @@ class _Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         if state == "new":
             write_yaml(plan.config, asked)
-        code = self._call(["train", *(["--config", asked] if state == "new" else ["--resume", plan.run.path])], log)
+        begins = ["--config", asked] if state == "new" else ["--resume", plan.run.path]
+        # Code is run only where a person named it on a command line: here --defenses, passed on.
+        own = [] if type(plan.config.defense) in DEFENSES.values() else ["--defense", defense_key(plan.config.defense)]
+        code = self._call(["train", *begins, *own], log)
         if code == 0:
             return None
         why = _last_line(log) or f"exit code {code}"

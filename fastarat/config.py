@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +11,8 @@ import yaml
 
 from fastarat.data import SETS
 from fastarat.defenses import ARAT, DEFENSES, Defense
-from fastarat.errors import UserError, nearest, unknown
+from fastarat.defenses.naming import Foreign, defense_key, resolve_defense
+from fastarat.errors import UserError, nearest
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
 from fastarat.specs import Attack, Fast, fields_of, setting, spec_of
@@ -181,56 +179,14 @@ class Config(Fast):
             )
 
 
-def resolve_defense(name: str) -> type[Defense]:
-    """Return a defense class by name, or from `FILE.py:CLASS`. Raises: UserError, before anything runs."""
-    if name.lower() in DEFENSES:
-        return DEFENSES[name.lower()]
-    if ":" in name or name.endswith(".py"):
-        return _defense_from_file(name)
-    raise unknown("defense", name, DEFENSES)
-
-
-def _defense_from_file(name: str) -> type[Defense]:
-    path, _, cls = name.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path} (a defense of your own is named FILE.py:CLASS)")
-    # Two files of one name are two modules: a run's config must name the file its defense came from.
-    digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
-    module_name = f"_fastarat_defense_{Path(path).stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file: a defense of your own is named FILE.py:CLASS")
-    module = importlib.util.module_from_spec(spec)
-    # Registered before it runs: dataclasses look their module up by name while the class is being made.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    # Only by name, not the file's only class: a file may import the defense that it derives from.
-    found = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Defense) and c is not Defense]
-    if cls not in found:
-        raise UserError(
-            f"{path} defines no defense {cls!r}{nearest(cls, found) or '.'} Found: {', '.join(found) or 'none'}."
-        )
-    return getattr(module, cls)
-
-
-def defense_key(defense: Defense) -> str:
-    """Return the name that `resolve_defense` turns back into this defense's class."""
-    kind = type(defense)
-    if DEFENSES.get(kind.name) is kind:
-        return kind.name
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return f"{file}:{kind.__qualname__}" if file else kind.__qualname__
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a Config (or a part) into plain YAML values; `from_dict` gives back an equal object."""
     result: dict[str, Any] = {}
     for f in fields_of(config):
         value = getattr(config, f.name)
-        if isinstance(value, Defense):
+        if isinstance(value, Foreign):
+            value = {"name": value.named, **value.settings}
+        elif isinstance(value, Defense):
             # asdict would turn the defense into its fields alone, and lose which one it was.
             value = {"name": defense_key(value), **to_dict(value)}
         elif dataclasses.is_dataclass(value):
@@ -241,10 +197,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", source: str = "config") -> Any:
-    """Build a Config from plain values. Raises: UserError naming the key, what was expected and the nearest name."""
+def from_dict(
+    values: dict[str, Any], cls: type = Config, where: str = "", source: str = "config", *, code: bool = True
+) -> Any:
+    """Build a Config from plain values.
+
+    code: whether a defense `FILE.py:CLASS` is imported, which runs the file. False for what nobody vouched for, such
+    as the config of a run folder: the defense is then `Foreign`, its name and settings alone.
+    Raises: UserError naming the key, what was expected and the nearest name.
+    """
     if not isinstance(values, dict):
-        raise UserError(f"{source}: {where.rstrip('.') or 'the file'} must hold key: value lines, got {values!r}")
+        raise UserError(f"{source}: {where.rstrip('.') or 'the file'} must hold key: value lines, got {shown(values)}")
     hints, known = hints_of(cls), {f.name: f for f in dataclasses.fields(cls)}
     built: dict[str, Any] = {}
     for key, value in values.items():
@@ -258,25 +221,27 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
             )
         hint = hints[name]
         if hint is Defense:
-            built[name] = _build_defense(value, source)
+            built[name] = _build_defense(value, source, code)
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            built[name] = from_dict({} if value is None else value, hint, f"{where}{key}.", source)
+            built[name] = from_dict({} if value is None else value, hint, f"{where}{key}.", source, code=code)
         else:
             built[name] = coerce(value, hint, f"{where}{key}", source, known[name].metadata.get("help", ""))
     return cls(**built)
 
 
-def _build_defense(value: Any, source: str) -> Defense:
+def _build_defense(value: Any, source: str, code: bool = True) -> Defense:
     if isinstance(value, Defense):
         return value
     if isinstance(value, type) and issubclass(value, Defense):
         return value()
-    kind, values = defense_of(value, source)
-    return from_dict(values, kind, "defense.", source)
+    name, values = named_defense(value, source)
+    if not code and name.lower() not in DEFENSES:
+        return Foreign(named=name, settings=values)
+    return from_dict(values, resolve_defense(name), "defense.", source)
 
 
-def defense_of(value: Any, source: str) -> tuple[type[Defense], dict[str, Any]]:
-    """Return the class and the hyper-parameters that `trades` or {name: trades, beta: 6} stands for."""
+def named_defense(value: Any, source: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the hyper-parameters that `trades` or {name: trades, beta: 6} stands for; nothing is run."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
@@ -284,7 +249,7 @@ def defense_of(value: Any, source: str) -> tuple[type[Defense], dict[str, Any]]:
             f"{source}: defense={shown(value)}: expected a name, a mapping with `name`, or a Defense such as TRADES()"
         )
     values = dict(value)
-    return resolve_defense(str(values.pop("name", ARAT.name))), values
+    return str(values.pop("name", ARAT.name)), values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from fastarat.files import (
 from fastarat.locks import LOCK_FILES
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
-from fastarat.specs import known
 
 WEIGHTS = ("last", "best", "swa", "ema")
 """What a run may leave weights of: the last epoch, the best one on validation images, two averages."""
@@ -85,13 +84,14 @@ class Run:
     def resume(cls, path: str | Path) -> Run:
         """Open a folder to go on in it. Raises: UserError when it holds no run or cannot be written."""
         run = cls(path)
-        run._must_exist()
+        run.must_exist()
         make_writable(run.path)
         for partial in run.path.glob(".*.partial"):  # what a kill left half written
             partial.unlink(missing_ok=True)
         return run
 
-    def _must_exist(self) -> None:
+    def must_exist(self) -> None:
+        """Raise UserError where there is nothing to resume."""
         if not (self.config_file.is_file() or self.checkpoint().is_file()):
             raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml and no last.pt")
 
@@ -192,33 +192,21 @@ class Run:
         return done and (not config.swa or self.weights("swa").is_file())
 
     def read_config(self) -> Config | None:
-        """Return the config the run was started with; None where there is no config.yaml."""
+        """Return the config the run was started with; None where there is no config.yaml.
+
+        Its code, a defense in a file, is not run: it is `Foreign`.
+        """
         if not self.config_file.is_file():
             return None
-        return from_dict(read_yaml(self.config_file), source=str(self.config_file))
+        return from_dict(read_yaml(self.config_file), source=str(self.config_file), code=False)
 
     def write_config(self, config: Config) -> None:
         write_text(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False))
 
-    def config_to_resume(self, overrides: dict[str, Any]) -> Config:
-        """Return the config the run was trained with, by its checkpoint, with `overrides`.
-
-        Raises: UserError for a setting that may not differ, or a config.yaml that was changed since.
-        """
-        self._must_exist()
-        for key in overrides:
-            if key not in MAY_DIFFER:
-                raise UserError(
-                    f"--resume continues {self.path} as it was started: {key} cannot change (only "
-                    f"{', '.join(MAY_DIFFER[:-1])} may); start another run for that"
-                )
-        saved = to_dict(trained_with(self))
-        return from_dict({**saved, **overrides, "out": str(self.path)}, source=str(self.config_file))
-
     def difference(self, config: Config) -> tuple[str, Any] | None:
         """Return the first setting (dotted name) that makes `config` another run than this one, and its value here."""
         saved = self.read_config()
-        return None if saved is None else next(_differences(to_dict(config), to_dict(saved)), None)
+        return None if saved is None else next(differences(to_dict(config), to_dict(saved)), None)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         append_text(self.metrics_file, json.dumps(row) + "\n")
@@ -284,39 +272,12 @@ class Run:
         return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
 
 
-def trained_with(run: Run) -> Config:
-    """The config inside the checkpoint; config.yaml's where there is none yet. Raises: UserError if they differ."""
-    state = run.load() if run.resumable() else {}
-    if not isinstance(state.get("config"), dict):
-        return known(run.read_config())
-    truth = from_dict(state["config"], source=str(run.checkpoint()))
-    if not run.config_file.is_file():
-        return truth
-    text = f"the checkpoint was trained with another: put it back, or delete {run.config_file} to go by the other"
-    try:
-        differing = list(_differences(to_dict(truth), to_dict(known(run.read_config()))))
-    except UserError as error:
-        raise UserError(f"{error}. Delete {run.config_file}: the checkpoint holds the config, too") from error
-    if differing:
-        trained = dict(_flat(to_dict(truth)))
-        said = "; ".join(f"{key}: {value!r}, trained with {trained.get(key)!r}" for key, value in differing[:5])
-        raise UserError(f"{run.config_file} was changed since ({said}). {text[0].upper()}{text[1:]}")
-    return truth
-
-
-def _flat(tree: dict[str, Any], prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = ""):
+def differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings (dotted name) that make two configs two runs, and their values in `found`."""
     for key, value in asked.items():
         other = found.get(key)
         if isinstance(value, dict):
-            yield from _differences(value, other or {}, f"{prefix}{key}.")
+            yield from differences(value, other or {}, f"{prefix}{key}.")
         elif value != other and prefix + key not in MAY_DIFFER:
             yield prefix + key, other
 

@@ -32,6 +32,7 @@ from fastarat.finite import Diverged, Watch, tensors_of
 from fastarat.locks import held
 from fastarat.nets.batchnorm import branch, branches_of
 from fastarat.released import resolve
+from fastarat.resuming import config_to_resume
 from fastarat.runs import Run, dataset_of, meta_of
 from fastarat.schedules import lr_at, momentum_at, recipe_of
 from fastarat.specs import known
@@ -52,7 +53,7 @@ class Result:
 def train(
     config: Config | None = None,
     *,
-    defense: Defense | None = None,
+    defense: Defense | type[Defense] | None = None,
     resume: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
@@ -61,7 +62,8 @@ def train(
 
     Args:
         config: default `Config()`: AR-AT on digits.
-        defense: replaces `config.defense`.
+        defense: replaces `config.defense`. With `resume`: the run's own, an instance or its class, for a run whose
+            defense is none of fastarat's: a run folder's code is never run unasked.
         resume: a run folder; its saved config is used, and the run continues after its last checkpoint, bit for bit
             on a CPU.
         overrides: with `resume`, values that may differ from the saved run (device, data_dir, loader, log_every,
@@ -76,7 +78,7 @@ def train(
     if resume is not None:
         if config is not None:
             raise UserError("resume continues a run with its saved config: give the folder alone")
-        config = Run(resume).config_to_resume(overrides or {})
+        config, defense = config_to_resume(Run(resume), overrides or {}, defense), None
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)

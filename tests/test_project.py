@@ -29,7 +29,7 @@ LAYERS = [
     {"config", "engine"},
     {"evaluation"},
     {"runs", "averages", "released"},
-    {"card", "finite", "building"},
+    {"card", "finite", "building", "resuming"},
     {"training"},
     {"report", "interchange", "tuning", "bench"},
     {"table"},
