@@ -399,9 +399,11 @@ def _data(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--data-dir", default="data", help="downloads and caches (default: data)")
     parser.add_argument("--write-mode", default="raw", help="raw (lossless) or jpg (default: raw)")
     parser.add_argument("--image-size", type=int, help="resize image folders to this many pixels")
+    parser.add_argument("--verify", action="store_true", help="read every file in full against its checksum (info)")
     args = parser.parse(argv)
     if args.action == "info":
-        print(json.dumps(info(args.dataset, data_dir=args.data_dir, image_size=args.image_size), indent=2))
+        told = info(args.dataset, data_dir=args.data_dir, image_size=args.image_size, verify=args.verify)
+        print(json.dumps(told, indent=2))
         return 0
     if not args.out:
         raise UserError("data prepare needs --out FOLDER, where train.beton and test.beton go")
