@@ -32,16 +32,21 @@ _GUARD = threading.Lock()
 _HELD: dict[tuple[int, Path], tuple[int, str]] = {}  # by process, which a fork is another of, and folder: its thread
 
 
+class _Busy(UserError):
+    pass
+
+
 @contextlib.contextmanager
-def held(folder: str | Path, doing: str) -> Iterator[None]:
+def held(folder: str | Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold `folder` as its one writer while the block runs; the thread that holds it already goes on within.
 
     The folder is made if it is missing, and removed again if it is still empty at the end. The kernel gives up the
     lock with its process, however that ends. Where nothing can be written there is nothing to hold, and the block runs:
     its own writing fails in its own words.
 
-    doing: the command in words, for the other one's error. Raises: UserError at once when somebody else holds the
-    folder, naming the process, its host, since when, and what it does; or where the disk is full.
+    doing: the command in words, for the other one's error. patience: seconds to wait for somebody else's end.
+    Raises: UserError when somebody else holds the folder, naming the process, its host, since when, and what it does;
+        or where the disk is full.
     """
     folder = Path(folder)
     key = os.getpid(), folder.resolve()
@@ -57,7 +62,7 @@ def held(folder: str | Path, doing: str) -> Iterator[None]:
     made = _missing(folder)
     try:
         with contextlib.ExitStack() as stack:
-            _take(folder, doing, stack)
+            _take(folder, doing, stack, time.monotonic() + patience)
             yield
     finally:
         with _GUARD:
@@ -72,12 +77,16 @@ def _missing(folder: Path) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _take(folder: Path, doing: str, stack: contextlib.ExitStack) -> None:
-    for _ in range(100):
+def _take(folder: Path, doing: str, stack: contextlib.ExitStack, last: float) -> None:
+    for _ in range(1000):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if _flocked(folder, doing, stack):
                 return
+        except _Busy:
+            if time.monotonic() >= last:
+                raise
+            time.sleep(0.1)
         except FileNotFoundError:  # the one before removed the folder that it had made: once more
             continue
         except OSError as error:
@@ -174,4 +183,4 @@ def _refuse(folder: Path, path: Path, more: str = "") -> NoReturn:
         who = "process {pid} on host {host} since {since} ({doing})".format(**holder)
     else:
         who = "another process"
-    raise UserError(f"{folder} is being written by {who}: wait for it, or end it{more}")
+    raise _Busy(f"{folder} is being written by {who}: wait for it, or end it{more}")

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 # A module or package may import from layers above its own here, and from its own package, but not from its own layer
 # or those below.
 LAYERS = [
-    {"errors", "kernels"},
-    {"device", "files", "locks"},
+    {"errors", "kernels", "child"},
+    {"device", "files", "locks", "children"},
     {"values"},
     {"checks", "specs", "schedules", "doctor"},
     {"nets", "data", "losses"},
