@@ -370,7 +370,7 @@ def test_an_epoch_left_early_leaves_no_thread(folder, taken):
         next(epoch)
     time.sleep(0.2)
     start = time.monotonic()
-    epoch.close()
+    epoch.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert time.monotonic() - start < 1
     assert set(threading.enumerate()) <= threads
 
