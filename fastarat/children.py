@@ -134,3 +134,12 @@ class Children:
         finally:
             for child in running:
                 child.kill()  # nothing, for one that has ended
+
+
+def last_line(log: Path) -> str:
+    """What a command said last: its error, if it failed; "" for a file that cannot be read."""
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    return "".join(lines[-1:]).removeprefix("fastarat: ")

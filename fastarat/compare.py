@@ -19,7 +19,7 @@ from fastarat import tuning
 from fastarat.bench.bench import forwards_of
 from fastarat.building import choose_precision, shared_precision
 from fastarat.child import PARTING_S
-from fastarat.children import Children, terminable
+from fastarat.children import Children, last_line, terminable
 from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
@@ -111,32 +111,22 @@ def compare(
     parse_attacks(attack)
     with terminable(_KEPT), held(out, "fastarat compare"):
         runner = _Runner(Path(out), dict(base or {}), parallel, progress)
-        return _compared(runner, defenses, seeds, attack, limit, tune, tune_seeds)
-
-
-def _compared(
-    runner: _Runner,
-    defenses: Sequence[str],
-    seeds: Sequence[int],
-    attack: str,
-    limit: int | None,
-    tune: Mapping[str, Sequence[Any]],
-    tune_seeds: Sequence[int],
-) -> Comparison:
-    grids = tuning.grids_of(defenses, tune)
-    runner.check(grids, seeds[0])
-    precision = runner.settle_precision(defenses, seeds[0])
-    chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
-    plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
-    if runner.progress:
-        print(f"{len(plans)} runs, {sum(runner.state(p) == 'finished' for p in plans)} finished already", flush=True)
-    failed = runner.train(plans)
-    evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
-    _check_done(failed, len(plans), bool(evaluations))
-    rows = {row: _row([p for p in plans if p.defense == row], evaluations, chosen[row]) for row in defenses}
-    comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out, precision=precision)
-    comparison.save()
-    return comparison
+        grids = tuning.grids_of(defenses, tune)
+        runner.check(grids, seeds[0])
+        precision = runner.settle_precision(defenses, seeds[0])
+        chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
+        plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
+        if progress:
+            print(
+                f"{len(plans)} runs, {sum(runner.state(p) == 'finished' for p in plans)} finished already", flush=True
+            )
+        failed = runner.train(plans)
+        evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
+        _check_done(failed, len(plans), bool(evaluations))
+        rows = {row: _row([p for p in plans if p.defense == row], evaluations, chosen[row]) for row in defenses}
+        comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out, precision=precision)
+        comparison.save()
+        return comparison
 
 
 def _row_name(name: str) -> str:
@@ -349,7 +339,7 @@ class _Runner:
             return Failure(f"it starts from {plan.needs.name}, which failed: {cause.why}", cause.diverged)
         note = plan.beside(".diverged")
         if state == "diverged":
-            return Failure(_last_line(note) or f"{note} says so", True)
+            return Failure(last_line(note) or f"{note} says so", True)
         failure = (self._in_a_process if self.parallel > 1 else self._here)(plan, state)
         if failure is not None and failure.diverged:
             make_writable(note.parent)
@@ -379,7 +369,7 @@ class _Runner:
         code = self._call(["train", *begins, *own], log)
         if code == 0:
             return None
-        why = _last_line(log) or f"exit code {code}"
+        why = last_line(log) or f"exit code {code}"
         if code < 0:
             why = f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
         # The exit code alone does not tell: 1 is every stop while running, a full disk among them.
@@ -404,7 +394,7 @@ class _Runner:
         if self.parallel > 1:
             flags = ["--attack", attack, "--weights", which, "--device", plan.config.device, "--out", file]
             if self._call(["eval", run.path, *flags, *(["--limit", str(limit)] if limit else [])], log):
-                raise UserError(f"evaluating {run.path} failed: {_last_line(log)} (log: {log})")
+                raise UserError(f"evaluating {run.path} failed: {last_line(log)} (log: {log})")
         else:
             result = self._evaluate_here(plan, attack, limit)
             result.save(file)
@@ -429,15 +419,6 @@ class _Runner:
         )
         settings = {**result.settings, "weights": plan.which, "epoch": meta["epoch"]}
         return dataclasses.replace(result, settings=settings)
-
-
-def _last_line(log: Path) -> str:
-    """What a command said last: its error, if it failed; "" for a file that cannot be read."""
-    try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return ""
-    return "".join(lines[-1:]).removeprefix("fastarat: ")
 
 
 def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:

@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from small import small_config, trained
 
 import fastarat
-from fastarat import locks
+from fastarat import child as child_module, locks
+from fastarat.child import PARTING_S
+from fastarat.children import Children, Stopped, terminable
 from fastarat.cli import main
 from fastarat.locks import held
 from fastarat.runs import Run
@@ -151,3 +154,99 @@ def test_train_and_resume_refuse_a_folder_that_is_held(tmp_path, capsys):
         fastarat.train(small_config(tmp_path / "new"), progress=False)
     end(child)
     assert not (tmp_path / "new").exists()
+
+
+COMPARE = [
+    "--defenses", "standard,at", "--seeds", "0", "--limit-train", "320", "--batch-size", "16", "--epochs", "6",
+    "--no-tensorboard", "--attack.epsilon", "0.1", "--attack.num-steps", "1", "--eval.val-images", "20",
+    "--eval.num-steps", "1", "--test-attack", "clean,pgd-2", "--limit", "40", "--threads", "1", "--parallel", "2",
+]  # fmt: skip
+
+
+def begun(out: Path) -> subprocess.Popen:
+    """A comparison with two trainings under way, an epoch of each done."""
+    argv = [sys.executable, "-m", "fastarat.cli", "compare", *COMPARE, "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    last = time.monotonic() + 120
+    while len([f for f in out.glob("*/metrics.jsonl") if f.stat().st_size]) < 2:
+        assert parent.poll() is None, parent.communicate()[1]
+        assert time.monotonic() < last, "nothing was trained"
+        time.sleep(0.05)
+    return parent
+
+
+def children_of(parent: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")  # nobody in a container may collect the dead
+
+
+def epochs(out: Path) -> dict[str, list[int]]:
+    return {f.parent.name: [row["epoch"] for row in Run(f.parent).metrics()] for f in out.glob("*/metrics.jsonl")}
+
+
+def accuracies(out: Path) -> list[dict]:
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    return [{key: value for key, value in row.items() if key != "epoch_s"} for row in rows]
+
+
+def test_a_killed_comparison_leaves_nothing_running_and_is_finished_by_the_same_command(tmp_path, capsys):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    parent = begun(killed)
+    children = children_of(parent)
+    assert len(children) == 2
+    assert main(["compare", *COMPARE, "--out", str(killed)]) == 2
+    assert f"killed is being written by process {parent.pid} on host" in capsys.readouterr().err
+    end(parent, signal.SIGKILL)
+    last = time.monotonic() + PARTING_S + 3
+    while any(map(alive, children)):
+        assert time.monotonic() < last, "a training outlived its comparison"
+        time.sleep(0.05)
+    assert max(map(max, epochs(killed).values())) < 6, "it was killed too late to show anything"
+    assert main(["compare", *COMPARE, "--out", str(killed)]) == 0
+    assert main(["compare", *COMPARE[:-1], "1", "--out", str(whole)]) == 0
+    assert epochs(killed) == epochs(whole) == {f"{name}-seed0": [1, 2, 3, 4, 5, 6] for name in ("standard", "at")}
+    assert accuracies(killed) == accuracies(whole)
+    assert not list(killed.rglob(".lock*"))
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_comparison_that_is_told_to_end_waits_for_its_trainings(tmp_path, how, code):
+    parent = begun(tmp_path)
+    children = children_of(parent)
+    parent.send_signal(how)
+    said = parent.communicate(timeout=90)[1]
+    assert parent.returncode == code
+    assert said.count("\n") == 1
+    assert "finished and begun runs are kept: the same command goes on from there" in said
+    assert len(children) == 2
+    assert not any(map(alive, children))
+
+
+def test_a_training_whose_parent_is_gone_before_it_begins_writes_nothing(tmp_path):
+    argv = [
+        sys.executable,
+        "-c",
+        "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')",
+        child_module.__file__,
+    ]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, cwd=tmp_path, check=False, timeout=60)
+    assert done.returncode == 143
+
+
+def test_sigterm_is_as_it_was_after_a_comparison():
+    with pytest.raises(Stopped, match="ended by SIGTERM; all is kept") as error, terminable("all is kept"):
+        signal.raise_signal(signal.SIGTERM)
+    assert error.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "x.log").mkdir()
+    with pytest.raises(fastarat.UserError, match=r"cannot write .*x\.log: Is a directory"):
+        Children(1).call(["train"], tmp_path / "x.log", {})
