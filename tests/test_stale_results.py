@@ -31,7 +31,7 @@ def test_a_damaged_evaluation_is_one_line_and_is_evaluated_anew(tmp_path, capsys
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="delete it"):
         run.read_evaluation()
-    run.meta = lambda which: {"epoch": 1, "epsilon": 0.03, "norm": "linf"}
+    run.meta = lambda which="last": {"epoch": 1, "epsilon": 0.03, "norm": "linf"}
     plan: Any = SimpleNamespace(run=run, which="last")
     assert _saved_evaluation(plan, "clean", None) is None
     assert "damaged: evaluated anew" in capsys.readouterr().err
