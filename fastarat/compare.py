@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastarat.children import Children, last_line, terminable
 from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
-from fastarat.evaluation import Evaluation, evaluate, parse_attacks
+from fastarat.evaluation import Evaluation, evaluate, parse_attacks, wilson
 from fastarat.files import make_writable, write_text
 from fastarat.finite import Diverged
 from fastarat.locks import held
@@ -427,9 +428,15 @@ def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, A
     if not file.is_file():
         return None
     meta = run.meta(plan.which)
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    # The run's own epoch is among them: weights trained further make an evaluation old.
-    found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        # The run's own epoch is among them: weights trained further make an evaluation old.
+        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
+        for key in {*saved["accuracy"].values()}:
+            wilson(float(key), int(saved["num_images"]))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        print(f"warning: {file} is damaged: evaluated anew", file=sys.stderr, flush=True)
+        return None
     asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
     asked |= {key: meta[key] for key in ("epoch", "epsilon", "norm")}
     return saved if all(found.get(key) == value for key, value in asked.items()) else None

@@ -259,7 +259,7 @@ class Run:
                 wilson(float(accuracy[key]), count)
             # What the report and the export will read, tried here, where the file's name is at hand for the error.
             _ = str(settings["norm"]), float(settings["epsilon"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 f"{file} is not an evaluation that can be read ({type(error).__name__}: {error}): delete it, then "
                 f"fastarat eval {shlex.quote(str(self.path))}"

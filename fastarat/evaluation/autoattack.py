@@ -131,8 +131,14 @@ class AutoAttackRun:
         if not self.path.exists():
             return
         state = _read_state(self.path)
-        if state["fingerprint"] != self.fingerprint or len(state["robust"]) != len(self.robust):
-            raise UserError(f"{self.path} does not belong to this evaluation: delete it, or choose another state_dir")
+        if (
+            isinstance(state, str)
+            or state["fingerprint"] != self.fingerprint
+            or len(state["robust"]) != len(self.robust)
+        ):
+            why = state if isinstance(state, str) else "of another evaluation"
+            task.found.append(f"the AutoAttack state {self.path} is {why}: not used, attacked anew from the start")
+            return
         self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
         self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
 
@@ -142,7 +148,7 @@ class AutoAttackRun:
         # A digit per image: this file is written anew after every batch, and a JSON list of booleans is seven times
         # as long.
         state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
-        write_text(self.path, json.dumps(state))
+        write_text(self.path, json.dumps(state | {"sha256": _checksum(state)}))
 
 
 def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
@@ -227,21 +233,28 @@ def _digest(tensors: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _checksum(state: dict[str, Any]) -> str:
+    """Return what tells damage and edits by mistake; it is no proof against forgery, as anybody can compute it."""
+    return hashlib.sha256(json.dumps({key: state[key] for key in _STATE}, sort_keys=True).encode()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any] | str:
+    """Return a state as it was written, or in words why it cannot be used."""
     try:
-        state = json.loads(path.read_text())
-        if not {*_STATE} <= state.keys():
-            raise ValueError("keys are missing")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"cannot read the AutoAttack state {path} ({error}): delete it to start again") from error
-    return state
+        state = json.loads(path.read_bytes())
+        if not isinstance(state, dict) or not {*_STATE} <= state.keys():
+            return "damaged"
+        if "sha256" not in state:
+            return "without a checksum (of an earlier version)"
+        return state if state["sha256"] == _checksum(state) else "damaged or edited (its checksum differs)"
+    except (ValueError, RecursionError, OSError):
+        return "damaged"
 
 
 def _passed_over(path: Path, fingerprint: dict[str, Any]) -> list[str]:
     """Say that an unfinished state of other weights, data or settings is not continued."""
-    try:
-        state = _read_state(path)
-    except UserError:
+    state = _read_state(path)
+    if isinstance(state, str):
         return []
     theirs = state["fingerprint"]
     if set(theirs.get("members", ())) <= set(state["done"]):
