@@ -29,6 +29,7 @@ from fastarat.files import (
     write_atomic,
     write_text,
 )
+from fastarat.metadata import check_meta
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.specs import known
@@ -301,6 +302,9 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
             there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
             raise UserError(f"{path} has no {which} weights (there: {there})")
     weights, meta = load_weights(file)
+    check_meta(meta, file)
+    with torch.device("meta"):  # shapes alone: what the file does not hold is not allocated either
+        load_into(network_of(meta), {key: value.to("meta") for key, value in weights.items()}, file)
     model = network_of(meta)
     load_into(model, weights, file)
     return model, meta, run.read_config()
@@ -345,6 +349,7 @@ def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None
     path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
         weights, meta = load_weights(path)
+        check_meta(meta, path)
         if meta["defense"] != "standard":
             raise UserError(f"{path} was trained with {meta['defense']}, not standard")
         load_into(model, weights, path)
