@@ -20,6 +20,7 @@ from fastarat.values import Precision, coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
+_MOST_BYTES = 1_000_000  # of a config, which has a few hundred
 
 
 # Settings that configs saved by older versions hold; none of them changed a number beyond rounding.
@@ -90,7 +91,7 @@ class Config(Fast):
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
     epochs: int | None = setting(None, "default: the recipe's", _COUNT)
-    batch_size: int = setting(128, "images per step")
+    batch_size: int = setting(128, "images per step", "(-inf, 2^24]")
     precision: Precision | None = setting(
         None, "of convolutions; statistics and losses are float32 (default: fp32; with --amp the fastest that is right)"
     )
@@ -107,11 +108,11 @@ class Config(Fast):
     loader: Literal["auto", "resident", "ffcv"] = setting("auto", "data on the device, or streamed from .beton by FFCV")
     augment: bool = setting(True, "random crop and flip, as each data set is used in the literature")
     normalize: bool = setting(False, "normalise by the training set's mean and deviation inside the model")
-    image_size: int | None = setting(None, "resize image folders to this many pixels", _COUNT)
+    image_size: int | None = setting(None, "resize image folders to this many pixels", "[1, 4096]")
     limit_train: int | None = setting(None, "use only this many training images (stratified)", _COUNT)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     threads: int | None = setting(
-        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)", _COUNT
+        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)", "[1, 1024]"
     )
     awp: float | None = setting(
         None,
@@ -252,26 +253,73 @@ def named_defense(value: Any, source: str) -> tuple[str, dict[str, Any]]:
     return str(values.pop("name", ARAT.name)), values
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without tags of Python's, whose mappings name a key once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises: UserError for a missing file, bad syntax (naming its line) or another value."""
+    """Read a YAML mapping. Raises: UserError for a missing file, bad syntax (naming its line) or another value.
+
+    So too for what would take long: no ordinary file, one over 1 MB, nested over 20 deep, or full of aliases.
+    """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        # A pipe would be waited for, for ever.
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"cannot read config {path}: expected an ordinary file")
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"cannot read config {path}: expected text in UTF-8 ({error.reason} at {error.start})"
+        ) from error
+    except (OSError, ValueError) as error:  # the second: a name that no file can have
         raise UserError(f"cannot read config {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(raw) > _MOST_BYTES:
+        raise UserError(f"{path} is over {_MOST_BYTES:,} bytes: expected a config of a few key: value lines")
     try:
+        _bounded(text, path)
         # YAML 1.1: `off` arrives as False and 1e-3, for want of a point, as text. `coerce` knows both.
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or _first(error)}") from error
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # a date such as 2020-99-99
+        raise UserError(f"{path}: not valid YAML: a value that cannot be read ({_first(error)})") from error
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: expected key: value lines, got a {type(values).__name__}")
     return values or {}
 
 
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _bounded(text: str, path: str | Path) -> None:
+    """Raise UserError for YAML whose tree would be too deep, or too large for its text; nothing is built for it."""
+    depth = aliases = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > 20 or aliases > 20:
+            what = "is nested over 20 deep" if depth > 20 else "has over 20 aliases"
+            raise UserError(f"{path} line {event.start_mark.line + 1}: {what}; expected key: value lines")
+
+
 def write_yaml(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
@@ -282,8 +330,14 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key}: {parent} is a value already ({shown(node)}), not a group of settings")
         node[last] = value
     return tree
+
+
+def _name(value: Any, below: dict[str, Any]) -> Any:
+    return value.get("name", below.get("name")) if isinstance(value, dict) else value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +349,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         if key == "defense" and isinstance(below, str):
             below = {"name": below}
-        if key == "defense" and isinstance(below, dict) and value.get("name", below.get("name")) != below.get("name"):
+        if key == "defense" and isinstance(below, dict) and _name(value, below) != _name(below, below):
             below = None  # another defense's hyper-parameters do not carry over
         result[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return result

@@ -32,6 +32,7 @@ from fastarat.files import (
     write_text,
 )
 from fastarat.locks import LOCK_FILES
+from fastarat.metadata import check_meta
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 
@@ -344,6 +345,9 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
         weights, meta = run.load_weights(which)
     else:
         weights, meta = load_weights(file)
+    check_meta(meta, file)
+    with torch.device("meta"):  # shapes alone: what the file does not hold is not allocated either
+        load_into(network_of(meta), {key: value.to("meta") for key, value in weights.items()}, file)
     model = network_of(meta)
     load_into(model, weights, file)
     return model, meta, run.read_config()
@@ -388,6 +392,7 @@ def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None
     path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
         weights, meta = Run(named).load_weights() if Path(named).is_dir() else load_weights(path)
+        check_meta(meta, path)
         if meta["defense"] != "standard":
             raise UserError(f"{path} was trained with {meta['defense']}, not standard")
         load_into(model, weights, path)
