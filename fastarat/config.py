@@ -13,6 +13,7 @@ from fastarat.data import SETS
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.defenses.naming import Foreign, defense_key, resolve_defense
 from fastarat.errors import UserError, nearest
+from fastarat.interrupts import Pace
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
 from fastarat.specs import Attack, Fast, fields_of, setting, spec_of
@@ -123,6 +124,11 @@ class Config(Fast):
     log_every: int | None = setting(
         None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)", _COUNT
     )
+    checkpoint_every: str | None = setting(
+        None,
+        "also save within an epoch, every so many steps (500) or so much time (90s, 10min, 2h), so that a kill loses "
+        "no more (default: at each epoch's end, and when a signal ends the run)",
+    )
     tensorboard: bool = setting(True, "write TensorBoard events")
     attack: Attack = field(default_factory=Attack)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -136,7 +142,10 @@ class Config(Fast):
             part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
             if part and isinstance(value := getattr(self, name), dict):
                 object.__setattr__(self, name, from_dict(value, hint, f"{name}."))
+        if type(self.checkpoint_every) is int:  # YAML's, for a number of steps
+            object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
         settle(self)
+        Pace(self.checkpoint_every)
         for name in ("dataset", "model", "out", "data_dir"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise UserError(f"{name}={value!r}: expected a name or path; leave it out for the default")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # or those below.
 LAYERS = [
     {"errors", "kernels", "child", "texts"},
-    {"device", "files", "locks", "children"},
+    {"device", "files", "locks", "children", "interrupts"},
     {"values"},
     {"checks", "specs", "schedules", "doctor", "metadata"},
     {"nets", "data", "losses"},
@@ -30,6 +30,7 @@ LAYERS = [
     {"evaluation"},
     {"runs", "averages", "released"},
     {"card", "finite", "building", "resuming"},
+    {"checkpoints"},
     {"training"},
     {"report", "interchange", "tuning", "bench"},
     {"table"},

@@ -63,14 +63,12 @@ def augment(images: Tensor, recipe: Augment | None, generator: torch.Generator |
         device, padding = images.device, recipe.padding
         # Crop and flip are one gather of whole pixels: slicing per image is a Python loop, and grid_sample
         # interpolates.
-        draw = partial(torch.randint, generator=generator, device=device)
+        flipped, offsets = _draw(recipe, batch, device, generator)
         rows = torch.arange(height, device=device).expand(batch, height)
         columns = torch.arange(width, device=device).expand(batch, width)
-        if recipe.flip:
-            flipped = draw(2, (batch, 1), dtype=torch.bool)
+        if flipped is not None:
             columns = torch.where(flipped, width - 1 - columns, columns)
-        if padding:
-            offsets = draw(2 * padding + 1, (2, batch, 1))
+        if offsets is not None:
             rows, columns = rows + offsets[0], columns + offsets[1]
             pixels = F.pad(pixels, (0, 0, padding, padding, padding, padding))
         high, wide = height + 2 * padding, width + 2 * padding
@@ -82,6 +80,18 @@ def augment(images: Tensor, recipe: Augment | None, generator: torch.Generator |
     if images.dtype == torch.uint8:
         scaled.div_(255)
     return scaled.permute(0, 3, 1, 2)
+
+
+def _draw(
+    recipe: Augment, batch: int, device: torch.device, generator: torch.Generator | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Draw who of a batch is flipped, bool [B, 1], and the crops' offsets, int64 [2, B, 1]; None where there is none.
+
+    All that `augment` draws, so that a batch can be passed over without its pixels.
+    """
+    draw = partial(torch.randint, generator=generator, device=device)
+    flipped = draw(2, (batch, 1), dtype=torch.bool) if recipe.flip else None
+    return flipped, draw(2 * recipe.padding + 1, (2, batch, 1)) if recipe.padding else None
 
 
 @dataclass(eq=False, repr=False)
@@ -121,12 +131,18 @@ class Loader:
             order = torch.arange(count)
         return order[: len(self) * self.batch_size]
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of epoch number `epoch`, the last one short unless drop_last is set."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of epoch number `epoch`, the last one short unless drop_last is set.
+
+        first: batches to leave out at the start; no pixel of theirs is read, and the others are what they always are.
+        """
         order = self.order(epoch)
         # On the device, for speed: a GPU's crops and flips are others than a CPU's, by the same seed.
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "augment", epoch))
         indices = order.to(self.device).split(self.batch_size) if len(order) else ()
+        for skipped in indices[:first] if self.recipe is not None else ():
+            _draw(self.recipe, len(skipped), self.device, generator)
+        order, indices = order[first * self.batch_size :], indices[first:]
         pixels = self._pixels(order, indices)
         try:
             for index, images in zip(indices, pixels, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ class Meter:
             self._held.sums.zero_()
             self._held.steps.zero_()
             self._held.first_bad.fill_(_NEVER)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has measured since the last reset, as tensors and plain values: empty before the first step."""
+        if self._held is None:
+            return {}
+        names = {"names": self.names, "watched": self.watched, "num_terms": self.num_terms}
+        return {**names, **{key: value.clone() for key, value in self._held._asdict().items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        if not state:
+            self.reset()
+            return
+        self.names, self.watched, self.num_terms = list(state["names"]), list(state["watched"]), state["num_terms"]
+        self._held = _Held(*(state[key].clone().to(self.device) for key in _Held._fields))
 
     def add(self, terms: dict[str, Tensor], views: Views, watched: dict[str, Tensor]) -> None:
         values = {**terms}
