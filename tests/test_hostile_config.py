@@ -185,7 +185,10 @@ def test_a_damaged_config_is_one_line(name, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_bytes(DAMAGED_YAML[name])
     start = time.monotonic()
-    for command in (["train"], ["compare", "--defenses", "standard", "--out", tmp_path / "compared"]):
+    for command in (
+        ["train"],
+        ["compare", "--defenses", "standard", "--out", tmp_path / "compared", "--test-attack", "clean"],
+    ):
         if name == "out" and command == ["train"]:
             continue
         mistake([*command, "--config", file, "--epochs=1", "--limit-train=32"] if name in NETWORKS else
@@ -202,7 +205,7 @@ NETWORKS = ("model", "long model", "hub", "local")
 
 def test_a_config_that_is_no_file_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", "/dev/zero", "a\0b", "x" * 5000):
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", "/dev/zero", "a\0b"):
         assert "cannot read config" in mistake(["train", "--config", path], capsys)
 
 
