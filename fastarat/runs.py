@@ -271,11 +271,10 @@ class Run:
         return found
 
     def stale(self, which: str, evaluation: dict[str, Any]) -> str:
-        """Say why an evaluation is not one of the weights that are here now, as far as it recorded them; "" if it is.
-
-        Raises: UserError for weights that are missing or corrupt.
-        """
+        """Say why an evaluation is not of the weights that are here now; "" if it is, or nobody can tell."""
         recorded = evaluation["settings"].get("weights_sha256")
+        if not self.weights(which).is_file():
+            return ""
         return "" if recorded in (None, self.meta(which)["sha256"]) else "of other weights than are in the run now"
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
@@ -412,9 +411,8 @@ def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None
     path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
         weights, meta = Run(named).load_weights() if Path(named).is_dir() else load_weights(path)
-        check_meta(meta, path)
-        if meta["defense"] != "standard":
-            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
+        if (trained := meta.get("defense")) != "standard":
+            raise UserError(f"{path} was trained with {trained}, not standard")
         load_into(model, weights, path)
     except UserError as error:
         raise UserError(f"{field}={named}: {error}. {needs}: {how}") from error
