@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -169,9 +170,11 @@ def _eval(parser: Parser, argv: list[str]) -> int:
     run = Run.holding(args.run)
     where = Path(args.out) if args.out else run.evaluation(args.weights)
     check_writable(where)  # before the evaluation, which may take hours
+    # A run on a read-only disk is evaluated with --out elsewhere, and AutoAttack's batches are kept beside that.
+    state = run.state_dir if os.access(run.path, os.W_OK) else where.with_name(f"{where.stem}-state")
     result = evaluate(
         model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
-        seed=args.seed, branch=args.branch, state_dir=run.state_dir, tf32=args.tf32,
+        seed=args.seed, branch=args.branch, state_dir=state, tf32=args.tf32,
     )  # fmt: skip
     result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     result.save(where)

@@ -25,10 +25,10 @@ from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nes
 from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, evaluate, parse_attacks, wilson
-from fastarat.files import make_writable, write_text
+from fastarat.files import make_writable, parse_json, seal, write_text
 from fastarat.finite import Diverged
 from fastarat.locks import held
-from fastarat.runs import Run, dataset_of, load_network
+from fastarat.runs import Run, dataset_of, is_current, load_network
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import resolve, train
 from fastarat.tuning import Choice, Settings
@@ -402,7 +402,7 @@ class _Runner:
             if self.progress:
                 print(result.table(), flush=True)
         text = file.read_text(encoding="utf-8")
-        if not run.evaluation(which).exists():
+        if not is_current(run, which):
             write_text(run.evaluation(which), text)  # for `fastarat report`
         return json.loads(text)
 
@@ -423,20 +423,26 @@ class _Runner:
 
 
 def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:
-    run = plan.run
-    file = run.compared(plan.which)
+    """What an earlier call found of these weights with these settings; None, and why on stderr, where it is none."""
+    run, file = plan.run, plan.run.compared(plan.which)
     if not file.is_file():
         return None
     meta = run.meta(plan.which)
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        # The run's own epoch is among them: weights trained further make an evaluation old.
-        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
-        for key in {*saved["accuracy"].values()}:
-            wilson(float(key), int(saved["num_images"]))
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        print(f"warning: {file} is damaged: evaluated anew", file=sys.stderr, flush=True)
-        return None
-    asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
+    asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit, "weights_sha256": meta["sha256"]}
     asked |= {key: meta[key] for key in ("epoch", "epsilon", "norm")}
+    try:
+        saved = parse_json(file.read_bytes())
+        why = "" if saved["sha256"] == seal(saved) else "was edited, or is damaged"
+        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
+        for value in saved["accuracy"].values():
+            wilson(float(value), int(saved["num_images"]))
+    except KeyError as error:
+        why, found = f"is damaged, or of an earlier version (it has no {error})", {}
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        why, found = "is damaged", {}
+    if not why and found.get("weights_sha256") != asked["weights_sha256"]:
+        why = f"is of other weights than {run.weights(plan.which).name} holds now"
+    if why:
+        print(f"warning: {file} {why}: evaluated anew", file=sys.stderr, flush=True)
+        return None
     return saved if all(found.get(key) == value for key, value in asked.items()) else None

@@ -113,7 +113,7 @@ class Config(Fast):
     limit_train: int | None = setting(None, "use only this many training images (stratified)", _COUNT)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     threads: int | None = setting(
-        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)", "[1, 1024]"
+        None, "CPU threads (default: PyTorch's choice; 1 is best for small networks on a busy machine)", _COUNT
     )
     awp: float | None = setting(
         None,
@@ -259,7 +259,10 @@ def named_defense(value: Any, source: str) -> tuple[str, dict[str, Any]]:
             f"{source}: defense={shown(value)}: expected a name, a mapping with `name`, or a Defense such as TRADES()"
         )
     values = dict(value)
-    return str(values.pop("name", ARAT.name)), values
+    name = values.pop("name", ARAT.name)
+    if not isinstance(name, str):
+        raise UserError(f"{source}: defense.name={shown(name)}: expected a name, such as trades, or FILE.py:CLASS")
+    return name, values
 
 
 class _Loader(yaml.SafeLoader):
@@ -280,19 +283,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     So too for what would take long: no ordinary file, one over 1 MB, nested over 20 deep, or full of aliases.
     """
+    named = str(path) if len(str(path)) < 500 else f"{str(path)[:60]}..."
     try:
         # A pipe would be waited for, for ever.
         if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"cannot read config {path}: expected an ordinary file")
+            raise UserError(f"cannot read config {named}: expected an ordinary file")
         with open(path, "rb") as file:
             raw = file.read(_MOST_BYTES + 1)
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"cannot read config {path}: expected text in UTF-8 ({error.reason} at {error.start})"
+            f"cannot read config {named}: expected text in UTF-8 ({error.reason} at {error.start})"
         ) from error
     except (OSError, ValueError) as error:  # the second: a name that no file can have
-        raise UserError(f"cannot read config {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"cannot read config {named}: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > _MOST_BYTES:
         raise UserError(f"{path} is over {_MOST_BYTES:,} bytes: expected a config of a few key: value lines")
     try:

@@ -165,6 +165,15 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path} is not {what} that can be read ({error}): it is damaged, or another file") from error
 
 
+def seal(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what JSON makes of `record`, its own entry "sha256" left out.
+
+    It tells damage and edits by mistake; it is no proof against forgery, as anybody can compute it.
+    """
+    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def tensors_hash(tensors: Mapping[str, Any]) -> str:
     """Return the SHA-256, in hex, of what a state dict holds: names, dtypes, shapes and bytes of its tensors."""
     digest = hashlib.sha256()

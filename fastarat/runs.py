@@ -29,6 +29,7 @@ from fastarat.files import (
     parse_json,
     save_tensors,
     save_weights,
+    seal,
     write_text,
 )
 from fastarat.locks import LOCK_FILES
@@ -254,12 +255,14 @@ class Run:
         if not file.is_file():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = parse_json(file.read_bytes())
             settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
             for key in {*accuracy, *settings.get("attacks", {}).values()}:
                 wilson(float(accuracy[key]), count)
             # What the report and the export will read, tried here, where the file's name is at hand for the error.
             _ = str(settings["norm"]), float(settings["epsilon"])
+            if found.get("sha256", seal(found)) != seal(found):
+                raise ValueError("its checksum does not hold: it was edited, or is damaged")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 f"{file} is not an evaluation that can be read ({type(error).__name__}: {error}): delete it, then "
@@ -267,10 +270,26 @@ class Run:
             ) from error
         return found
 
+    def stale(self, which: str, evaluation: dict[str, Any]) -> str:
+        """Say why an evaluation is not of the weights that are here now; "" if it is, or nobody can tell."""
+        recorded = evaluation["settings"].get("weights_sha256")
+        if not self.weights(which).is_file():
+            return ""
+        return "" if recorded in (None, self.meta(which)["sha256"]) else "of other weights than are in the run now"
+
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Return `read_evaluation` of all weights that were evaluated, by their name."""
         found = {which: self.read_evaluation(which) for which in WEIGHTS}
         return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
+
+
+def is_current(run: Run, which: str) -> bool:
+    """Whether what `fastarat eval` found is there, whole, and of these weights."""
+    try:
+        found = run.read_evaluation(which)
+        return found is not None and not run.stale(which, found)
+    except UserError:
+        return False
 
 
 def differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -392,9 +411,8 @@ def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None
     path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
         weights, meta = Run(named).load_weights() if Path(named).is_dir() else load_weights(path)
-        check_meta(meta, path)
-        if meta["defense"] != "standard":
-            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
+        if (trained := meta.get("defense")) != "standard":
+            raise UserError(f"{path} was trained with {trained}, not standard")
         load_into(model, weights, path)
     except UserError as error:
         raise UserError(f"{field}={named}: {error}. {needs}: {how}") from error

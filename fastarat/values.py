@@ -145,7 +145,7 @@ def _int(value: Any) -> int:
     result = int(value)
     if not isinstance(value, str) and value != result:
         raise ValueError
-    if result.bit_length() > 64:  # no count is; and further on it would overflow, or take ages to print
+    if result.bit_length() > 100:  # no count is; and further on it would overflow, or take ages to print
         raise OverflowError
     return result
 

@@ -372,7 +372,7 @@ def remove(*names):
         (shutil.rmtree, "not a run folder"),
         (remove("metrics.jsonl"), "no metrics yet"),
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1, "lr'), "no metrics yet"),
-        (remove("last.safetensors"), "no last weights"),
+        (remove("last.safetensors", "last.pt"), "no last weights"),
         (remove("config.yaml"), r"no config\.yaml"),
         (lambda run: (run / "eval.json").write_text("{}"), r"eval\.json is not an evaluation.*fastarat eval"),
         (lambda run: (run / "eval.json").write_text("{"), r"eval\.json is not an evaluation"),

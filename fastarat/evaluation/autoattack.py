@@ -25,7 +25,7 @@ from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
 from fastarat.evaluation.task import Entry, Task, share
-from fastarat.files import write_text
+from fastarat.files import parse_json, seal, tensors_hash, write_text
 
 _STATE = ("fingerprint", "robust", "pending", "done", "partial")
 
@@ -110,8 +110,8 @@ class AutoAttackRun:
         task = self.task
         # Everything the numbers of this run depend on.
         self.fingerprint = {
-            "weights": _digest(task.model.state_dict()),
-            "data": _digest({"images": task.images, "labels": task.labels}),
+            "weights": tensors_hash(task.model.state_dict()),
+            "data": tensors_hash({"images": task.images, "labels": task.labels}),
             "members": list(self.members),
             "epsilon": task.budget.epsilon,
             "norm": task.budget.norm,
@@ -148,7 +148,7 @@ class AutoAttackRun:
         # A digit per image: this file is written anew after every batch, and a JSON list of booleans is seven times
         # as long.
         state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
-        write_text(self.path, json.dumps(state | {"sha256": _checksum(state)}))
+        write_text(self.path, json.dumps(state | {"sha256": seal(state)}))
 
 
 def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
@@ -222,32 +222,16 @@ def _heard(found: list[str]) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _digest(tensors: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            # Equal bytes under another dtype or shape are other weights.
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _checksum(state: dict[str, Any]) -> str:
-    """Return what tells damage and edits by mistake; it is no proof against forgery, as anybody can compute it."""
-    return hashlib.sha256(json.dumps({key: state[key] for key in _STATE}, sort_keys=True).encode()).hexdigest()
-
-
 def _read_state(path: Path) -> dict[str, Any] | str:
     """Return a state as it was written, or in words why it cannot be used."""
     try:
-        state = json.loads(path.read_bytes())
+        state = parse_json(path.read_bytes())
         if not isinstance(state, dict) or not {*_STATE} <= state.keys():
             return "damaged"
         if "sha256" not in state:
             return "without a checksum (of an earlier version)"
-        return state if state["sha256"] == _checksum(state) else "damaged or edited (its checksum differs)"
-    except (ValueError, RecursionError, OSError):
+        return state if state["sha256"] == seal(state) else "damaged or edited (its checksum differs)"
+    except (ValueError, OSError):
         return "damaged"
 
 

@@ -254,10 +254,10 @@ def measured(run: Run, which: str, meta: dict[str, Any]) -> tuple[str, str]:
         return todo, todo
     settings, accuracy = found["settings"], found["accuracy"]
     same = settings.get("branch") == branch and settings["norm"] == meta["norm"]
-    stale = ""
-    if file.stat().st_mtime < run.weights(which).stat().st_mtime:
+    stale = run.stale(which, found)
+    if "weights_sha256" not in settings and file.stat().st_mtime < run.weights(which).stat().st_mtime:
         stale = "older than the weights"
-    elif not same or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
+    elif (not stale and not same) or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
         stale = "of another branch or budget"
     if stale:
         todo, accuracy = f"{todo} ({file.name} is {stale})", {}
