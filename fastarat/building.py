@@ -149,12 +149,20 @@ def shared_precision(
         with suppress(UserError):  # a folder of somebody else
             begun = Run(path.parent).read_config()
             if begun is not None and kind(begun) == kind(config) and begun.precision is not None:
-                kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-                if kept.get("precision") == begun.precision:
-                    return kept["precision"], kept["note"]
+                if (note := _kept_note(file, begun.precision)) is not None:
+                    return begun.precision, note
                 return usable_precision(begun.precision, device, why=f"--amp: as {path.parent.name}, which had begun")
     dataset = limited(dataset, config.limit_train, config.batch_size)
     precision, note = choose_precision(config, dataset, device, say=say)
     make_writable(folder)
     write_text(file, json.dumps({"precision": precision, "note": note}, indent=2) + "\n")
     return precision, note
+
+
+def _kept_note(file: Path, precision: str) -> str | None:
+    """Why `precision` was chosen, by precision.json; None where that speaks of another, or is missing or damaged."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return str(kept["note"]) if kept["precision"] == precision else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None

@@ -16,6 +16,7 @@ from fastarat.nets.batchnorm import BatchNorm2d
 from fastarat.released import card_rows
 from fastarat.schedules import counted, in_words, recipe_of
 from fastarat.specs import known
+from fastarat.texts import printable
 
 _START = {
     "none": "none (the centre itself)",
@@ -67,7 +68,7 @@ def card(
         "run folder": str(config.out),
     }
     width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+    return "\n".join(f"{key:<{width}}  {printable(value)}" for key, value in rows.items())
 
 
 def _method(config: Config, step: TrainStep) -> dict[str, str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastarat.errors import UserError, nearest
+from fastarat.flags import Parser, early
+from fastarat.texts import any_encoding, printable
 
 if TYPE_CHECKING:
     from fastarat.config import Config
@@ -30,98 +32,18 @@ _INTERRUPTED = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with the nearest known flag, and that makes flags of a dataclass's fields."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        # No abbreviations: --epo would change its meaning on the day that a second flag begins with it.
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        namespace, rest = self.parse_known_args(argv)
-        flags = {flag: action.dest for action in self._actions for flag in action.option_strings}
-        for flag in rest:
-            if flag.startswith("-"):
-                self.error(f"unknown flag {flag}{nearest(flag.split('=')[0], flags)}")
-        for name, value in vars(namespace).items():
-            for one in value if isinstance(value, list) else (value,):
-                if isinstance(one, str) and not one.strip():
-                    flag = next((flag for flag, dest in flags.items() if dest == name), name)
-                    self.error(f"{flag} {one!r}: expected a value, got an empty one")
-        if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
-        return namespace
-
-    def add_fields(self, cls: type, prefix: str = "") -> None:
-        """Add one flag per field of `cls`: --batch-size, --attack.epsilon, --amp / --no-amp.
-
-        A flag that is not given has no value at all: a YAML file's or a saved run's then stands.
-        """
-        from fastarat.defenses import ARAT, Defense
-        from fastarat.specs import fields_of
-        from fastarat.values import hints_of
-
-        title = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        if issubclass(cls, Defense) and cls.name:
-            title = f"{cls.name}: {title}"
-        group = self.add_argument_group(title) if prefix else self
-        for f in fields_of(cls):
-            hint, name, text = hints_of(cls)[f.name], prefix + f.name, f.metadata.get("help", "")
-            kind: dict[str, Any] = {"dest": name, "metavar": _metavar(f.name, hint)}
-            default = f.default
-            if hint is Defense:
-                kind, default = {"dest": f"{name}.name", "metavar": "NAME"}, ARAT.name
-            elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                self.add_fields(hint, name + ".")
-                continue
-            elif hint in (bool, bool | None):
-                kind = {"dest": name, "action": argparse.BooleanOptionalAction}
-            if default is not None and default is not False and default is not dataclasses.MISSING:
-                text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
-            flag = "--" + name.replace("_", "-")
-            # % begins a substitution in argparse's help texts.
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
-
-    def parse_fields(
-        self, argv: list[str], tree: type, defense: type | None = None
-    ) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """Return the command's own arguments, and by dotted name, what was given of the fields."""
-        own = {action.dest for action in self._actions}
-        self.add_fields(tree)
-        if defense is not None:
-            self.add_fields(defense, "defense.")
-        flags = vars(self.parse(argv))
-        given = {name: flags.pop(name) for name in list(flags) if name not in own}
-        return argparse.Namespace(**flags), given
-
-
-def _metavar(name: str, hint: Any) -> str:
-    options = (hint, *typing.get_args(hint))
-    choices = [str(a) for o in options if typing.get_origin(o) is Literal for a in typing.get_args(o)]
-    if any("," in choice for choice in choices):
-        choices = [repr(choice) for choice in choices]  # one could be taken for two
-    elif bool in options:
-        choices = ["true", "false"]
-    return "{" + ",".join(choices) + "}" if choices else name.upper()
-
-
-def _early(argv: list[str], flag: str) -> str | None:
-    """Return the value of a flag that decides which other flags there are; None where it has none, or is not given."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value", nargs="?")
-    return parser.parse_known_args(argv)[0].value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code; prints a person's mistake as one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with any_encoding():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print(f"fastarat: {error}", file=sys.stderr)
+        print(f"fastarat: {printable(str(error), chr(10))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         kept = _INTERRUPTED.get(argv[0] if argv else "", "nothing was written; the same command starts again")
@@ -154,7 +76,7 @@ def _dispatch(argv: list[str]) -> int:
         from fastarat.training import one_process
 
         one_process()
-    return run(_Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
+    return run(Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
 
 
 def _top(argv: list[str], texts: dict[str, str]) -> int:
@@ -162,7 +84,7 @@ def _top(argv: list[str], texts: dict[str, str]) -> int:
     from fastarat import __version__
 
     known = "\n".join(f"  {name:<8} {text}" for name, text in texts.items())
-    parser = _Parser(
+    parser = Parser(
         prog="fastarat",
         description="Fast, faithful adversarial training, built around AR-AT.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -174,17 +96,27 @@ def _top(argv: list[str], texts: dict[str, str]) -> int:
     return 0
 
 
-def _train(parser: _Parser, argv: list[str]) -> int:
+def _train(parser: Parser, argv: list[str]) -> int:
     from fastarat import config as c
+    from fastarat.defenses.naming import is_code, same_code
     from fastarat.training import train
 
     parser.add_argument("--config", metavar="FILE", help="YAML with the same names; flags win over it")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder after its last checkpoint")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     # Read before the parser is complete: the defense, named in the file or on the line, decides which flags exist.
-    file = _early(argv, "--config")
+    file = early(argv, "--config")
     from_file = c.read_yaml(file) if file else {}
-    kind, _ = c.defense_of(_early(argv, "--defense") or from_file.get("defense", {}), file or "flags")
+    named = early(argv, "--defense")
+    saved, settings = c.named_defense(from_file.get("defense", {}), file or "flags")
+    if not named and is_code(saved):
+        raise UserError(
+            f"{file}: its defense {saved} is code, which runs only where the command line names it: if you trust that "
+            f"file, add --defense {saved}"
+        )
+    if named and is_code(saved) and same_code(named, saved):
+        from_file["defense"] = {"name": named, **settings}  # one class, whichever way its path is written
+    kind = c.resolve_defense(named or saved)
     args, flags = parser.parse_fields(argv, c.Config, kind)
     given = c.nest(flags)
     if args.resume and from_file:
@@ -198,7 +130,7 @@ def _train(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _eval(parser: _Parser, argv: list[str]) -> int:
+def _eval(parser: Parser, argv: list[str]) -> int:
     from fastarat.card import accuracy_name
     from fastarat.device import pick_device
     from fastarat.evaluation import check_writable, evaluate, parse_attacks
@@ -238,16 +170,19 @@ def _eval(parser: _Parser, argv: list[str]) -> int:
     run = Run.holding(args.run)
     where = Path(args.out) if args.out else run.evaluation(args.weights)
     check_writable(where)  # before the evaluation, which may take hours
+    # A run on a read-only disk is evaluated with --out elsewhere, and AutoAttack's batches are kept beside that.
+    state = run.state_dir if os.access(run.path, os.W_OK) else where.with_name(f"{where.stem}-state")
     result = evaluate(
         model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
-        seed=args.seed, branch=args.branch, state_dir=run.state_dir, tf32=args.tf32,
+        seed=args.seed, branch=args.branch, state_dir=state, tf32=args.tf32,
     )  # fmt: skip
     result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
     result.save(where)
     best = meta.get("best")
     chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
     of = f"{args.weights}, epoch {meta['epoch']}{chosen}"
-    print(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set\n{result.table()}")
+    print(printable(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set"))
+    print(result.table())
     print(f"saved: {where}")
     return 0
 
@@ -272,7 +207,7 @@ def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Co
     return dataset
 
 
-def _compare(parser: _Parser, argv: list[str]) -> int:
+def _compare(parser: Parser, argv: list[str]) -> int:
     from fastarat import config as c
     from fastarat.compare import compare
     from fastarat.tuning import parse_tune
@@ -301,8 +236,9 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
     )
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: expected 1 or more")
+    out = coerce(base.pop("out", None), str | None, "out", args.config or "flags")
     table = compare(
-        [d.strip() for d in args.defenses.split(",")], seeds, base=base, out=base.pop("out", None) or "runs/compare",
+        [d.strip() for d in args.defenses.split(",")], seeds, base=base, out=out or "runs/compare",
         attack=args.test_attack, limit=args.limit, parallel=args.parallel, tune=parse_tune(args.tune),
         tune_seeds=tune_seeds,
     )  # fmt: skip
@@ -311,7 +247,7 @@ def _compare(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _report(parser: _Parser, argv: list[str]) -> int:
+def _report(parser: Parser, argv: list[str]) -> int:
     from fastarat.report import report
 
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -325,7 +261,7 @@ def _report(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _import(parser: _Parser, argv: list[str]) -> int:
+def _import(parser: Parser, argv: list[str]) -> int:
     from fastarat.interchange import import_checkpoint
     from fastarat.runs import Run
     from fastarat.values import coerce
@@ -354,7 +290,7 @@ def _import(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _export(parser: _Parser, argv: list[str]) -> int:
+def _export(parser: Parser, argv: list[str]) -> int:
     from fastarat.interchange import FORMATS, TOLERANCE, export
     from fastarat.runs import WEIGHTS, Run
 
@@ -380,7 +316,7 @@ def _export(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _data(parser: _Parser, argv: list[str]) -> int:
+def _data(parser: Parser, argv: list[str]) -> int:
     from fastarat.data import info, prepare
 
     parser.add_argument("action", choices=("info", "prepare"), help="info: describe; prepare: write .beton with FFCV")
@@ -389,9 +325,11 @@ def _data(parser: _Parser, argv: list[str]) -> int:
     parser.add_argument("--data-dir", default="data", help="downloads and caches (default: data)")
     parser.add_argument("--write-mode", default="raw", help="raw (lossless) or jpg (default: raw)")
     parser.add_argument("--image-size", type=int, help="resize image folders to this many pixels")
+    parser.add_argument("--verify", action="store_true", help="read every file in full against its checksum (info)")
     args = parser.parse(argv)
     if args.action == "info":
-        print(json.dumps(info(args.dataset, data_dir=args.data_dir, image_size=args.image_size), indent=2))
+        told = info(args.dataset, data_dir=args.data_dir, image_size=args.image_size, verify=args.verify)
+        print(json.dumps(told, indent=2))
         return 0
     if not args.out:
         raise UserError("data prepare needs --out FOLDER, where train.beton and test.beton go")
@@ -402,11 +340,11 @@ def _data(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _bench(parser: _Parser, argv: list[str]) -> int:
+def _bench(parser: Parser, argv: list[str]) -> int:
     from fastarat import config as c
     from fastarat.bench import BenchConfig, bench, render, write_record
 
-    name = _early(argv, "--defense") or BenchConfig.defense
+    name = early(argv, "--defense") or BenchConfig.defense
     kind = None if "," in name else c.resolve_defense(name)
     parser.add_argument("--out", metavar="FILE", help="JSON to write, every sample included")
     args, flags = parser.parse_fields(argv, BenchConfig, kind)
@@ -423,7 +361,7 @@ def _bench(parser: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _doctor(parser: _Parser, argv: list[str]) -> int:
+def _doctor(parser: Parser, argv: list[str]) -> int:
     from fastarat.device import pick_device
     from fastarat.doctor import diagnose, render
 

@@ -10,32 +10,34 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from fastarat import tuning
 from fastarat.bench.bench import forwards_of
 from fastarat.building import choose_precision, shared_precision
-from fastarat.config import DEFENSES, Config, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
+from fastarat.child import PARTING_S
+from fastarat.children import Children, last_line, terminable
+from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
-from fastarat.evaluation import Evaluation, evaluate, parse_attacks
-from fastarat.files import write_text
+from fastarat.evaluation import Evaluation, evaluate, parse_attacks, wilson
+from fastarat.files import make_writable, parse_json, seal, write_text
 from fastarat.finite import Diverged
-from fastarat.runs import Run, dataset_of, load_network
+from fastarat.locks import held
+from fastarat.runs import Run, dataset_of, is_current, load_network
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import resolve, train
 from fastarat.tuning import Choice, Settings
 
 _ROWS_OWN = {"seed": "seeds", "defense": "defenses", "swa": "a row named NAME+swa", "out": "out"}
 
-Job = TypeVar("Job")
-Done = TypeVar("Done")
+_KEPT = "finished and begun runs are kept: the same command goes on from there"
+_ORPHANS_S = 3 * PARTING_S
+"""Seconds to wait for the trainings of a comparison that was killed a moment ago: they are ending."""
 
 
 class Plan(NamedTuple):
@@ -108,21 +110,24 @@ def compare(
     defenses, tune = [_row_name(d) for d in defenses], dict(tune or {})
     _check_asked(defenses, seeds, base or {}, tune, tune_seeds, parallel)
     parse_attacks(attack)
-    runner = _Runner(Path(out), dict(base or {}), parallel, progress)
-    grids = tuning.grids_of(defenses, tune)
-    runner.check(grids, seeds[0])
-    precision = runner.settle_precision(defenses, seeds[0])
-    chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
-    plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
-    if progress:
-        print(f"{len(plans)} runs, {sum(runner.state(p) == 'finished' for p in plans)} finished already", flush=True)
-    failed = runner.train(plans)
-    evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
-    _check_done(failed, len(plans), bool(evaluations))
-    rows = {row: _row([p for p in plans if p.defense == row], evaluations, chosen[row]) for row in defenses}
-    comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out, precision=precision)
-    comparison.save()
-    return comparison
+    with terminable(_KEPT), held(out, "fastarat compare"):
+        runner = _Runner(Path(out), dict(base or {}), parallel, progress)
+        grids = tuning.grids_of(defenses, tune)
+        runner.check(grids, seeds[0])
+        precision = runner.settle_precision(defenses, seeds[0])
+        chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
+        plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
+        if progress:
+            print(
+                f"{len(plans)} runs, {sum(runner.state(p) == 'finished' for p in plans)} finished already", flush=True
+            )
+        failed = runner.train(plans)
+        evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
+        _check_done(failed, len(plans), bool(evaluations))
+        rows = {row: _row([p for p in plans if p.defense == row], evaluations, chosen[row]) for row in defenses}
+        comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out, precision=precision)
+        comparison.save()
+        return comparison
 
 
 def _row_name(name: str) -> str:
@@ -171,7 +176,7 @@ def _row(plans: Sequence[Plan], evaluations: Mapping[str, dict[str, Any]], choic
         seeds=[p.seed for p in plans],
         evaluations={p.seed: evaluations[p.name] for p in done},
         robust={p.seed: p.run.last_validation().get("robust_acc") for p in done if p.config.defense.attacks},
-        epochs_s=[m["wall_s"] for p in done for m in p.run.metrics()],
+        epochs_s=[m["wall_s"] for p in done for m in p.run.metrics() if isinstance(m.get("wall_s"), int | float)],
         settings=choice.settings,
         tried=len(choice.tried),
     )
@@ -184,10 +189,11 @@ class _Runner:
         self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
         # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
+        self.children = Children(parallel)
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: Settings = {}
         self.finished: set[Path] = set()
-        self.dataset = dataset_of(from_dict(base, source="compare"))
+        self.dataset = dataset_of(from_dict(base, source="compare", code=False))
 
     def check(self, grids: Mapping[str, list[Settings]], seed: int) -> None:
         """Find every mistake before any training."""
@@ -298,7 +304,13 @@ class _Runner:
                 scores.append({"score": 0.0, "diverged": True})
                 continue
             found = plan.run.last_validation()
-            robust = found["robust_acc"] if plan.config.defense.chosen_by == "robust" else 0.0
+            by_robust = plan.config.defense.chosen_by == "robust"
+            if not {"clean_acc", *(["robust_acc"] * by_robust)} <= found.keys():
+                raise UserError(
+                    f"{plan.run.metrics_file} does not say how the last epoch did on validation images: delete "
+                    f"{plan.run.path}, and the same command trains it again"
+                )
+            robust = found["robust_acc"] if by_robust else 0.0
             scores.append({"score": found["clean_acc"] + robust, "diverged": False, **found})
         return scores
 
@@ -307,9 +319,12 @@ class _Runner:
         needed = {p.needs.name: p.needs for p in plans if p.needs is not None}
         first = [*needed.values(), *(p for p in plans if p.needs is None and p.name not in needed)]
         failed: dict[str, Failure] = {}
+        for run in {p.run.path for p in (*first, *plans) if p.run.path.exists()}:
+            with held(run, "fastarat compare", patience=_ORPHANS_S):
+                pass
         for wave in (first, [p for p in plans if p.needs is not None]):
             pending = [(p, state) for p in wave if (state := self.state(p)) != "finished"]
-            failures = self._at_once(lambda job: self._train(*job, failed), pending)
+            failures = self.children.map(lambda job: self._train(*job, failed), pending)
             failed.update({p.name: why for (p, _), why in zip(pending, failures, strict=True) if why is not None})
         return failed
 
@@ -325,10 +340,10 @@ class _Runner:
             return Failure(f"it starts from {plan.needs.name}, which failed: {cause.why}", cause.diverged)
         note = plan.beside(".diverged")
         if state == "diverged":
-            return Failure(note.read_text(encoding="utf-8").strip(), True)
+            return Failure(last_line(note) or f"{note} says so", True)
         failure = (self._in_a_process if self.parallel > 1 else self._here)(plan, state)
         if failure is not None and failure.diverged:
-            note.parent.mkdir(parents=True, exist_ok=True)
+            make_writable(note.parent)
             write_text(note, failure.why + "\n")
         return failure
 
@@ -339,20 +354,23 @@ class _Runner:
             if state == "new":
                 train(plan.config, progress=self.progress)
             else:
-                train(resume=plan.run.path, progress=self.progress)
+                train(resume=plan.run.path, defense=plan.config.defense, progress=self.progress)
         except UserError as error:
             return Failure(str(error), isinstance(error, Diverged))
         return None
 
     def _in_a_process(self, plan: Plan, state: str) -> Failure | None:
         asked, log = plan.beside(".yaml"), plan.beside(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_writable(log.parent)
         if state == "new":
             write_yaml(plan.config, asked)
-        code = self._call(["train", *(["--config", asked] if state == "new" else ["--resume", plan.run.path])], log)
+        begins = ["--config", asked] if state == "new" else ["--resume", plan.run.path]
+        # Code is run only where a person named it on a command line: here --defenses, passed on.
+        own = [] if type(plan.config.defense) in DEFENSES.values() else ["--defense", defense_key(plan.config.defense)]
+        code = self._call(["train", *begins, *own], log)
         if code == 0:
             return None
-        why = _last_line(log) or f"exit code {code}"
+        why = last_line(log) or f"exit code {code}"
         if code < 0:
             why = f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
         # The exit code alone does not tell: 1 is every stop while running, a full disk among them.
@@ -360,18 +378,13 @@ class _Runner:
         return Failure(why if diverged else f"{why} (log: {log})", diverged)
 
     def _call(self, command: list[str | Path], log: Path) -> int:
-        with open(log, "a") as file:
-            return subprocess.run(
-                [sys.executable, "-m", "fastarat.cli", *map(str, command)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
-                check=False,
-            ).returncode
+        return self.children.call(command, log, {"OMP_NUM_THREADS": str(self.threads)})
 
     def evaluated(self, plans: Sequence[Plan], attack: str, limit: int | None) -> dict[str, dict[str, Any]]:
         """Evaluate each run, or read what an earlier call found with the same settings."""
-        found = self._at_once(lambda p: _saved_evaluation(p, attack, limit) or self._evaluate(p, attack, limit), plans)
+        found = self.children.map(
+            lambda p: _saved_evaluation(p, attack, limit) or self._evaluate(p, attack, limit), plans
+        )
         return {plan.name: evaluation for plan, evaluation in zip(plans, found, strict=True)}
 
     def _evaluate(self, plan: Plan, attack: str, limit: int | None) -> dict[str, Any]:
@@ -382,14 +395,14 @@ class _Runner:
         if self.parallel > 1:
             flags = ["--attack", attack, "--weights", which, "--device", plan.config.device, "--out", file]
             if self._call(["eval", run.path, *flags, *(["--limit", str(limit)] if limit else [])], log):
-                raise UserError(f"evaluating {run.path} failed: {_last_line(log)} (log: {log})")
+                raise UserError(f"evaluating {run.path} failed: {last_line(log)} (log: {log})")
         else:
             result = self._evaluate_here(plan, attack, limit)
             result.save(file)
             if self.progress:
                 print(result.table(), flush=True)
         text = file.read_text(encoding="utf-8")
-        if not run.evaluation(which).exists():
+        if not is_current(run, which):
             write_text(run.evaluation(which), text)  # for `fastarat report`
         return json.loads(text)
 
@@ -408,30 +421,28 @@ class _Runner:
         settings = {**result.settings, "weights": plan.which, "epoch": meta["epoch"]}
         return dataclasses.replace(result, settings=settings)
 
-    def _at_once(self, call: Callable[[Job], Done], jobs: Sequence[Job]) -> list[Done]:
-        """Call `call` on every job, `parallel` at a time."""
-        if self.parallel == 1:
-            return [call(job) for job in jobs]
-        # Threads are enough: each of these jobs only waits for a process of its own.
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(call, jobs))
-
-
-def _last_line(log: Path) -> str:
-    """What a command said last: its error, if it failed."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "".join(lines[-1:]).removeprefix("fastarat: ")
-
 
 def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:
-    run = plan.run
-    file = run.compared(plan.which)
+    """What an earlier call found of these weights with these settings; None, and why on stderr, where it is none."""
+    run, file = plan.run, plan.run.compared(plan.which)
     if not file.is_file():
         return None
     meta = run.meta(plan.which)
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    # The run's own epoch is among them: weights trained further make an evaluation old.
-    found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
-    asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
+    asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit, "weights_sha256": meta["sha256"]}
     asked |= {key: meta[key] for key in ("epoch", "epsilon", "norm")}
+    try:
+        saved = parse_json(file.read_bytes())
+        why = "" if saved["sha256"] == seal(saved) else "was edited, or is damaged"
+        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
+        for value in saved["accuracy"].values():
+            wilson(float(value), int(saved["num_images"]))
+    except KeyError as error:
+        why, found = f"is damaged, or of an earlier version (it has no {error})", {}
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        why, found = "is damaged", {}
+    if not why and found.get("weights_sha256") != asked["weights_sha256"]:
+        why = f"is of other weights than {run.weights(plan.which).name} holds now"
+    if why:
+        print(f"warning: {file} {why}: evaluated anew", file=sys.stderr, flush=True)
+        return None
     return saved if all(found.get(key) == value for key, value in asked.items()) else None

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +11,8 @@ import yaml
 
 from fastarat.data import SETS
 from fastarat.defenses import ARAT, DEFENSES, Defense
-from fastarat.errors import UserError, nearest, unknown
+from fastarat.defenses.naming import Foreign, defense_key, resolve_defense
+from fastarat.errors import UserError, nearest
 from fastarat.nets.models import MODELS
 from fastarat.schedules import RECIPES, counted, recipe_of
 from fastarat.specs import Attack, Fast, fields_of, setting, spec_of
@@ -22,6 +20,7 @@ from fastarat.values import Precision, coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
+_MOST_BYTES = 1_000_000  # of a config, which has a few hundred
 
 
 # Settings that configs saved by older versions hold; none of them changed a number beyond rounding.
@@ -92,7 +91,7 @@ class Config(Fast):
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
     epochs: int | None = setting(None, "default: the recipe's", _COUNT)
-    batch_size: int = setting(128, "images per step")
+    batch_size: int = setting(128, "images per step", "(-inf, 2^24]")
     precision: Precision | None = setting(
         None, "of convolutions; statistics and losses are float32 (default: fp32; with --amp the fastest that is right)"
     )
@@ -109,7 +108,7 @@ class Config(Fast):
     loader: Literal["auto", "resident", "ffcv"] = setting("auto", "data on the device, or streamed from .beton by FFCV")
     augment: bool = setting(True, "random crop and flip, as each data set is used in the literature")
     normalize: bool = setting(False, "normalise by the training set's mean and deviation inside the model")
-    image_size: int | None = setting(None, "resize image folders to this many pixels", _COUNT)
+    image_size: int | None = setting(None, "resize image folders to this many pixels", "[1, 4096]")
     limit_train: int | None = setting(None, "use only this many training images (stratified)", _COUNT)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     threads: int | None = setting(
@@ -181,56 +180,14 @@ class Config(Fast):
             )
 
 
-def resolve_defense(name: str) -> type[Defense]:
-    """Return a defense class by name, or from `FILE.py:CLASS`. Raises: UserError, before anything runs."""
-    if name.lower() in DEFENSES:
-        return DEFENSES[name.lower()]
-    if ":" in name or name.endswith(".py"):
-        return _defense_from_file(name)
-    raise unknown("defense", name, DEFENSES)
-
-
-def _defense_from_file(name: str) -> type[Defense]:
-    path, _, cls = name.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path} (a defense of your own is named FILE.py:CLASS)")
-    # Two files of one name are two modules: a run's config must name the file its defense came from.
-    digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
-    module_name = f"_fastarat_defense_{Path(path).stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file: a defense of your own is named FILE.py:CLASS")
-    module = importlib.util.module_from_spec(spec)
-    # Registered before it runs: dataclasses look their module up by name while the class is being made.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    # Only by name, not the file's only class: a file may import the defense that it derives from.
-    found = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Defense) and c is not Defense]
-    if cls not in found:
-        raise UserError(
-            f"{path} defines no defense {cls!r}{nearest(cls, found) or '.'} Found: {', '.join(found) or 'none'}."
-        )
-    return getattr(module, cls)
-
-
-def defense_key(defense: Defense) -> str:
-    """Return the name that `resolve_defense` turns back into this defense's class."""
-    kind = type(defense)
-    if DEFENSES.get(kind.name) is kind:
-        return kind.name
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return f"{file}:{kind.__qualname__}" if file else kind.__qualname__
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a Config (or a part) into plain YAML values; `from_dict` gives back an equal object."""
     result: dict[str, Any] = {}
     for f in fields_of(config):
         value = getattr(config, f.name)
-        if isinstance(value, Defense):
+        if isinstance(value, Foreign):
+            value = {"name": value.named, **value.settings}
+        elif isinstance(value, Defense):
             # asdict would turn the defense into its fields alone, and lose which one it was.
             value = {"name": defense_key(value), **to_dict(value)}
         elif dataclasses.is_dataclass(value):
@@ -241,10 +198,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", source: str = "config") -> Any:
-    """Build a Config from plain values. Raises: UserError naming the key, what was expected and the nearest name."""
+def from_dict(
+    values: dict[str, Any], cls: type = Config, where: str = "", source: str = "config", *, code: bool = True
+) -> Any:
+    """Build a Config from plain values.
+
+    code: whether a defense `FILE.py:CLASS` is imported, which runs the file. False for what nobody vouched for, such
+    as the config of a run folder: the defense is then `Foreign`, its name and settings alone.
+    Raises: UserError naming the key, what was expected and the nearest name.
+    """
     if not isinstance(values, dict):
-        raise UserError(f"{source}: {where.rstrip('.') or 'the file'} must hold key: value lines, got {values!r}")
+        raise UserError(f"{source}: {where.rstrip('.') or 'the file'} must hold key: value lines, got {shown(values)}")
     hints, known = hints_of(cls), {f.name: f for f in dataclasses.fields(cls)}
     built: dict[str, Any] = {}
     for key, value in values.items():
@@ -258,25 +222,27 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "", sourc
             )
         hint = hints[name]
         if hint is Defense:
-            built[name] = _build_defense(value, source)
+            built[name] = _build_defense(value, source, code)
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            built[name] = from_dict({} if value is None else value, hint, f"{where}{key}.", source)
+            built[name] = from_dict({} if value is None else value, hint, f"{where}{key}.", source, code=code)
         else:
             built[name] = coerce(value, hint, f"{where}{key}", source, known[name].metadata.get("help", ""))
     return cls(**built)
 
 
-def _build_defense(value: Any, source: str) -> Defense:
+def _build_defense(value: Any, source: str, code: bool = True) -> Defense:
     if isinstance(value, Defense):
         return value
     if isinstance(value, type) and issubclass(value, Defense):
         return value()
-    kind, values = defense_of(value, source)
-    return from_dict(values, kind, "defense.", source)
+    name, values = named_defense(value, source)
+    if not code and name.lower() not in DEFENSES:
+        return Foreign(named=name, settings=values)
+    return from_dict(values, resolve_defense(name), "defense.", source)
 
 
-def defense_of(value: Any, source: str) -> tuple[type[Defense], dict[str, Any]]:
-    """Return the class and the hyper-parameters that `trades` or {name: trades, beta: 6} stands for."""
+def named_defense(value: Any, source: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the hyper-parameters that `trades` or {name: trades, beta: 6} stands for; nothing is run."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
@@ -284,29 +250,77 @@ def defense_of(value: Any, source: str) -> tuple[type[Defense], dict[str, Any]]:
             f"{source}: defense={shown(value)}: expected a name, a mapping with `name`, or a Defense such as TRADES()"
         )
     values = dict(value)
-    return resolve_defense(str(values.pop("name", ARAT.name))), values
+    return str(values.pop("name", ARAT.name)), values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags of Python's, whose mappings name a key once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises: UserError for a missing file, bad syntax (naming its line) or another value."""
+    """Read a YAML mapping. Raises: UserError for a missing file, bad syntax (naming its line) or another value.
+
+    So too for what would take long: no ordinary file, one over 1 MB, nested over 20 deep, or full of aliases.
+    """
+    named = str(path) if len(str(path)) < 500 else f"{str(path)[:60]}..."
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config {path}: {getattr(error, 'strerror', None) or error}") from error
+        # A pipe would be waited for, for ever.
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"cannot read config {named}: expected an ordinary file")
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"cannot read config {named}: expected text in UTF-8 ({error.reason} at {error.start})"
+        ) from error
+    except (OSError, ValueError) as error:  # the second: a name that no file can have
+        raise UserError(f"cannot read config {named}: {getattr(error, 'strerror', None) or error}") from error
+    if len(raw) > _MOST_BYTES:
+        raise UserError(f"{path} is over {_MOST_BYTES:,} bytes: expected a config of a few key: value lines")
     try:
+        _bounded(text, path)
         # YAML 1.1: `off` arrives as False and 1e-3, for want of a point, as text. `coerce` knows both.
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or _first(error)}") from error
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # a date such as 2020-99-99
+        raise UserError(f"{path}: not valid YAML: a value that cannot be read ({_first(error)})") from error
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: expected key: value lines, got a {type(values).__name__}")
     return values or {}
 
 
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _bounded(text: str, path: str | Path) -> None:
+    """Raise UserError for YAML whose tree would be too deep, or too large for its text; nothing is built for it."""
+    depth = aliases = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > 20 or aliases > 20:
+            what = "is nested over 20 deep" if depth > 20 else "has over 20 aliases"
+            raise UserError(f"{path} line {event.start_mark.line + 1}: {what}; expected key: value lines")
+
+
 def write_yaml(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
@@ -317,8 +331,14 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key}: {parent} is a value already ({shown(node)}), not a group of settings")
         node[last] = value
     return tree
+
+
+def _name(value: Any, below: dict[str, Any]) -> Any:
+    return value.get("name", below.get("name")) if isinstance(value, dict) else value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -330,7 +350,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         if key == "defense" and isinstance(below, str):
             below = {"name": below}
-        if key == "defense" and isinstance(below, dict) and value.get("name", below.get("name")) != below.get("name"):
+        if key == "defense" and isinstance(below, dict) and _name(value, below) != _name(below, below):
             below = None  # another defense's hyper-parameters do not carry over
         result[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return result

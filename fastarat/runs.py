@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict, write_yaml
+from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict
 from fastarat.data import Dataset, load_dataset
 from fastarat.defenses import Defense
 from fastarat.errors import UserError
 from fastarat.evaluation import wilson
 from fastarat.files import (
     FORMAT,
+    append_text,
     load_checkpoint,
     load_into,
     load_weights,
     make_writable,
+    parse_json,
+    save_tensors,
     save_weights,
-    write_atomic,
+    seal,
     write_text,
 )
+from fastarat.locks import LOCK_FILES
+from fastarat.metadata import check_meta
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 
@@ -50,6 +57,7 @@ class Run:
         self.tensorboard_dir = self.path / "tensorboard"
         self.state_dir = self.path / "eval"
         """Where AutoAttack keeps the batches it has finished."""
+        self._wrote_last = False
 
     @classmethod
     def holding(cls, path: str | Path) -> Run:
@@ -61,7 +69,7 @@ class Run:
     def check_new(cls, path: str | Path) -> Run:
         """Return the run that may be made at `path`. Raises: UserError when it exists: nothing is overwritten."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(p.name not in LOCK_FILES for p in run.path.iterdir())):
             raise UserError(
                 f"run folder {run.path} exists already: continue it with --resume {run.path}, or choose another --out"
             )
@@ -78,16 +86,16 @@ class Run:
     def resume(cls, path: str | Path) -> Run:
         """Open a folder to go on in it. Raises: UserError when it holds no run or cannot be written."""
         run = cls(path)
-        run._must_exist()
+        run.must_exist()
         make_writable(run.path)
-        for which in WEIGHTS:  # what a kill left half written
-            for partial in run.path.glob(f".{which}.*.partial"):
-                partial.unlink(missing_ok=True)
+        for partial in run.path.glob(".*.partial"):  # what a kill left half written
+            partial.unlink(missing_ok=True)
         return run
 
-    def _must_exist(self) -> None:
-        if not self.config_file.is_file():
-            raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml")
+    def must_exist(self) -> None:
+        """Raise UserError where there is nothing to resume."""
+        if not (self.config_file.is_file() or self.checkpoint().is_file()):
+            raise UserError(f"nothing to resume in {self.path}: it holds no config.yaml and no last.pt")
 
     def weights(self, which: str = "last") -> Path:
         return self.path / f"{which}.safetensors"
@@ -108,68 +116,122 @@ class Run:
         # Weights first: a kill in between leaves the older .pt, from which a resumed run makes these same weights
         # again.
         self.save_weights(which, state["step"]["model"], {**meta, "epoch": state["epoch"]})
-        write_atomic(self.checkpoint(which), lambda p: torch.save({"format": FORMAT, "meta": meta, **state}, p))
+        if which == "last":
+            self._keep_previous()
+        save_tensors(self.checkpoint(which), {"format": FORMAT, "meta": meta, **state})
+        self._wrote_last |= which == "last"
+
+    def _keep_previous(self) -> None:
+        """Keep last.pt as previous.pt, for the day that last.pt is damaged."""
+        # Only what was written by this very process: a last.pt found damaged must not replace the good one before it.
+        if not self._wrote_last:
+            return
+        link = self.path / f".previous.pt.{os.getpid()}.partial"
+        try:
+            link.unlink(missing_ok=True)
+            os.link(self.checkpoint(), link)
+            os.replace(link, self.checkpoint("previous"))
+        except (
+            OSError
+        ):  # a file system without hard links, FAT for one: moved, so that for a moment there is one of two
+            os.replace(self.checkpoint(), self.checkpoint("previous"))
 
     def save_weights(self, which: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
         save_weights(self.weights(which), weights, meta)
 
     def load(self, which: str = "last", map_location: Any = "cpu") -> dict[str, Any]:
-        """Read what `save` wrote. Raises: UserError if it is missing or corrupt."""
-        return load_checkpoint(self.checkpoint(which), map_location)
+        """Read what `save` wrote; of a `last` that is damaged or gone the one before it, which a warning says.
+
+        Raises: UserError if it is missing or corrupt.
+        """
+        file, previous = self.checkpoint(which), self.checkpoint("previous")
+        try:
+            return load_checkpoint(file, map_location)
+        except UserError as error:
+            if which != "last" or not previous.is_file():
+                raise
+            try:
+                state = load_checkpoint(previous, map_location)
+            except UserError:
+                raise error from None
+            warnings.warn(f"{error}. Using {previous.name} instead, of epoch {state['epoch']}", stacklevel=2)
+            return state
+
+    def load_weights(self, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return weights and metadata; where the file is damaged, those in the checkpoint beside it, with a warning.
+
+        Raises: UserError if they are missing or corrupt, and no checkpoint holds them.
+        """
+        try:
+            return load_weights(self.weights(which))
+        except UserError as error:
+            others = [self.checkpoint(which), *([self.checkpoint("previous")] if which == "last" else [])]
+            for other in others:
+                try:
+                    weights, meta = load_weights(other)
+                except UserError:
+                    continue
+                said = f"Using the weights in {other.name} instead, of epoch {meta['epoch']}"
+                warnings.warn(f"{error}. {said}", stacklevel=2)
+                return weights, meta
+            raise
+
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from; without one the run starts over."""
+        return self.checkpoint().is_file() or self.checkpoint("previous").is_file()
 
     def meta(self, which: str = "last") -> dict[str, Any]:
         """Return what is known of these weights: model, num_classes, defense, epsilon, epoch and more."""
-        return load_weights(self.weights(which))[1]
+        return self.load_weights(which)[1]
 
     def finished(self) -> bool:
         """Whether all epochs, and the averaging after them, are done; opens the last checkpoint."""
         config = self.read_config()
-        if config is None or not self.checkpoint().is_file():
+        if config is None or not self.resumable():
             return False
         # By the checkpoint and not by metrics.jsonl, which may be a line ahead of what can be resumed.
         done = self.load()["epoch"] >= (config.epochs or 0)
         return done and (not config.swa or self.weights("swa").is_file())
 
     def read_config(self) -> Config | None:
-        """Return the config the run was started with; None where there is no config.yaml."""
+        """Return the config the run was started with; None where there is no config.yaml.
+
+        Its code, a defense in a file, is not run: it is `Foreign`.
+        """
         if not self.config_file.is_file():
             return None
-        return from_dict(read_yaml(self.config_file), source=str(self.config_file))
+        return from_dict(read_yaml(self.config_file), source=str(self.config_file), code=False)
 
     def write_config(self, config: Config) -> None:
-        write_yaml(config, self.config_file)
-
-    def config_to_resume(self, overrides: dict[str, Any]) -> Config:
-        """Return the saved config with `overrides`. Raises: UserError for a setting that may not differ."""
-        self._must_exist()
-        saved = self.read_config()
-        for key in overrides:
-            if key not in MAY_DIFFER:
-                raise UserError(
-                    f"--resume continues {self.path} as it was started: {key} cannot change (only "
-                    f"{', '.join(MAY_DIFFER[:-1])} may); start another run for that"
-                )
-        return from_dict({**to_dict(saved), **overrides, "out": str(self.path)}, source=str(self.config_file))
+        write_text(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def difference(self, config: Config) -> tuple[str, Any] | None:
         """Return the first setting (dotted name) that makes `config` another run than this one, and its value here."""
         saved = self.read_config()
-        return None if saved is None else next(_differences(to_dict(config), to_dict(saved)), None)
+        return None if saved is None else next(differences(to_dict(config), to_dict(saved)), None)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self.metrics_file, json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return one row per epoch, those there are."""
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else ():
+        """Return one row per epoch, those there are; damaged ones are left out, which a warning says."""
+        rows, damaged = [], []
+        lines = self.metrics_file.read_bytes().split(b"\n") if self.metrics_file.is_file() else []
+        for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a run in progress, or killed, was writing
-                continue
+                row = parse_json(line)
+                if not (isinstance(row, dict) and isinstance(row.get("epoch"), int)):
+                    raise ValueError
+                if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in row.values()):
+                    raise ValueError
+                rows.append(row)
+            except ValueError:
+                if number < len(lines):  # the last is what a run in progress, or killed, was writing
+                    damaged.append(number)
+        if damaged:
+            warnings.warn(
+                f"{self.metrics_file}: {len(damaged)} damaged line(s) left out, line {damaged[0]} first", stacklevel=2
+            )
         return rows
 
     def last_validation(self) -> dict[str, float]:
@@ -193,18 +255,27 @@ class Run:
         if not file.is_file():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = parse_json(file.read_bytes())
             settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
             for key in {*accuracy, *settings.get("attacks", {}).values()}:
                 wilson(float(accuracy[key]), count)
             # What the report and the export will read, tried here, where the file's name is at hand for the error.
             _ = str(settings["norm"]), float(settings["epsilon"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+            if found.get("sha256", seal(found)) != seal(found):
+                raise ValueError("its checksum does not hold: it was edited, or is damaged")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 f"{file} is not an evaluation that can be read ({type(error).__name__}: {error}): delete it, then "
                 f"fastarat eval {shlex.quote(str(self.path))}"
             ) from error
         return found
+
+    def stale(self, which: str, evaluation: dict[str, Any]) -> str:
+        """Say why an evaluation is not of the weights that are here now; "" if it is, or nobody can tell."""
+        recorded = evaluation["settings"].get("weights_sha256")
+        if not self.weights(which).is_file():
+            return ""
+        return "" if recorded in (None, self.meta(which)["sha256"]) else "of other weights than are in the run now"
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Return `read_evaluation` of all weights that were evaluated, by their name."""
@@ -212,11 +283,21 @@ class Run:
         return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
 
 
-def _differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = ""):
+def is_current(run: Run, which: str) -> bool:
+    """Whether what `fastarat eval` found is there, whole, and of these weights."""
+    try:
+        found = run.read_evaluation(which)
+        return found is not None and not run.stale(which, found)
+    except UserError:
+        return False
+
+
+def differences(asked: dict[str, Any], found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings (dotted name) that make two configs two runs, and their values in `found`."""
     for key, value in asked.items():
         other = found.get(key)
         if isinstance(value, dict):
-            yield from _differences(value, other or {}, f"{prefix}{key}.")
+            yield from differences(value, other or {}, f"{prefix}{key}.")
         elif value != other and prefix + key not in MAY_DIFFER:
             yield prefix + key, other
 
@@ -277,10 +358,15 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
     run, file = Run.holding(path), path
     if path.is_dir():
         file = run.weights(which)
-        if not file.exists():
+        if not file.exists() and not run.checkpoint(which).exists():
             there = ", ".join(sorted(p.stem for p in path.glob("*.safetensors"))) or "none yet"
             raise UserError(f"{path} has no {which} weights (there: {there})")
-    weights, meta = load_weights(file)
+        weights, meta = run.load_weights(which)
+    else:
+        weights, meta = load_weights(file)
+    check_meta(meta, file)
+    with torch.device("meta"):  # shapes alone: what the file does not hold is not allocated either
+        load_into(network_of(meta), {key: value.to("meta") for key, value in weights.items()}, file)
     model = network_of(meta)
     load_into(model, weights, file)
     return model, meta, run.read_config()
@@ -324,9 +410,9 @@ def load_start(defense: Defense, model: nn.Module, *, read: bool = True) -> None
         raise UserError(f"{needs}, and {field} names none: {how}")
     path = Run(named).weights() if Path(named).is_dir() else Path(named)
     try:
-        weights, meta = load_weights(path)
-        if meta["defense"] != "standard":
-            raise UserError(f"{path} was trained with {meta['defense']}, not standard")
+        weights, meta = Run(named).load_weights() if Path(named).is_dir() else load_weights(path)
+        if (trained := meta.get("defense")) != "standard":
+            raise UserError(f"{path} was trained with {trained}, not standard")
         load_into(model, weights, path)
     except UserError as error:
         raise UserError(f"{field}={named}: {error}. {needs}: {how}") from error

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastarat import texts
 from fastarat.card import pixels
 from fastarat.config import Config
 from fastarat.evaluation import attack_title
@@ -70,16 +71,19 @@ class Comparison:
 
     def markdown(self) -> str:
         head, body = self._cells("±", "–")
-        lines = [head, ["---", *("---:" if self._is_number(h) else "---" for h in head[1:])], *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + self.note()
+        rule = ["---", *("---:" if self._is_number(h) else "---" for h in head[1:])]
+        lines = [head, rule, *([texts.markdown(c) for c in line] for line in body)]
+        note = "\n\n".join(texts.markdown(line) for line in self._notes())
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + note
 
     def latex(self) -> str:
-        head, body = self._cells("$\\pm$", "--")
-        rows = [" & ".join(c.replace("%", "\\%").replace("_", "\\_") for c in line) + " \\\\" for line in [head, *body]]
+        head, body = self._cells("±", "--")
+        # Escaped whole, names and all; only then is the one sign put in that is LaTeX's own.
+        rows = [" & ".join(texts.latex(c).replace("±", "$\\pm$") for c in line) + " \\\\" for line in [head, *body]]
         rows.insert(1, "\\midrule")
         columns = "l" + "".join("r" if self._is_number(h) else "l" for h in head[1:])
         table = "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *rows, "\\bottomrule", "\\end{tabular}"])
-        return "".join(f"% {line}\n" for line in self.note().splitlines() if line) + f"{table}\n"
+        return "".join(f"% {texts.printable(line)}\n" for line in self._notes()) + f"{table}\n"
 
     def csv(self) -> str:
         lines = []
@@ -90,7 +94,8 @@ class Comparison:
             line |= {"epoch_s": row["epoch_s"], "schedule": row["schedule"], "settings": _in_words(row["settings"])}
             line |= {"tried": row["tried"], **{k: " ".join(map(str, row[k])) for k in ("collapsed", "diverged")}}
             names = {"clean": "published_clean", "autoattack": "published_aa", "source": "published_source"}
-            lines.append(line | {name: (row["published"] or {}).get(part) for part, name in names.items()})
+            line |= {name: (row["published"] or {}).get(part) for part, name in names.items()}
+            lines.append({name: texts.cell(value) for name, value in line.items()})
         file = io.StringIO()
         writer = csv.DictWriter(file, lines[0], lineterminator="\n")
         writer.writeheader()
@@ -103,6 +108,9 @@ class Comparison:
 
     def note(self) -> str:
         """What the numbers are, how the rows were trained, and what keeps them from being compared."""
+        return "\n\n".join(self._notes())
+
+    def _notes(self) -> list[str]:
         s = self.settings
         ended = (
             f"mean ± standard deviation over seeds {', '.join(map(str, s['seeds']))}"
@@ -126,8 +134,7 @@ class Comparison:
                 "Collapsed: a seed that diverged, or whose last PGD accuracy on validation images is no better than "
                 "chance or under half of its row's best seed's; counted in the means unless it diverged."
             )
-        lines += [f"Warning: {text}" for text in s["warnings"]]
-        return "\n\n".join(lines)
+        return lines + [f"Warning: {text}" for text in s["warnings"]]
 
     def _sums(self) -> bool:
         return {"clean_acc", "robust_acc_aa"} <= set(self.settings["keys"])

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,10 @@ from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, evaluate
 from fastarat.files import load_into, write_text
 from fastarat.finite import Diverged, Watch, tensors_of
+from fastarat.locks import held
 from fastarat.nets.batchnorm import branch, branches_of
 from fastarat.released import resolve
+from fastarat.resuming import config_to_resume
 from fastarat.runs import Run, dataset_of, meta_of
 from fastarat.schedules import lr_at, momentum_at, recipe_of
 from fastarat.specs import known
@@ -50,7 +53,7 @@ class Result:
 def train(
     config: Config | None = None,
     *,
-    defense: Defense | None = None,
+    defense: Defense | type[Defense] | None = None,
     resume: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
@@ -59,7 +62,8 @@ def train(
 
     Args:
         config: default `Config()`: AR-AT on digits.
-        defense: replaces `config.defense`.
+        defense: replaces `config.defense`. With `resume`: the run's own, an instance or its class, for a run whose
+            defense is none of fastarat's: a run folder's code is never run unasked.
         resume: a run folder; its saved config is used, and the run continues after its last checkpoint, bit for bit
             on a CPU.
         overrides: with `resume`, values that may differ from the saved run (device, data_dir, loader, log_every,
@@ -74,13 +78,13 @@ def train(
     if resume is not None:
         if config is not None:
             raise UserError("resume continues a run with its saved config: give the folder alone")
-        config = Run(resume).config_to_resume(overrides or {})
+        config, defense = config_to_resume(Run(resume), overrides or {}, defense), None
     config = config or Config()
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
     device = pick_device(config.device)
-    with threads(config.threads), seeded_apart(device):
-        trainer = Trainer(config, resume=resume is not None, progress=progress)
+    with threads(config.threads), seeded_apart(device), ExitStack() as hold:
+        trainer = Trainer(config, resume=resume is not None, progress=progress, hold=hold)
         with backend_flags(device, trainer.precision, config.cudnn_plans):
             return trainer.run()
 
@@ -97,14 +101,19 @@ def one_process() -> None:
 class Trainer:
     """One run, from its first epoch, or the one after its last checkpoint, to its last.
 
-    What is set for the whole process meanwhile (threads, PyTorch's switches) is `train`'s.
+    What is set for the whole process meanwhile (threads, PyTorch's switches) is `train`'s. hold: takes the lock of the
+    run's folder, which is known once the config is resolved, until it closes.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, progress: bool = False) -> None:
+    def __init__(
+        self, config: Config, *, resume: bool = False, progress: bool = False, hold: ExitStack | None = None
+    ) -> None:
         self.progress, self.device = progress, pick_device(config.device)
         self.dataset = dataset = limited(dataset_of(config), config.limit_train, config.batch_size)
         config = resolve(config, dataset)
         self.epochs, self.recipe, out = known(config.epochs), recipe_of(known(config.optim.recipe)), known(config.out)
+        if hold is not None:
+            hold.enter_context(held(out, "fastarat train"))
         # Batch statistics of a single image are no statistics: a last batch of one is left out.
         size, single = len(dataset.train), len(dataset.train) % config.batch_size == 1
         self.steps_per_epoch = math.ceil(size / config.batch_size) - single
@@ -115,7 +124,7 @@ class Trainer:
         saved = None
         if not resume:
             Run.check_new(out)  # before time is spent on the choice of a precision
-        elif Run(out).checkpoint().is_file():  # else killed before the first checkpoint: the run starts over
+        elif Run(out).resumable():  # else killed before the first checkpoint: the run starts over
             saved = Run(out).load(map_location=self.device)
         say = partial(print, flush=True) if progress else lambda text: None
         self.precision, note = choose_precision(config, dataset, self.device, begun=saved and saved["meta"], say=say)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fastarat.errors import UserError, nearest
 from fastarat.files import write_text
+from fastarat.texts import markdown
 
 FINALISTS = 2
 """Settings of a row that get all tuning seeds; the others get the first one only."""
@@ -130,11 +131,11 @@ def save(out: Path, chosen: dict[str, Choice], seeds: Sequence[int]) -> None:
     lines = ["| row | settings | seeds | clean | PGD | score | |", "| --- | --- |" + " ---: |" * 4 + " --- |"]
     for row, choice in chosen.items():
         for t in sorted(choice.tried, key=lambda t: (-len(t["runs"]), -t["mean"])):
-            cells = [row, in_words(t["settings"]), str(len(t["runs"]))]
+            cells = [markdown(row), markdown(in_words(t["settings"])), str(len(t["runs"]))]
             for key in ("clean_acc", "robust_acc"):
                 values = [r[key] for r in t["runs"] if key in r]
                 cells.append(f"{100 * statistics.fmean(values):.1f}" if values else "–")
             diverged = sum(r["diverged"] for r in t["runs"])
             notes = ["chosen"] * t["chosen"] + [f"{diverged} diverged"] * bool(diverged)
             lines.append("| " + " | ".join([*cells, f"{100 * t['mean']:.1f}", ", ".join(notes)]) + " |")
-    write_text(out / "tune.md", "\n".join([*lines, "", said, ""]))
+    write_text(out / "tune.md", "\n".join([*lines, "", markdown(said), ""]))

@@ -69,7 +69,10 @@ def shown(value: Any) -> str:
     """Return `value` as an error names it, short whatever it is."""
     if isinstance(value, Tensor) and value.dim():
         return f"{_a(str(value.dtype).removeprefix('torch.'))} tensor {list(value.shape)}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, say
+        return _a(type(value).__name__)
     return text if len(text) <= 80 and "\n" not in text else _a(type(value).__name__)
 
 
@@ -142,6 +145,8 @@ def _int(value: Any) -> int:
     result = int(value)
     if not isinstance(value, str) and value != result:
         raise ValueError
+    if result.bit_length() > 100:  # no count is; and further on it would overflow, or take ages to print
+        raise OverflowError
     return result
 
 

@@ -223,6 +223,7 @@ def test_a_resumed_run_keeps_what_its_first_part_ran_in(monkeypatch, tmp_path, c
         assert line_of(run) == f"{note}; kept from when the run began"
     # Killed before its first checkpoint: what was chosen then still holds.
     (run / "last.pt").unlink()
+    (run / "previous.pt").unlink()
     train(resume=run, progress=False)
     assert_equal(run, whole)
     assert line_of(run).startswith(

@@ -1,7 +1,9 @@
 """The table: every run once, interrupted calls resumed, mean and deviation right, four formats."""
 
 import csv
+import errno
 import json
+import os
 import statistics
 
 import pytest
@@ -417,6 +419,57 @@ def test_collapsed_and_diverged_seeds_are_counted_in_the_open(tmp_path, monkeypa
     assert "Collapsed: a seed that diverged" in text
     monkeypatch.setattr(module, "train", None)  # nothing is trained again, the diverged seed neither
     assert run(table.out, ("at",), (0, 1, 2)).rows == table.rows
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\n", b"one\ntwo\n", b"[" * 3000])
+def test_a_damaged_note_of_divergence_is_still_one(tmp_path, monkeypatch, content):
+    failing(monkeypatch, DIVERGED, lambda config: config.defense.name == "mart")
+    out = run(tmp_path / "runs", ("at", "mart"), (0,)).out
+    (out / "mart-seed0.diverged").write_bytes(content)
+    monkeypatch.setattr(module, "train", None)
+    assert run(out, ("at", "mart"), (0,)).rows[1]["diverged"] == [0]
+
+
+def test_tuning_names_the_run_whose_metrics_are_damaged(tmp_path, monkeypatch):
+    options = {"tune": {"optim.lr": [0.1, 0.05]}, "tune_seeds": (7,)}
+    out = run(tmp_path / "runs", ("at",), (0,), **options).out
+    damaged = next((out / "tune").glob("at-*/metrics.jsonl"))
+    (out / "tune.json").write_bytes(b"\xff{")  # written, never read
+    for content in (b"", b'{"epoch": 2, "val/clean_acc": 0.5}\n'):
+        damaged.write_bytes(content)
+        with pytest.raises(
+            fastarat.UserError, match=r"metrics.jsonl does not say how the last epoch did.*delete .*/at-"
+        ):
+            run(out, ("at",), (0,), **options)
+
+
+def test_a_damaged_precision_file_is_decided_by_the_runs(tmp_path):
+    base = {**BASE, "precision": "fp32", "amp": True}
+    out = run(tmp_path / "runs", ("standard",), (0,), base=base).out
+    begun = Run(out / "standard-seed0")
+    kept = {"precision": "fp32", "note": "as timed"}
+    for content in (b"", b"\xff", b"[]", b"null", b'{"precision": "fp32"}', b"[" * 100000, json.dumps(kept).encode()):
+        (out / "precision.json").write_bytes(content)
+        precision, note = module.shared_precision(begun.read_config(), module.dataset_of(begun.read_config()), out)
+        assert precision == "fp32"
+        assert ("as timed" if b"timed" in content else "as standard-seed0, which had begun") in note
+
+
+def test_a_disk_that_fills_up_at_the_table_loses_nothing(table, monkeypatch, capsys):
+    own, before = os.replace, table.rows
+
+    def full(source, target):
+        if "table." in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(fastarat.UserError, match=r"cannot write .*table\.md: No space left on device"):
+            run(table.out)
+    assert not list(table.out.glob(".*"))
+    monkeypatch.setattr(module, "train", None)
+    assert run(table.out).rows == before
 
 
 def test_command_line(table, capsys):

@@ -234,17 +234,27 @@ def test_a_state_of_other_weights_or_settings_is_not_continued(tmp_path, monkeyp
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
-@pytest.mark.parametrize("damage", ["other data", "cut short"])
-def test_a_damaged_state_is_refused(tmp_path, damage, quick):
+@pytest.mark.parametrize("damage", ["edited", "other data", "cut short", "no checksum", "nested", "not text", "list"])
+def test_a_damaged_or_edited_state_is_attacked_anew_with_a_warning(tmp_path, damage, quick):
     model = Small()
     data = small_data(model, 4)
-    evaluate(model, data, "square", epsilon=0.02, state_dir=tmp_path)
+    call = {"attack": "square", "epsilon": 0.02, "state_dir": tmp_path}
+    truth = evaluate(model, data, **call).accuracy
     (path,) = tmp_path.glob("*.json")
+    good = json.loads(path.read_text())
     state = json.loads(path.read_text())
-    state["fingerprint"]["data"] = "0"
-    path.write_text(json.dumps(state) if damage == "other data" else path.read_text()[:50])
-    with pytest.raises(UserError, match="delete it"):
-        evaluate(model, data, "square", epsilon=0.02, state_dir=tmp_path)
+    state["robust"] = "".join("10"[int(flag)] for flag in state["robust"])
+    state["done"]["square"]["accuracy"] = 1 - state["done"]["square"]["accuracy"]
+    if damage == "other data":
+        state["fingerprint"]["data"] = "0"
+    if damage == "no checksum":
+        del state["sha256"]
+    text = {"cut short": path.read_text()[:50], "nested": "[" * 100_000, "list": "[1]"}.get(damage, json.dumps(state))
+    path.write_bytes(b"\xff\xfe" if damage == "not text" else text.encode())
+    result = evaluate(model, data, **call)
+    assert result.accuracy == truth
+    assert any("attacked anew" in w and str(path) in w for w in result.warnings)
+    assert json.loads(path.read_text())["robust"] == good["robust"], "the good state takes the place of the damaged"
 
 
 @pytest.mark.parametrize(

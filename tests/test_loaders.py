@@ -15,7 +15,18 @@ import torch
 from archives import TEST, TRAIN, place_cifar
 from PIL import Image
 
-from fastarat.data import Augment, augment, beton, default_augment, info, load_dataset, loaders, make_loader, prepare
+from fastarat.data import (
+    Augment,
+    augment,
+    beton,
+    beton_file,
+    default_augment,
+    info,
+    load_dataset,
+    loaders,
+    make_loader,
+    prepare,
+)
 from fastarat.errors import UserError
 
 
@@ -260,9 +271,9 @@ def forge(row: dict[str, int], allocation: dict[str, int]):
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / "train.beton").read_bytes())
-        end = int(np.frombuffer(content, beton.HEADER, 1)["alloc_table_ptr"][0])
-        first = np.frombuffer(content, beton.ROW, 1, FIRST_ROW)["f0"]
-        allocations = np.frombuffer(content, beton.ALLOCATION, TRAIN, end)
+        end = int(np.frombuffer(content, beton_file.HEADER, 1)["alloc_table_ptr"][0])
+        first = np.frombuffer(content, beton_file.ROW, 1, FIRST_ROW)["f0"]
+        allocations = np.frombuffer(content, beton_file.ALLOCATION, TRAIN, end)
         entry = int(np.flatnonzero(allocations["ptr"] == first["data_ptr"][0])[0])
         for name, value in row.items():
             first[name] = value
@@ -274,7 +285,7 @@ def forge(row: dict[str, int], allocation: dict[str, int]):
 
 
 # The header and two field descriptors come before the first row: mode, width, height, address; label.
-FIRST_ROW = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
+FIRST_ROW = beton_file.HEADER.itemsize + 2 * beton_file.FIELD.itemsize
 
 
 @pytest.mark.parametrize(
@@ -285,9 +296,9 @@ FIRST_ROW = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
         (lambda folder: os.truncate(folder / "test.beton", 2), r"test\.beton .*cut short"),
         (lambda folder: (folder / "test.beton").unlink(), r"test\.beton .*does not exist"),
         (overwrite(0, b"\x09"), "header is not FFCV's"),
-        (overwrite(beton.HEADER.itemsize, b"\0"), "its fields are"),
+        (overwrite(beton_file.HEADER.itemsize, b"\0"), "its fields are"),
         (overwrite(FIRST_ROW + 1, b"\x21"), "not all 32x32"),
-        (overwrite(FIRST_ROW + beton.ROW.fields["f1"][1], b"\3"), r"labels lie in 0\.\.3, outside the 3 classes"),
+        (overwrite(FIRST_ROW + beton_file.ROW.fields["f1"][1], b"\3"), r"labels lie in 0\.\.3, outside the 3 classes"),
         (forge({"data_ptr": 1 << 40}, {"ptr": 1 << 40}), "outside the stored images"),
         (forge({"data_ptr": (1 << 21) + 1}, {}), "outside the stored images"),
         (forge({}, {"size": 3071}), "outside the stored images"),

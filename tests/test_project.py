@@ -18,18 +18,18 @@ ROOT = Path(__file__).parent.parent
 # A module or package may import from layers above its own here, and from its own package, but not from its own layer
 # or those below.
 LAYERS = [
-    {"errors", "kernels"},
-    {"device", "files"},
+    {"errors", "kernels", "child", "texts"},
+    {"device", "files", "locks", "children"},
     {"values"},
-    {"checks", "specs", "schedules", "doctor"},
+    {"checks", "specs", "schedules", "doctor", "metadata"},
     {"nets", "data", "losses"},
     {"ascent"},
     {"attacks"},
     {"defenses"},
-    {"config", "engine"},
+    {"config", "engine", "flags"},
     {"evaluation"},
     {"runs", "averages", "released"},
-    {"card", "finite", "building"},
+    {"card", "finite", "building", "resuming"},
     {"training"},
     {"report", "interchange", "tuning", "bench"},
     {"table"},

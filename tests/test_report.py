@@ -136,14 +136,14 @@ def test_text_of_run_folders_and_data_sets_is_never_markup(run, tmp_path, monkey
     rows = [{**row, f"train/{hostile}": 1.0} for row in Run(run).metrics()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     weights, meta = load_weights(run / "last.safetensors")
-    Run(run).save_weights("last", weights, {**meta, "defense": hostile, "norm": hostile, "classes": [hostile] * 10})
+    Run(run).save_weights("last", weights, {**meta, "defense": hostile, "classes": [hostile] * 10})
     record = {"settings": {"attacks": {"x": hostile}, "norm": hostile, "epsilon": 0.1}, "num_images": 5,
               "accuracy": {hostile: 0.5}, "warnings": [hostile]}  # fmt: skip
     (run / "eval.json").write_text(json.dumps(record))
     dataset = dataclasses.replace(load_dataset("digits"), name=hostile, classes=[hostile] * 10, notes=[hostile])
     monkeypatch.setattr(page, "load_data", lambda *_: dataset)
     examples = Examples(*(torch.zeros(1, 1, 8, 8),) * 2, *(torch.zeros(1, dtype=torch.long),) * 3)
-    monkeypatch.setattr(page, "predicted", lambda *_, **__: examples)  # no attack knows that norm
+    monkeypatch.setattr(page, "predicted", lambda *_, **__: examples)  # quicker
     shown = Page(report([run], tmp_path / "out", num_images=1, device="cpu"))
     assert set(shown.tags) <= {*plain.tags}, "a name became a tag"
     assert set(shown.attributes) == set(plain.attributes)
@@ -372,7 +372,7 @@ def remove(*names):
         (shutil.rmtree, "not a run folder"),
         (remove("metrics.jsonl"), "no metrics yet"),
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1, "lr'), "no metrics yet"),
-        (remove("last.safetensors"), "no last weights"),
+        (remove("last.safetensors", "last.pt"), "no last weights"),
         (remove("config.yaml"), r"no config\.yaml"),
         (lambda run: (run / "eval.json").write_text("{}"), r"eval\.json is not an evaluation.*fastarat eval"),
         (lambda run: (run / "eval.json").write_text("{"), r"eval\.json is not an evaluation"),

@@ -9,6 +9,7 @@ import torch
 import fastarat
 from fastarat.config import Config
 from fastarat.files import write_atomic
+from fastarat.resuming import config_to_resume
 from fastarat.runs import MAY_DIFFER, WEIGHTS, Run, load_start
 
 
@@ -50,9 +51,9 @@ def test_which_settings_may_differ(tmp_path):
     attack = dataclasses.replace(config.attack, num_steps=3)
     assert run.difference(dataclasses.replace(config, attack=attack)) == ("attack.num_steps", config.attack.num_steps)
     assert set(MAY_DIFFER) <= {f.name for f in dataclasses.fields(Config)}
-    assert run.config_to_resume({"device": "cpu"}).out == str(run.path)
+    assert config_to_resume(run, {"device": "cpu"}).out == str(run.path)
     with pytest.raises(fastarat.UserError, match=r"epochs cannot change \(only device, .*tensorboard may\)"):
-        run.config_to_resume({"epochs": 4})
+        config_to_resume(run, {"epochs": 4})
 
 
 def test_resuming_clears_what_a_kill_left(tmp_path):

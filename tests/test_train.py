@@ -54,7 +54,12 @@ def assert_same(a: Path, b: Path) -> None:
 
 def test_run_folder(unbroken):
     checkpoints = {f"{which}.{kind}" for which in ("last", "best") for kind in ("pt", "safetensors")}
-    assert {p.name for p in unbroken.iterdir()} == {"config.yaml", "card.txt", "metrics.jsonl"} | checkpoints
+    assert {p.name for p in unbroken.iterdir()} == {
+        "config.yaml",
+        "card.txt",
+        "metrics.jsonl",
+        "previous.pt",
+    } | checkpoints
     rows = metrics(unbroken)
     assert [r["epoch"] for r in rows] == [1, 2, 3]
     for key in ("lr", "wall_s", "images_per_s", "train/loss", "train/ce_adv", "train/ce_clean", "train/invariance",
@@ -180,15 +185,16 @@ def patched(self, *args):
 engine.Meter.add = patched
 """
 IN_CHECKPOINT = """
-save = torch.save
-def patched(state, path):
+replace = os.replace
+def patched(partial, path):
     global calls
     calls += 1
-    save(state, path)
-    if state["epoch"] == 2:
-        os.truncate(path, os.path.getsize(path) // 2)
-        die()
-torch.save = patched
+    if Path(path).name == "last.pt":
+        if Path(path).exists():
+            os.truncate(partial, os.path.getsize(partial) // 2)
+            die()
+    replace(partial, path)
+os.replace = patched
 """
 BEFORE_ANY = "engine.Meter.add = lambda self, *args: die()"
 

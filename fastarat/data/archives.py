@@ -104,7 +104,7 @@ def _unpack(path: Path, folder: Path) -> None:
             private.mkdir(mode=0o700)
         room = min(max(MAX_BYTES, MAX_RATIO * path.stat().st_size), shutil.disk_usage(private).free - _SPARE)
         target = _Target(private / folder.name, path, room)
-        (_unzip if zipfile.is_zipfile(path) and not path.name.endswith(".tar") else _untar)(path, target)
+        (_unzip if path.name.endswith(".zip") else _untar)(path, target)
         if not target.files:
             raise _Refused(f"it holds no images ({' '.join(IMAGE_SUFFIXES)})")
         target.folder.rename(folder)
@@ -231,7 +231,7 @@ class _Bounded:
         self._file, self._limit = file, limit
         self._left = limit
         self.tell, self.seek, self.seekable, self.close = file.tell, file.seek, file.seekable, file.close
-        self.last = b""  # the last block read
+        self.header = b""  # what the last read of a tar header gave
 
     def allow(self, more: int) -> None:
         self._left = self._limit + more
@@ -241,7 +241,8 @@ class _Bounded:
         self._left -= len(content)
         if self._left < 0:
             raise _Refused("it has a header larger than any real one")
-        self.last = content or self.last
+        if size == tarfile.BLOCKSIZE:
+            self.header = content
         return content
 
 
@@ -268,8 +269,9 @@ def _untar(path: Path, target: _Target) -> None:
         opened: Any = bounded
         # Names are of UTF-8 whatever the locale is; others become surrogates, which are refused.
         with tarfile.open(fileobj=opened, mode="r:", encoding="utf-8") as tar:
+            held: Any = tar
             for member in tar:
-                tar.members = []  # or millions would be held
+                held.members = []  # or millions would be
                 # Before anything else: an archive of links is refused even where they have no image's name.
                 if member.issparse() or not (member.isreg() or member.isdir()):
                     raise _Refused(f"{shown(member.name)} in it is neither a plain file nor a folder")
@@ -285,7 +287,7 @@ def _untar(path: Path, target: _Target) -> None:
                     target.add_folder(parts)
                 bounded.allow(0)
             # Tarfile takes a damaged header, and an archive cut at one, for the end.
-            if bounded.last.strip(b"\0"):
+            if bounded.header != bytes(tarfile.BLOCKSIZE):
                 raise _Refused("it is damaged or cut short: its end mark is missing")
         # The checksum of a compressed file comes after its end.
         left = target.room

@@ -8,50 +8,34 @@ Everything here that does not move pixels works without FFCV installed.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import queue
 import shutil
+import time
 import warnings
+import weakref
 from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastarat.data.beton_file import LARGEST_SIDE, Stamp, WriteMode, check, describe, page_size, unusable
+from fastarat.data.checksums import checksum, verified
 from fastarat.data.splits import Split, Stored
 from fastarat.errors import UserError
-
-WriteMode = Literal["raw", "jpg"]
-WRITE_MODES: tuple[WriteMode, ...] = get_args(WriteMode)
 
 INSTALL = (
     "install it with `pip install 'fastarat[ffcv]'` (it is built from source: on Debian and Ubuntu first "
     "`apt-get install libopencv-dev libturbojpeg0-dev pkg-config`)"
 )
-
-# The file format, version 2: header, two field descriptors, a table row per image, pages of pixels, allocation table.
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ],
-    align=True,
-)
-FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
-_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-ROW = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
-ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-_TYPES = {"label": 1, "image": 2}
-_RAW = 1
-
-_SMALLEST_PAGE = 1 << 21  # FFCV's own minimum
 
 
 @functools.cache
@@ -70,6 +54,7 @@ def ffcv_parts() -> SimpleNamespace:
             from ffcv.loader import epoch_iterator
             from ffcv.loader.loader import Loader
             from ffcv.memory_allocator import MemoryAllocator
+            from ffcv.memory_managers import OSCacheManager
             from ffcv.pipeline.compiler import Compiler
             from ffcv.transforms import ToTensor
             from ffcv.writer import DatasetWriter, handle_sample
@@ -87,6 +72,7 @@ def ffcv_parts() -> SimpleNamespace:
     # Batches are moved to the device by us. FFCV's own streams and events would meddle with graph capture,
     # and its reuse of a pinned buffer waits on the stream, not on the host that refills the buffer.
     epoch_iterator.IS_CUDA = False
+    _compile_once(OSCacheManager)
     Epoch, Reader = _mended(epoch_iterator.EpochIterator, Loader)
     own = DatasetWriter, Epoch, IntField, MemoryAllocator, RGBImageField, Reader, SimpleRGBImageDecoder, ToTensor
     # Numba fills its config module in when it is imported, which the checker does not see.
@@ -94,8 +80,24 @@ def ffcv_parts() -> SimpleNamespace:
     return SimpleNamespace(**{part.__name__: part for part in own}, handle_sample=handle_sample, max_workers=most)
 
 
+def _compile_once(manager: Any) -> None:
+    """Let all readers of a process share the one function that every one of them compiled for itself.
+
+    It is the same for every file, which it gets as an argument. Numba never gives compiled code back: every validation
+    on a .beton file, which opens a reader, cost 0.1 s and 2 to 3 MB for good.
+    """
+    compiling, compiled = manager.compile_reader, []
+
+    def compile_reader(self: Any) -> Any:
+        if not compiled:
+            compiled.append(compiling(self))
+        return compiled[0]
+
+    manager.compile_reader = compile_reader
+
+
 def _mended(iterator: Any, loader: Any) -> tuple[type, type]:
-    """Derive from FFCV's background reader and loader classes ones that neither hang nor compile twice."""
+    """Derive from FFCV's background reader and loader classes ones that neither hang, compile twice nor linger."""
 
     class Epoch(iterator):
         """FFCV's background reader, except that an error in it ends the epoch instead of hanging it."""
@@ -113,6 +115,13 @@ def _mended(iterator: Any, loader: Any) -> tuple[type, type]:
         """FFCV's loader; readers of equal image shape share one compiled pipeline."""
 
         compiled: dict[tuple, tuple] = {}
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            # What refers back to its owner would keep the file mapped and open until the garbage collector comes by.
+            # The order of rows is always given here, and the owner outlives its memory's context.
+            self.traversal_order = None
+            self.memory_manager.context.manager = weakref.proxy(self.memory_manager)
 
         def generate_code(self) -> None:
             image = self.reader.metadata["f0"][:1]
@@ -139,31 +148,87 @@ def write(
     """
     ffcv = ffcv_parts()
     _, height, width, _ = images.shape
-    page_size = _SMALLEST_PAGE
-    while page_size < 16 * height * width * 3:  # an image never spans pages: at most 1/16 of a page is lost
-        page_size *= 2
-    field = ffcv.RGBImageField(write_mode=write_mode, jpeg_quality=jpeg_quality)
-    writer = ffcv.DatasetWriter(str(path), {"image": field, "label": ffcv.IntField()}, page_size=page_size)
+    image_field = ffcv.RGBImageField(write_mode=write_mode, jpeg_quality=jpeg_quality)
+    fields = {"image": image_field, "label": ffcv.IntField()}
+    writer = ffcv.DatasetWriter(str(path), fields, page_size=page_size(height, width))
     writer.num_samples = len(images)
     writer.prepare()
-    # Not a view of the shared memory: that could not be closed while the traceback of an error holds the view.
+    # Its table in shared memory is for its worker processes. Writing to that where /dev/shm is full ends the process.
+    writer.metadata_sm.close()
+    writer.metadata_sm.unlink()
     table = np.zeros(len(images), writer.metadata_type)
+    allocator = ffcv.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
+    with allocator:
+        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+            # FFCV's image field knows three channels only; `FFCVLoader` drops the copies again.
+            sample = (np.broadcast_to(image, (height, width, 3)), int(label))
+            ffcv.handle_sample(sample, row, table.dtype.names, table, allocator, writer.fields)
+    writer.metadata_sm = SimpleNamespace(buf=table.tobytes())
+    writer.finalize(allocator.allocations)
     try:
-        allocator = ffcv.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
-        with allocator:
-            for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-                # FFCV's image field knows three channels only; `FFCVLoader` drops the copies again.
-                sample = (np.broadcast_to(image, (height, width, 3)), int(label))
-                ffcv.handle_sample(sample, row, table.dtype.names, table, allocator, writer.fields)
-        writer.metadata_sm.buf[:] = table.tobytes()
-        writer.finalize(allocator.allocations)
+        checked = check(path, len(images), (height, width))
+    except UserError as error:
+        # FFCV overlooks that a disk that is almost full takes a part of a page.
+        raise OSError(errno.ENOSPC, f"not all of it arrived on the disk ({error})") from error
+    if checked.mode != write_mode or not np.array_equal(checked.labels, labels):
+        raise OSError(errno.EIO, "what was written does not read back the same")
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def unfinished(out: Path) -> Generator[Path]:
+    """Make the folder beside `out` in which it is written; it is gone at the end, however that comes.
+
+    What a killed process left there is removed. Raises: UserError where another process writes `out`, or nobody can.
+    """
+    import fcntl  # not on Windows, where there is no FFCV either
+
+    folder = out.with_name(f".{out.name}.unfinished")
+    handle = None
+    try:
+        try:
+            while handle is None:
+                folder.mkdir(exist_ok=True)
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                # Of a process that died, the lock is gone.
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not folder.exists() or folder.stat().st_ino != os.fstat(handle).st_ino:
+                    os.close(handle)  # the one before has finished just now, and taken the folder away
+                    handle = None
+            for left in folder.iterdir():
+                left.unlink()
+        except BlockingIOError:
+            raise UserError(
+                f"another `fastarat data prepare` is writing {out}: wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            _cannot_write(out, error, None)
+        try:
+            yield folder
+        finally:
+            # Only ours: after the renaming, what is here of this name is another's.
+            if folder.exists() and folder.stat().st_ino == os.fstat(handle).st_ino:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+        if handle is not None:
+            os.close(handle)
 
 
-def write_prepared(out: Path, stored: Stored, *, write_mode: WriteMode, jpeg_quality: int) -> None:
-    """Write train.beton, test.beton and dataset.json into a new folder, whole or not at all. Raises: UserError."""
+def _cannot_write(out: Path, error: OSError, needed: int | None) -> NoReturn:
+    why, mend = error.strerror or str(error), "free space there or choose another --out"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        mend = "choose another --out, or make its folder writable"
+    elif needed is not None:
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(out.parent).free / 1e6:,.1f} MB are free"
+        why += f" (it needs about {needed / 1e6:,.1f} MB{free})"
+    raise UserError(f"cannot write {out}: {why}; nothing is left of it: {mend}") from error
+
+
+def write_prepared(folder: Path, out: Path, stored: Stored, *, write_mode: WriteMode, jpeg_quality: int) -> None:
+    """Write train.beton, test.beton and dataset.json into `folder` (`unfinished`), and rename it. Raises: UserError."""
     described: dict[str, Any] = {
         "format": 1,
         "name": stored.name,
@@ -174,115 +239,89 @@ def write_prepared(out: Path, stored: Stored, *, write_mode: WriteMode, jpeg_qua
         "write_mode": write_mode,
         "source": stored.source,
         "notes": list(stored.notes),
+        "sha256": {},
     }
     if write_mode == "jpg":
         described["jpeg_quality"] = jpeg_quality
         described["notes"].append(f"pixels were re-encoded as JPEG, quality {jpeg_quality}")
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    _, height, width = stored.train.shape
+    if max(height, width) > LARGEST_SIDE:
+        raise UserError(
+            f"the images of {stored.name} are {height}x{width}: a .beton file takes {LARGEST_SIDE} pixels a side; "
+            "write --image-size N"
+        )
+    needed = None
+    if write_mode == "raw":
+        page, image = page_size(height, width), height * width * 3
+        needed = sum(page * (2 + len(split) // (page // image)) for split in (stored.train, stored.test))
     try:
-        unfinished.mkdir()
+        if needed is not None and needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, split in (("train", stored.train), ("test", stored.test)):
             assert split.images is not None
-            images, labels = split.images.numpy(), split.labels.numpy()
-            write(unfinished / f"{name}.beton", images, labels, write_mode=write_mode, jpeg_quality=jpeg_quality)
-        (unfinished / "dataset.json").write_text(json.dumps(described, indent=1) + "\n")
-        unfinished.rename(out)
+            path = folder / f"{name}.beton"
+            write(path, split.images.numpy(), split.labels.numpy(), write_mode=write_mode, jpeg_quality=jpeg_quality)
+            described["sha256"][name] = checksum(path)
+        # ASCII alone, so that a class name of any bytes is written and read back.
+        (folder / "dataset.json").write_text(json.dumps(described, indent=1) + "\n", encoding="ascii")
+        folder.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _cannot_write(out, error, needed)
 
 
-def open_prepared(folder: Path, image_size: int | None) -> Stored:
-    """Open what `write_prepared` wrote, once checked. image_size: None, or that of its images. Raises: UserError."""
-    described = folder / "dataset.json"
-    try:
-        text = json.loads(described.read_text())
-        channels, height, width = (int(side) for side in text["shape"])
-        classes = tuple(str(name) for name in text["classes"])
-        counts = {part: int(text["counts"][part]) for part in ("train", "test")}
-        name, source, notes = str(text["name"]), str(text["source"]), tuple(text.get("notes", ()))
-    except FileNotFoundError:
-        raise UserError(
-            f"{described} does not exist: a .beton file is read together with the dataset.json that "
-            "`fastarat data prepare` writes beside it"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{described} cannot be read ({error!r}): make it again with `fastarat data prepare`"
-        ) from error
+def open_prepared(folder: Path, image_size: int | None, *, full: bool = False) -> Stored:
+    """Open what `write_prepared` wrote, once checked: its checksums too, once per machine.
+
+    image_size: None, or that of its images. full: whether files whose checksums were verified are read again.
+
+    Raises: UserError. Warns: where there are no checksums.
+    """
+    told = describe(folder)
+    _, height, width = told.shape
     if image_size not in (None, height if height == width else None):
         raise UserError(f"image_size={image_size}: the images in {folder} are {height}x{width}; prepare it again")
-    if channels not in (1, 3) or len(classes) < 2:
-        raise UserError(
-            f"{described} says {channels} channels and {len(classes)} classes: expected 1 or 3, and 2 or more"
-        )
     train, test = (
-        read_split(folder / f"{part}.beton", count=count, shape=(channels, height, width), num_classes=len(classes))
-        for part, count in counts.items()
+        read_split(
+            folder / f"{part}.beton",
+            count=count,
+            shape=told.shape,
+            num_classes=len(told.classes),
+            write_mode=told.write_mode,
+        )
+        for part, count in told.counts.items()
     )
-    return Stored(name, classes, train, test, source, notes)
+    if not told.sha256:
+        warnings.warn(
+            f"{folder} carries no checksums, so damaged pixels would pass unseen: preparing it again adds them",
+            stacklevel=4,
+        )
+    for part, expected in told.sha256.items():
+        path = folder / f"{part}.beton"
+        try:
+            if not verified(path, expected, full=full):
+                raise unusable(path, "its content is not what its checksum in dataset.json says: it is damaged")
+        except OSError as error:
+            raise unusable(path, str(error)) from error
+    return Stored(told.name, told.classes, train, test, told.source, told.notes)
 
 
-def read_split(path: Path, *, count: int, shape: tuple[int, int, int], num_classes: int) -> Split:
-    """Read the labels of a .beton file after checking that every image lies inside it.
+def read_split(
+    path: Path, *, count: int, shape: tuple[int, int, int], num_classes: int, write_mode: WriteMode | None = None
+) -> Split:
+    """Read the labels of a .beton file after checking all that FFCV would follow.
 
-    FFCV checks none of this, and its compiled reader follows a wrong address into memory that is not the file's.
+    shape: (C, H, W). write_mode: how the pixels must be stored; None for either.
 
     Raises: UserError naming the file and what does not fit.
     """
     _, height, width = shape
-
-    def corrupt(why: str) -> UserError:
-        return UserError(f"{path} is not a usable .beton file: {why}. Make it again with `fastarat data prepare`.")
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = _rows(file, HEADER, 1)[0]
-            if header["version"] != 2 or header["num_fields"] != len(_TYPES):
-                raise corrupt("its header is not FFCV's")
-            fields = _rows(file, FIELD, len(_TYPES))
-            found = {field["name"].tobytes().rstrip(b"\0"): int(field["type_id"]) for field in fields}
-            if found != {name.encode(): type_id for name, type_id in _TYPES.items()}:
-                raise corrupt(f"its fields are {found}, not an image and a label")
-            if header["num_samples"] != count:
-                raise corrupt(f"it holds {header['num_samples']} images and dataset.json says {count}")
-            table = _rows(file, ROW, count)
-            end = int(header["alloc_table_ptr"])
-            if (expected := end + count * ALLOCATION.itemsize) != size:
-                raise corrupt(f"it is {size} bytes long and its header says {expected}; it may be cut short")
-            file.seek(end)
-            allocations = _rows(file, ALLOCATION, count)
-    except FileNotFoundError:
-        raise corrupt("it does not exist") from None
-    except (EOFError, OSError) as error:
-        raise corrupt(str(error)) from error
-    image, labels = table["f0"], table["f1"]
-    if (image["height"] != height).any() or (image["width"] != width).any():
-        raise corrupt(f"its images are not all {height}x{width} as dataset.json says")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise corrupt(f"its labels lie in {labels.min()}..{labels.max()}, outside the {num_classes} classes")
-    raw = image["mode"] == _RAW
-    # Allocations lie in the order of writing, rows in the order of images: they are matched by the rank of the
-    # address.
-    sizes = allocations["size"][np.argsort(allocations["ptr"])][np.argsort(np.argsort(image["data_ptr"]))]
-    if (
-        not np.array_equal(np.sort(allocations["ptr"]), np.sort(image["data_ptr"]))
-        or (image["data_ptr"] > end).any()
-        or (sizes > end - image["data_ptr"]).any()
-        or (sizes[raw] != height * width * 3).any()
-    ):
-        raise corrupt("its table points outside the stored images")
-    # A copy: the table is a read-only view of the file's bytes, all of which the labels would keep alive.
-    return Split(None, torch.from_numpy(labels.copy()), torch.arange(count), shape, path, bool(raw.all()))
-
-
-def _rows(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
-    data = file.read(count * dtype.itemsize)
-    if len(data) != count * dtype.itemsize:
-        raise EOFError("it is cut short")
-    return np.frombuffer(data, dtype)
+    checked = check(path, count, (height, width))
+    labels = checked.labels
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise unusable(path, f"its labels lie in {labels.min()}..{labels.max()}, outside the {num_classes} classes")
+    if write_mode not in (None, checked.mode):
+        raise unusable(path, f"its images are stored as {checked.mode} and dataset.json says {write_mode}")
+    return Split(None, torch.from_numpy(labels), torch.arange(count), shape, path, checked.mode == "raw")
 
 
 class Stream:
@@ -293,25 +332,58 @@ class Stream:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 1 if raw else min(8, cores)  # plain pixels are only copied
         self._epoch = ffcv.Epoch
-        self._reader = ffcv.Reader(
-            str(path),
-            batch_size,
-            num_workers=min(workers, ffcv.max_workers),
-            os_cache=True,
-            drop_last=False,
-            pipelines={"image": [ffcv.SimpleRGBImageDecoder(), ffcv.ToTensor()], "label": None},
-        )
+        self._path = path
+        # Again: FFCV reads the file's tables now, and it may be another than the one that was opened.
+        self._checked = check(path)
+        try:
+            self._reader = ffcv.Reader(
+                str(path),
+                batch_size,
+                num_workers=min(workers, ffcv.max_workers),
+                os_cache=True,
+                drop_last=False,
+                pipelines={"image": [ffcv.SimpleRGBImageDecoder(), ffcv.ToTensor()], "label": None},
+            )
+        finally:
+            self._unchanged()
+
+    def _unchanged(self) -> None:
+        """Raise UserError when the file is not the one that was checked: FFCV maps it, and would follow it anywhere."""
+        try:
+            now = Stamp.of(self._path.stat())
+        except OSError as error:
+            raise unusable(self._path, f"it went away while it was read ({error.strerror})") from error
+        if now != self._checked.stamp:
+            raise unusable(self._path, "it changed while it was read")
 
     def batches(self, rows: Tensor) -> Generator[Tensor, None, None]:
-        """Yield uint8 [B, H, W, 3] on the CPU for int64 `rows` [N]; the next batch may overwrite it."""
+        """Yield uint8 [B, H, W, 3] on the CPU for int64 `rows` [N]; the next batch may overwrite it.
+
+        Raises: UserError when the file changes while it is read. IndexError for a row that it does not have.
+        """
         if not len(rows):
             return
+        if not 0 <= int(rows.min()) <= int(rows.max()) < len(self._checked.labels):
+            raise IndexError(f"{self._path} holds rows 0 to {len(self._checked.labels) - 1}")
+        self._unchanged()
         epoch = self._epoch(self._reader, rows.numpy())
         try:
             for (pixels,) in epoch:
+                self._unchanged()
                 yield pixels
             if epoch.error is not None:
+                self._unchanged()
                 raise RuntimeError(f"FFCV failed while reading {self._reader.fname}") from epoch.error
         finally:
-            epoch.close()
-            epoch.join(timeout=2)  # it notices within half a second that nobody takes its batches
+            self._stop(epoch)
+
+    @staticmethod
+    def _stop(epoch: Any) -> None:
+        """End the background reader: one that waits for room in its queue would never see that nobody reads on."""
+        epoch.iter_ixes = iter(())
+        epoch.close()
+        end = time.monotonic() + 5
+        while epoch.is_alive() and time.monotonic() < end:
+            with suppress(queue.Empty):
+                epoch.output_queue.get_nowait()
+            epoch.join(timeout=0.01)

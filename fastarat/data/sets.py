@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from fastarat.data import beton
 from fastarat.data.archives import ARCHIVE_SUFFIXES, make_folder, unpacked
+from fastarat.data.beton_file import LARGEST_SIDE, WRITE_MODES, WriteMode, describe
 from fastarat.data.sources import CifarArchive, open_digits, open_folder
 from fastarat.data.splits import Dataset, Stored, held_out, stratified_indices
 from fastarat.errors import UserError, unknown
@@ -38,8 +40,6 @@ SETS: dict[str, Callable[[str, Path, bool], Stored]] = {
         label_bytes=2,
     ),
 }
-
-_LARGEST_SIDE = 4096
 
 
 def load_dataset(
@@ -93,14 +93,18 @@ def info(
     data_dir: str | os.PathLike = "data",
     download: bool = True,
     image_size: int | None = None,
+    verify: bool = False,
 ) -> dict[str, object]:
     """Describe a data set in a few plain values, for a person or for JSON.
 
-    Raises: UserError.
+    verify: read everything again that was verified or decoded before, and say under "verified" what that was: .beton
+    files against their checksums, decoded images against the files they come from.
+
+    Raises: UserError, also for what is damaged.
     """
-    stored = _open(name_or_path, Path(data_dir), download, image_size)
+    stored = _open(name_or_path, Path(data_dir), download, image_size, full=verify)
     per_class = np.bincount(stored.train.labels.numpy(), minlength=len(stored.classes))
-    return {
+    told: dict[str, object] = {
         "name": stored.name,
         "source": stored.source,
         "classes": list(stored.classes),
@@ -111,6 +115,32 @@ def info(
         "decoded_bytes": stored.train.num_bytes + stored.test.num_bytes,
         "notes": list(stored.notes),
     }
+    if verify:
+        told["verified"] = _verify(name_or_path, Path(data_dir), image_size, stored)
+    return told
+
+
+def _verify(name_or_path: str | os.PathLike, data_dir: Path, image_size: int | None, stored: Stored) -> list[str]:
+    """Say what of an opened set was read in full; images that were decoded before are decoded again here."""
+    if stored.train.beton is not None:
+        folder = stored.train.beton.parent
+        files = [folder / f"{part}.beton" for part in describe(folder).sha256]
+        return [f"{path}: every byte, by SHA-256" for path in files] or ["the tables alone: there are no checksums"]
+    if str(name_or_path) in SETS:
+        return [
+            "the archive, by its authors' checksum" if str(name_or_path) != "digits" else "nothing: no file of ours"
+        ]
+    with tempfile.TemporaryDirectory(dir=make_folder(data_dir), prefix=".verify.") as fresh:
+        again = _open(name_or_path, Path(fresh), False, image_size)
+        for one, other in ((stored.train, again.train), (stored.test, again.test)):
+            assert one.images is not None
+            assert other.images is not None
+            if not (torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)):
+                raise UserError(
+                    f"the images of {name_or_path} decoded in {data_dir} are not what its files hold: one of them is "
+                    f"damaged; delete the decoded folder in {data_dir} and it is made again"
+                )
+    return [f"{len(stored.train) + len(stored.test)} decoded images, by decoding {name_or_path} again"]
 
 
 def prepare(
@@ -118,7 +148,7 @@ def prepare(
     out: str | os.PathLike,
     *,
     data_dir: str | os.PathLike = "data",
-    write_mode: beton.WriteMode = "raw",
+    write_mode: WriteMode = "raw",
     jpeg_quality: int = 90,
     download: bool = True,
     image_size: int | None = None,
@@ -130,8 +160,8 @@ def prepare(
 
     Returns: `out`. Raises: UserError, also when `out` exists already.
     """
-    if write_mode not in beton.WRITE_MODES:
-        raise unknown("write mode", write_mode, beton.WRITE_MODES)
+    if write_mode not in WRITE_MODES:
+        raise unknown("write mode", write_mode, WRITE_MODES)
     if not 1 <= jpeg_quality <= 100:
         raise UserError(f"jpeg_quality={jpeg_quality} is outside 1..100")
     out = Path(out)
@@ -139,18 +169,21 @@ def prepare(
         raise UserError(f"{out} exists already: delete it or choose another folder")
     make_folder(out.parent)
     beton.ffcv_parts()  # a missing FFCV should be known before the images are decoded
-    stored = _open(name_or_path, Path(data_dir), download, image_size)
-    if stored.train.beton is not None:
-        raise UserError(f"{name_or_path} is in .beton format already")
-    beton.write_prepared(out, stored, write_mode=write_mode, jpeg_quality=jpeg_quality)
+    with beton.unfinished(out) as unfinished:
+        stored = _open(name_or_path, Path(data_dir), download, image_size)
+        if stored.train.beton is not None:
+            raise UserError(f"{name_or_path} is in .beton format already")
+        beton.write_prepared(unfinished, out, stored, write_mode=write_mode, jpeg_quality=jpeg_quality)
     return out
 
 
-def _open(name_or_path: str | os.PathLike, data_dir: Path, download: bool, image_size: int | None) -> Stored:
+def _open(
+    name_or_path: str | os.PathLike, data_dir: Path, download: bool, image_size: int | None, *, full: bool = False
+) -> Stored:
     name, path = str(name_or_path), Path(name_or_path)
-    if image_size is not None and not 1 <= image_size <= _LARGEST_SIDE:
+    if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
         raise UserError(
-            f"image_size={image_size} is not a side of images to train on: write 1 to {_LARGEST_SIDE} pixels"
+            f"image_size={image_size} is not a side of images to train on: write 1 to {LARGEST_SIDE} pixels"
         )
     if name in SETS:
         if image_size is not None:
@@ -163,7 +196,7 @@ def _open(name_or_path: str | os.PathLike, data_dir: Path, download: bool, image
             f"data set {name} does not exist: give a folder, an archive, a .beton file or one of {', '.join(SETS)}"
         )
     if path.suffix == ".beton" or (path / "dataset.json").exists():
-        return beton.open_prepared(path.parent if path.suffix == ".beton" else path, image_size)
+        return beton.open_prepared(path.parent if path.suffix == ".beton" else path, image_size, full=full)
     if path.is_dir():
         return open_folder(path, path.resolve().name, data_dir, image_size)
     if path.name.endswith(ARCHIVE_SUFFIXES):

@@ -159,6 +159,8 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
 
 def open_folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> Stored:
     """Open PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or PATH/CLASS/*.png. Raises: UserError."""
+    if shown(root) != str(root):
+        raise UserError(f"{shown(root)} is not named in UTF-8 text: rename it")
     notes: tuple[str, ...] = ()
     named = [folder for folder in ("test", "val") if (root / folder).is_dir()]
     train, test = _class_files(root / "train" if (root / "train").is_dir() else root), {}
@@ -254,12 +256,9 @@ def _write_decoded(path: Path, files: Sequence[Path], image_size: int | None) ->
     if shutil.disk_usage(path.parent).free < needed:
         raise UserError(short)
     try:
-        with path.open("wb") as file:
-            # Room is taken first: a disk that fills up under a mapped file kills the process.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, needed + 4096)
         images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(files), height, width, channels))
-        if hasattr(os, "posix_fallocate"):  # again, since numpy empties the file
+        # A disk that fills up under a mapped file kills the process: the room is taken first.
+        if hasattr(os, "posix_fallocate"):
             with path.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
@@ -319,9 +318,20 @@ def _is_grey(path: Path) -> bool:
         return image.mode in ("1", "L")
 
 
+def _has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG's pixels have an end; the decoder makes grey of zeros that a disk left in their place."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at : at + 2] != b"\xff\xda":
+        # A marker may be filled up with 0xff. Segments are skipped: a thumbnail in one has an end of its own.
+        at += 1 if jpeg[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.find(b"\xff\xd9", at) >= 0
+
+
 def _decode(path: Path, image_size: int | None, channels: int) -> np.ndarray:
     """Read one image as uint8 [H, W, C] of 1 or 3 channels."""
     with _opened(path) as opened:
+        if opened.format in ("JPEG", "MPO") and not _has_end(path.read_bytes()):
+            raise ValueError("it has no end mark: it is damaged or cut short")
         image = opened.convert("L" if channels == 1 else "RGB")
     if image_size is not None:
         width, height = image.size

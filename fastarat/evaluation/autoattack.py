@@ -25,7 +25,7 @@ from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
 from fastarat.evaluation.task import Entry, Task, share
-from fastarat.files import write_text
+from fastarat.files import parse_json, seal, tensors_hash, write_text
 
 _STATE = ("fingerprint", "robust", "pending", "done", "partial")
 
@@ -110,8 +110,8 @@ class AutoAttackRun:
         task = self.task
         # Everything the numbers of this run depend on.
         self.fingerprint = {
-            "weights": _digest(task.model.state_dict()),
-            "data": _digest({"images": task.images, "labels": task.labels}),
+            "weights": tensors_hash(task.model.state_dict()),
+            "data": tensors_hash({"images": task.images, "labels": task.labels}),
             "members": list(self.members),
             "epsilon": task.budget.epsilon,
             "norm": task.budget.norm,
@@ -131,8 +131,14 @@ class AutoAttackRun:
         if not self.path.exists():
             return
         state = _read_state(self.path)
-        if state["fingerprint"] != self.fingerprint or len(state["robust"]) != len(self.robust):
-            raise UserError(f"{self.path} does not belong to this evaluation: delete it, or choose another state_dir")
+        if (
+            isinstance(state, str)
+            or state["fingerprint"] != self.fingerprint
+            or len(state["robust"]) != len(self.robust)
+        ):
+            why = state if isinstance(state, str) else "of another evaluation"
+            task.found.append(f"the AutoAttack state {self.path} is {why}: not used, attacked anew from the start")
+            return
         self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
         self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
 
@@ -142,7 +148,7 @@ class AutoAttackRun:
         # A digit per image: this file is written anew after every batch, and a JSON list of booleans is seven times
         # as long.
         state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
-        write_text(self.path, json.dumps(state))
+        write_text(self.path, json.dumps(state | {"sha256": seal(state)}))
 
 
 def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
@@ -216,32 +222,23 @@ def _heard(found: list[str]) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _digest(tensors: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            # Equal bytes under another dtype or shape are other weights.
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any] | str:
+    """Return a state as it was written, or in words why it cannot be used."""
     try:
-        state = json.loads(path.read_text())
-        if not {*_STATE} <= state.keys():
-            raise ValueError("keys are missing")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"cannot read the AutoAttack state {path} ({error}): delete it to start again") from error
-    return state
+        state = parse_json(path.read_bytes())
+        if not isinstance(state, dict) or not {*_STATE} <= state.keys():
+            return "damaged"
+        if "sha256" not in state:
+            return "without a checksum (of an earlier version)"
+        return state if state["sha256"] == seal(state) else "damaged or edited (its checksum differs)"
+    except (ValueError, OSError):
+        return "damaged"
 
 
 def _passed_over(path: Path, fingerprint: dict[str, Any]) -> list[str]:
     """Say that an unfinished state of other weights, data or settings is not continued."""
-    try:
-        state = _read_state(path)
-    except UserError:
+    state = _read_state(path)
+    if isinstance(state, str):
         return []
     theirs = state["fingerprint"]
     if set(theirs.get("members", ())) <= set(state["done"]):

@@ -21,7 +21,7 @@ from fastarat.errors import UserError
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
 from fastarat.evaluation.task import Entry, Task, collect, device_of, in_pixels, parse_attacks, share
-from fastarat.files import make_writable, write_text
+from fastarat.files import make_writable, seal, tensors_hash, write_text
 from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
 
@@ -34,7 +34,7 @@ class Evaluation:
     max_perturbation: by attack name, the largest distance from a clean image, in `settings["norm"]`.
     wall_s: seconds by attack name.
     warnings: what makes a number above less than it seems; empty is good.
-    settings: epsilon, step_size, norm, seed, branch, limit, device, versions ...
+    settings: epsilon, step_size, norm, seed, branch, limit, device, versions, hashes of the weights and the data ...
     """
 
     accuracy: dict[str, float]
@@ -46,10 +46,10 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Return the evaluation as indented JSON, with the 95 % interval of each accuracy beside it."""
+        """Return the evaluation as indented JSON, with the 95 % interval of each accuracy, and a checksum."""
         record = asdict(self)
         record["interval_95"] = {key: wilson(value, self.num_images) for key, value in self.accuracy.items()}
-        return json.dumps(record, indent=2)
+        return json.dumps(record | {"sha256": seal(record)}, indent=2)
 
     def save(self, path: str | Path) -> Path:
         """Write `to_json()` to `path`, whole or not at all. Raises: UserError where it cannot be written."""
@@ -153,6 +153,8 @@ def _measured(task: Task, entries: list[Entry], limit: int | None, state_dir: st
     settings = {
         "attacks": {e.name: e.key for e in entries},
         **task.budget._asdict(),
+        "weights_sha256": tensors_hash(dict(sorted(task.model.state_dict().items()))),
+        "data_sha256": tensors_hash({"images": task.images, "labels": task.labels}),
         "limit": limit,
         "batch_size": task.batch_size,
         "seed": task.seed,

@@ -23,6 +23,7 @@ from fastarat.files import make_writable, save_weights, write_atomic, write_text
 from fastarat.interchange.importing import refuse_existing
 from fastarat.nets.batchnorm import branch as use_branch, set_backend, single_branch
 from fastarat.runs import Run, check_branch, dataset_of, load_network, network_of
+from fastarat.texts import markdown, markdown_code
 
 FORMATS = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx", "robustbench": ".pt"}
 # The largest |difference| over the largest |logit|. Two implementations of the same convolution differ by about 1e-6.
@@ -225,7 +226,7 @@ def _entry(run: Run, which: str, out: Path, meta: dict[str, Any], count: int, di
     )
     rows = {
         **dict.fromkeys(("Paper title", "Authors", "Venue, year, URL"), fill),
-        "Data set": meta["dataset"],
+        "Data set": markdown(str(meta["dataset"])),
         "Architecture": f"{meta['model']}, `{_architecture(meta)}`",
         "Normalisation": normalisation if meta["normalized"] else "none; images in [0, 1]",
         "Threat model": {"linf": "Linf", "l2": "L2"}[meta["norm"]],
@@ -233,8 +234,9 @@ def _entry(run: Run, which: str, out: Path, meta: dict[str, Any], count: int, di
         "Clean accuracy": clean,
         "AutoAttack accuracy": robust,
         "Additional training data": f"{fill} (an imported file does not say)" if imported else "no",
-        "Training": f"{meta['defense']}, {which} weights, BatchNorm branch {meta['exported_branch']}",
-        "Checkpoint": f"`{out.name}`, sha256 `{hashlib.sha256(out.read_bytes()).hexdigest()}`; link: {fill}",
+        "Training": f"{markdown(meta['defense'])}, {which} weights, BatchNorm branch {meta['exported_branch']}",
+        "Checkpoint": f"{markdown_code(out.name)}, "
+        f"sha256 `{hashlib.sha256(out.read_bytes()).hexdigest()}`; link: {fill}",
         "Check": f"logits on {count:,} test images, eval mode, float32: largest difference from the training model "
         f"{difference:.2e} ({share:.1e} of the largest logit)",
         "License": fill,
@@ -246,16 +248,16 @@ def measured(run: Run, which: str, meta: dict[str, Any]) -> tuple[str, str]:
     """Return clean and AutoAttack accuracy of these weights from the run's evaluation, or what is to be run."""
     file, branch = run.evaluation(which), meta["exported_branch"]
     flags = f"--weights {which} --branch {branch} --attack clean,autoattack"
-    todo = f"FILL IN after `fastarat eval {run.path.name} {flags}`"
+    todo = "FILL IN after " + markdown_code(f"fastarat eval {run.path.name} {flags}")
     found = run.read_evaluation(which)
     if found is None:
         return todo, todo
     settings, accuracy = found["settings"], found["accuracy"]
     same = settings.get("branch") == branch and settings["norm"] == meta["norm"]
-    stale = ""
-    if file.stat().st_mtime < run.weights(which).stat().st_mtime:
+    stale = run.stale(which, found)
+    if "weights_sha256" not in settings and file.stat().st_mtime < run.weights(which).stat().st_mtime:
         stale = "older than the weights"
-    elif not same or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
+    elif (not stale and not same) or abs(settings["epsilon"] - meta["epsilon"]) >= 1e-9:
         stale = "of another branch or budget"
     if stale:
         todo, accuracy = f"{todo} ({file.name} is {stale})", {}

@@ -22,6 +22,7 @@ from fastarat.files import check_kind, load_tensors, write_text
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.runs import Run
+from fastarat.texts import printable
 from fastarat.values import EPSILON, checked_budget
 
 # In order of preference: some files hold the weights under one of these beside an optimiser under another.
@@ -103,7 +104,7 @@ def import_checkpoint(
     refuse_existing(out)
     epsilon, _, norm = checked_budget(epsilon, norm=norm)
     notes: list[str] = []
-    tensors, stored = _strip(_unwrap(_read(path), path, prefer, notes), notes)
+    tensors, stored = _strip(_ordinary(_unwrap(_read(path), path, prefer, notes), path), notes)
     name, parts = _recognise(tensors, model, path, notes)
     parts, split = _branches(parts, path, notes)
     weights = _weights(parts, path, notes)
@@ -178,6 +179,8 @@ def _unwrap(content: Any, path: Path, prefer: str, notes: list[str]) -> dict[str
         if not chosen:
             raise UserError(f"{path} holds several state dicts: name one with --prefer ({', '.join(inner)})")
         where.append(chosen[0])
+        if len(where) > 8:  # a mapping may hold itself
+            raise UserError(f"{path} holds no state dict: mappings lie in each other over 8 deep")
         if others := [k for k in content if k != chosen[0]]:
             notes.append(f"taken: {'.'.join(where)}; left: {', '.join(map(str, others))}")
         content = content[chosen[0]]
@@ -186,6 +189,23 @@ def _unwrap(content: Any, path: Path, prefer: str, notes: list[str]) -> dict[str
     if others := [k for k, v in content.items() if not isinstance(v, Tensor)]:
         notes.append(f"not tensors, left: {', '.join(map(str, others))}")
     return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _ordinary(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return `tensors`. Raises: UserError for one that is no plain array, or claims more than the file holds."""
+    for key, value in tensors.items():
+        kind = "" if value.layout == torch.strided else "sparse"
+        kind = "quantised" if value.is_quantized else "without values" if value.is_meta else kind
+        kind = "complex" if value.is_complex() else "nested" if value.is_nested else kind
+        if not kind and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            kind = "a view that repeats its values"
+        if not kind and value.dim() != 4 and re.search(r"(?:^|\.)conv\d*\.weight$", key):
+            kind = f"{list(value.shape)}, no convolution's,"
+        if not kind and key.endswith(".weight") and not value.dim():
+            kind = "a single number"
+        if kind:
+            raise UserError(f"{path}: {key!r} is {kind}: expected an ordinary tensor, as model.state_dict() has them")
+    return tensors
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
@@ -421,7 +441,7 @@ def _card(meta: dict[str, Any], network: nn.Module, normalisation: dict[str, Seq
         ("normalisation", ", ".join([*inside, "inside"]) if inside else "none: images in [0, 1]"),
         *(("note", text) for text in meta["source"]["notes"]),
     ]  # fmt: skip
-    return "".join(f"{key:<14} {value}\n" for key, value in rows)
+    return "".join(f"{key:<14} {printable(value)}\n" for key, value in rows)
 
 
 def _listed(names: Iterable[Any]) -> str:

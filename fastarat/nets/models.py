@@ -284,6 +284,9 @@ class WideResNet(Network):
             raise UserError(
                 f"WRN-{depth}-{widen}: expected a depth of 6n + 4, such as 28 or 34, and a width of 1 or more"
             )
+        # Building is slow, or fills the memory, long before anybody could train it.
+        if depth > 400 or widen > 32:
+            raise UserError(f"WRN-{depth}-{widen}: expected a depth of at most 400 and a width of at most 32")
         blocks = (depth - 4) // 6
         planes = 16
         self.conv1 = Stem(in_channels, planes)
@@ -346,7 +349,7 @@ def build_model(
     Returns: a module mapping float32 [B, C, H, W] in [0, 1] to logits [B, num_classes].
     Raises: UserError for an unknown name, images too small, or timm not importable.
     """
-    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    wide = re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name)
     if name.startswith("timm:"):
         model = _from_timm(name[5:], num_classes, in_channels)
     elif name not in MODELS and not wide:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastarat.evaluation import attack_title
 from fastarat.report.subjects import NUM_STEPS, Examples, Subject
+from fastarat.texts import printable
 
 DPI = 200
 RIGHT, WRONG = "#00694A", "#B3261E"
@@ -191,7 +192,7 @@ def _legend(where: Axes | Figure, styles: list[Style], names: list[str], **optio
     legend = where.legend(handles, ["name"] * len(names), frameon=False, **options)
     # The names are set afterwards: given as labels, one that begins with _ would be left out.
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=name, parse_math=False)
+        text.set(text=printable(name), parse_math=False)
 
 
 def _dress(axes: Axes, percent: bool) -> None:
@@ -226,7 +227,7 @@ def examples_figure(runs: Sequence[Subject], examples: Sequence[Examples], class
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         style = {"fontsize": 8, "color": _INK, "va": "center", "parse_math": False, **style}
-        figure.text(x / width, 1 - y / height, text, **style)
+        figure.text(x / width, 1 - y / height, printable(text, "\n"), **style)
 
     def centre(column: int) -> float:
         return left + column * (cell + gap) + cell / 2
@@ -288,4 +289,5 @@ def visible(difference: Tensor) -> tuple[float, str]:
 
 
 def _short(text: str, letters: int) -> str:
+    text = printable(text)
     return text if len(text) <= letters else text[: max(letters - 1, 1)] + "…"

@@ -19,9 +19,17 @@ from fastarat.evaluation import attack_title, collect, wilson
 from fastarat.files import make_writable, write_atomic, write_text
 from fastarat.report.figures import DPI, curves_figure, examples_figure
 from fastarat.report.subjects import NUM_STEPS, Subject, budget_of, first_per_class, load_data, predicted, read
+from fastarat.texts import printable
 
 # What run folders and data sets say (names, notes, cards) is text, never markup.
-_PAGES = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_PAGES = jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    # Markup is what a macro made of text that went through here.
+    finalize=lambda value: printable(value, "\n\t") if type(value) is str else value,
+)
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +140,13 @@ def _read(path: Path, label: str) -> Subject:
     card = "(no card.txt in this run folder)"
     if run.card_file.is_file():
         card = run.card_file.read_text(encoding="utf-8").rstrip("\n")
-    return Subject(path, label, metrics, card, run.evaluations(), model, meta, config, _best(run, metrics))
+    evaluations = run.evaluations()
+    for which, found in list(evaluations.items()):
+        if why := run.stale(which, found):
+            said = f"{run.evaluation(which)} is {why}, and is left out: fastarat eval {path} --weights {which}"
+            warnings.warn(said, stacklevel=2)
+            del evaluations[which]
+    return Subject(path, label, metrics, card, evaluations, model, meta, config, _best(run, metrics))
 
 
 def _best(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,0 +1,96 @@
+"""Results on disk that are damaged: never used, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small import trained
+
+from fastarat.cli import main
+from fastarat.compare import _saved_evaluation
+from fastarat.errors import UserError
+from fastarat.files import load_weights
+from fastarat.runs import Run, is_current
+
+GOOD = '{"settings": {"attacks": {"clean": "clean_acc"}, "norm": "linf", "epsilon": 0.03}, "num_images": 10, '
+DAMAGED = {
+    "nested": "[" * 100_000,
+    "infinite count": GOOD.replace("10", "1e999") + '"accuracy": {"clean_acc": 0.5}}',
+    "infinite": GOOD + '"accuracy": {"clean_acc": 1e999}}',
+    "nan": GOOD + '"accuracy": {"clean_acc": NaN}}',
+    "above one": GOOD + '"accuracy": {"clean_acc": 7}}',
+    "list": "[]",
+    "half": GOOD,
+    "not text": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_evaluation_is_one_line_and_is_evaluated_anew(tmp_path, capsys, text):
+    run = Run(tmp_path)
+    for file in (run.evaluation("last"), run.compared("last")):
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="delete it"):
+        run.read_evaluation()
+    run.meta = lambda which="last": {"epoch": 1, "epsilon": 0.03, "norm": "linf", "sha256": "x"}
+    plan: Any = SimpleNamespace(run=run, which="last")
+    assert _saved_evaluation(plan, "clean", None) is None
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.fixture
+def evaluated(tmp_path) -> Run:
+    run = Run(trained(tmp_path / "run", epochs=1))
+    assert main(["eval", str(run.path), "--attack", "clean", "--limit", "20"]) == 0
+    return run
+
+
+def replace_weights(run: Run) -> None:
+    weights, meta = load_weights(run.weights())
+    weights["fc.bias" if "fc.bias" in weights else next(k for k in weights if k.endswith("bias"))] += 1
+    run.save_weights("last", weights, {key: value for key, value in meta.items() if key != "sha256"})
+
+
+def asked_again(run: Run) -> dict[str, Any] | None:
+    return _saved_evaluation(SimpleNamespace(run=run, which="last"), "clean", 20)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_evaluation_is_used_for_its_own_weights_alone(evaluated, capsys):
+    shutil.copy(evaluated.evaluation(), evaluated.compared())
+    assert asked_again(evaluated) is not None
+    assert is_current(evaluated, "last")
+    replace_weights(evaluated)
+    assert asked_again(evaluated) is None
+    assert "is of other weights than last.safetensors holds now: evaluated anew" in capsys.readouterr().err
+    assert not is_current(evaluated, "last")
+    with pytest.warns(UserWarning, match=r"eval\.json is of other weights than are in the run now, and is left out"):
+        assert main(["report", str(evaluated.path)]) == 0
+
+
+def test_an_edited_evaluation_is_noticed(evaluated, capsys):
+    text = evaluated.evaluation().read_text()
+    record = json.loads(text)
+    record["accuracy"]["clean_acc"] = 1.0
+    evaluated.compared().write_text(json.dumps(record))
+    assert asked_again(evaluated) is None
+    assert "was edited, or is damaged: evaluated anew" in capsys.readouterr().err
+    evaluated.evaluation().write_text(json.dumps(record))
+    assert main(["report", str(evaluated.path)]) == 2
+    assert "its checksum does not hold" in capsys.readouterr().err
+
+
+def test_a_run_on_a_read_only_disk_is_evaluated_elsewhere(evaluated, tmp_path, monkeypatch, capsys):
+    before = sorted(path.name for path in evaluated.path.rglob("*"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != evaluated.path and access(path, mode))
+    out = tmp_path / "elsewhere" / "result.json"
+    assert main(["eval", str(evaluated.path), "--attack", "apgd-ce", "--limit", "4", "--out", str(out)]) == 0
+    assert out.is_file()
+    assert list((tmp_path / "elsewhere" / "result-state").glob("apgd-ce-*.json"))
+    assert sorted(path.name for path in evaluated.path.rglob("*")) == before
