@@ -1,5 +1,6 @@
 """Data that is hostile, damaged, or opened by two processes at once."""
 
+import errno
 import io
 import os
 import shutil
@@ -253,6 +254,12 @@ def test_a_zip_archive_whose_directory_lies_is_refused(offset, value, match, tmp
     outcome(patched(zip_of(tmp_path / "x.zip", lambda a: None), offset, value, offset in (8, 10)), match)
 
 
+def test_a_zip_name_does_not_end_at_a_nul(tmp_path):
+    archive = zip_of(tmp_path / "x.zip", lambda a: a.writestr("train/cat/n.png_", b"x"))
+    archive.write_bytes(archive.read_bytes().replace(b"n.png_", b"n.png\0"))
+    outcome(archive, "control characters")
+
+
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar.xz", ".tar.bz2", ".zip"])
 def test_a_bomb_writes_no_more_than_is_allowed(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_BYTES", 1 << 20)
@@ -423,7 +430,7 @@ def test_a_cache_made_to_fit_its_hash_is_still_bounded(tmp_path):
     folder = draw_folder(tmp_path / "pets", FOLDER)
     first = training_images(folder, tmp_path / "data")
     (kept,) = (tmp_path / "data/decoded").iterdir()
-    for content in (b"\x80\x04.", kept.read_bytes().replace(b"(35, 12", b"(99, 12")):
+    for content in (b"\x80\x04.", *(kept.read_bytes().replace(b"(35, 12", b"(%d, 12" % n) for n in (99, 34))):
         kept.write_bytes(content)
         kept.rename(kept.with_name(f"{kept.stem[:-64]}{checksums.checksum(kept)}.npy"))
         with pytest.warns(UserWarning, match="is damaged"):
@@ -495,6 +502,19 @@ def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda p: usage._replace(free=0))
     outcome(archive, r"no more than is free.*make room")
+
+
+def test_a_disk_that_fills_up_while_images_are_decoded_is_named(tmp_path, monkeypatch):
+    """Room is taken before the file is mapped: to write to a mapped file on a full disk would kill the process."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    folder = draw_folder(tmp_path / "pets", FOLDER)
+    with pytest.raises(UserError, match=r"cannot write .*No space left.* needs 0\.000 GB .*set another data_dir"):
+        load_dataset(folder, data_dir=tmp_path / "data")
+    assert not list((tmp_path / "data/decoded").iterdir())
 
 
 def test_a_data_folder_that_is_read_only_serves_what_it_holds(tmp_path, monkeypatch):
