@@ -250,7 +250,10 @@ def named_defense(value: Any, source: str) -> tuple[str, dict[str, Any]]:
             f"{source}: defense={shown(value)}: expected a name, a mapping with `name`, or a Defense such as TRADES()"
         )
     values = dict(value)
-    return str(values.pop("name", ARAT.name)), values
+    name = values.pop("name", ARAT.name)
+    if not isinstance(name, str):
+        raise UserError(f"{source}: defense.name={shown(name)}: expected a name, such as trades, or FILE.py:CLASS")
+    return name, values
 
 
 class _Loader(yaml.SafeLoader):

@@ -184,7 +184,8 @@ def test_a_damaged_config_is_one_line(name, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_bytes(DAMAGED_YAML[name])
     start = time.monotonic()
-    for command in (["train"], ["compare", "--defenses", "standard", "--out", tmp_path / "compared"]):
+    compared = ["compare", "--defenses", "standard", "--out", tmp_path / "compared", "--test-attack", "clean"]
+    for command in (["train"], compared):
         mistake([*command, "--config", file, "--epochs=1", "--limit-train=32"] if name in NETWORKS else
                 [*command, "--config", file], capsys)  # fmt: skip
     run = tmp_path / "run"
@@ -197,9 +198,16 @@ def test_a_damaged_config_is_one_line(name, tmp_path, capsys):
 NETWORKS = ("model", "long model", "hub", "local")
 
 
+def test_a_comparisons_folder_is_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("out: [1]")
+    said = mistake(["compare", "--defenses", "standard", "--test-attack", "clean", "--config", "c.yaml"], capsys)
+    assert "c.yaml: out=[1]: expected text" in said
+
+
 def test_a_config_that_is_no_file_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", "/dev/zero", "a\0b", "x" * 5000):
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", "/dev/zero", "a\0b"):
         assert "cannot read config" in mistake(["train", "--config", path], capsys)
 
 
