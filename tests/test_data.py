@@ -207,7 +207,7 @@ def test_decoded_images_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     folder = draw_folder(tmp_path / "pets", FOLDER, suffix=".bmp")
     first = load_dataset(folder, data_dir=tmp_path / "data")
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
         again = load_dataset(folder, data_dir=tmp_path / "data")
     assert torch.equal(first.train.images, again.train.images)
 
@@ -242,7 +242,7 @@ def test_tar_archive_is_unpacked_once(folder, tmp_path, monkeypatch):
     first = load_dataset(archive, data_dir=tmp_path / "data")
     assert first.name == "pets"
     assert torch.equal(first.train.images, load_dataset(folder, data_dir=tmp_path / "data").train.images)
-    monkeypatch.setattr(tarfile, "open", lambda *_: pytest.fail("unpacked again"))
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("unpacked again"))
     load_dataset(archive, data_dir=tmp_path / "data")
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from fastarat.data import beton
+from fastarat.data.archives import ARCHIVE_SUFFIXES, make_folder, unpacked
 from fastarat.data.beton_file import LARGEST_SIDE, WRITE_MODES, WriteMode, describe
-from fastarat.data.sources import TAR_SUFFIXES, CifarArchive, make_folder, open_digits, open_folder, unpacked
+from fastarat.data.sources import CifarArchive, open_digits, open_folder
 from fastarat.data.splits import Dataset, Stored, held_out, stratified_indices
 from fastarat.errors import UserError, unknown
 
@@ -53,7 +54,7 @@ def load_dataset(
     """Load a data set by name or path, and cut a validation split from its training images.
 
     name_or_path: a name in `SETS`; a folder PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or
-    PATH/CLASS/*.png; a tar archive of such a folder; a folder made by `prepare`, or a .beton file in it.
+    PATH/CLASS/*.png; a tar or zip archive of such a folder; a folder made by `prepare`, or a .beton file in it.
     data_dir: downloads, unpacked archives and decoded folders are kept here.
     val_images: size of the validation split, stratified by class and fixed by `val_seed`; None is 1,000 of
     10,000 training images or more, else a tenth. 0 leaves it empty.
@@ -192,16 +193,16 @@ def _open(
         if path.parent == Path() and not path.suffix:
             raise unknown("dataset", name, SETS)
         raise UserError(
-            f"data set {name} does not exist: give a folder, a tar archive, a .beton file or one of {', '.join(SETS)}"
+            f"data set {name} does not exist: give a folder, an archive, a .beton file or one of {', '.join(SETS)}"
         )
     if path.suffix == ".beton" or (path / "dataset.json").exists():
         return beton.open_prepared(path.parent if path.suffix == ".beton" else path, image_size, full=full)
     if path.is_dir():
         return open_folder(path, path.resolve().name, data_dir, image_size)
-    if path.name.endswith(TAR_SUFFIXES):
+    if path.name.endswith(ARCHIVE_SUFFIXES):
         return open_folder(unpacked(path, data_dir), path.name.split(".")[0], data_dir, image_size)
     raise UserError(
-        f"{name} is not a data set: give a folder, a tar archive ({', '.join(TAR_SUFFIXES)}) or a .beton file"
+        f"{name} is not a data set: give a folder, an archive ({', '.join(ARCHIVE_SUFFIXES)}) or a .beton file"
     )
 
 

@@ -1,11 +1,11 @@
-"""Where images come from: downloads, tar archives and image folders, and the cache of what was decoded."""
+"""Where images come from: downloads and image folders, and the cache of what was decoded."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import shutil
+import stat
 import tarfile
 import warnings
 import zlib
@@ -17,29 +17,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
+from fastarat.data.archives import IMAGE_SUFFIXES, make_folder, one_at_a_time, shown
+from fastarat.data.checksums import checksum, verified
 from fastarat.data.splits import Split, Stored, derive_seed, held_out
 from fastarat.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # never EPS, which runs Ghostscript
+LARGEST_SIDE, LARGEST_PIXELS = 16_384, 1 << 26  # of one image, bounded before it is decoded
 
 _TEST_SEED = 0  # of the test images held out of sets that come without any
 _DIGITS_TEST = 360
 _FOLDER_TEST_FRACTION = 0.2
 _CHUNK = 128  # images that a decoding thread takes at a time
-
-
-def make_folder(path: Path) -> Path:
-    """Make a folder, its parents too, or say that it cannot be written to. Raises: UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {path}: permission denied; choose another folder")
-    return path
 
 
 def _with_test(images: np.ndarray, labels: np.ndarray, count: int) -> tuple[Split, Split]:
@@ -139,41 +130,6 @@ class CifarArchive:
         return Split.of(np.ascontiguousarray(images), labels)
 
 
-def unpacked(path: Path, data_dir: Path) -> Path:
-    """Unpack a tar archive into data_dir once and return the image folder in it. Raises: UserError."""
-    stat = path.stat()
-    key = derive_seed(0, str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    folder = data_dir / "unpacked" / f"{path.name.split('.')[0]}-{key:016x}"
-    if not folder.exists():
-        make_folder(folder.parent)
-        # With the process's number, and renamed when done: two runs may unpack the same archive at once.
-        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            with tarfile.open(path) as tar:
-                if hasattr(tarfile, "data_filter"):
-                    tar.extractall(unfinished, filter="data")
-                else:  # Python before 3.11.4, Debian 12's among them
-                    tar.extractall(unfinished, members=_harmless(tar, unfinished))
-            unfinished.rename(folder)
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(f"cannot unpack {path} ({error}): it is damaged, or {folder.parent} is full") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    inside = _subfolders(folder)
-    return inside[0] if len(inside) == 1 else folder  # an archive of one folder, which is the usual way to pack
-
-
-def _harmless(tar: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
-    """Members of `tar`, all of them files and folders inside `folder`. Raises: TarError for any other."""
-    for member in tar:
-        if not (member.isfile() or member.isdir()):
-            raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
-        if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
-            raise tarfile.TarError(f"{member.name} would lie outside")
-        member.mode = 0o755 if member.isdir() else 0o644
-        yield member
-
-
 def _subfolders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
@@ -183,6 +139,8 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     # Labels are positions in the sorted names, as in torchvision's ImageFolder: checkpoints of either agree.
     found: dict[str, list[Path]] = {}
     for class_folder in _subfolders(folder):
+        if shown(class_folder.name) != class_folder.name:
+            raise UserError(f"class folder {shown(class_folder)} is not named in UTF-8 text: rename it")
         files = [
             Path(parent, name)
             for parent, _, names in os.walk(class_folder)
@@ -201,6 +159,8 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
 
 def open_folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> Stored:
     """Open PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or PATH/CLASS/*.png. Raises: UserError."""
+    if shown(root) != str(root):
+        raise UserError(f"{shown(root)} is not named in UTF-8 text: rename it")
     notes: tuple[str, ...] = ()
     named = [folder for folder in ("test", "val") if (root / folder).is_dir()]
     train, test = _class_files(root / "train" if (root / "train").is_dir() else root), {}
@@ -232,39 +192,83 @@ def open_folder(root: Path, name: str, data_dir: Path, image_size: int | None) -
 
 
 def _decoded(root: Path, files: Sequence[Path], data_dir: Path, image_size: int | None) -> np.ndarray:
-    """Decode images into uint8 [N, H, W, C], kept in data_dir until a file's name, size or time changes."""
+    """Decode images into uint8 [N, H, W, C], kept in data_dir until a file's name, size or time changes.
+
+    The SHA-256 of what is kept stands in its name: a damaged one is decoded again, with a warning.
+    """
     # Names, sizes and times, not contents: hashing those would mean reading every image at each start.
     listing = hashlib.blake2b(digest_size=8)
     for file in files:
-        stat = file.stat()
-        listing.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    place = f"{root.resolve().name}-{derive_seed(1, str(root.resolve()), image_size or 0):016x}"
-    cache = data_dir / "decoded"
-    kept = cache / f"{place}-{listing.hexdigest()}.npy"
-    if kept.exists():
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a FIFO waits for ever
+            raise UserError(f"{shown(file)} is not a plain file: delete it")
+        listing.update(os.fsencode(f"{file.relative_to(root)}\0{found.st_size}\0{found.st_mtime_ns}\n"))
+    place = f"{shown(root.resolve().name)[:40]}-{derive_seed(1, str(root.resolve()), image_size or 0):016x}"
+    cache, key = data_dir / "decoded", f"{place}-{listing.hexdigest()}-"
+    if (images := _kept(cache, key, len(files))) is not None:
+        return images
+    with one_at_a_time(data_dir, place):
+        if (images := _kept(cache, key, len(files), warn=True)) is not None:
+            return images
+        make_folder(cache)
+        unfinished = cache / f".{place}.tmp"  # alone here: what lies there was left by a killed process
         try:
-            return np.load(kept, mmap_mode="r")
-        except (ValueError, OSError, EOFError):
-            pass  # cut short by something outside: it is decoded again below
-    make_folder(cache)
+            _write_decoded(unfinished, files, image_size)
+            for stale in cache.iterdir():
+                if stale.name.startswith(f"{place}-"):
+                    stale.unlink(missing_ok=True)
+            kept = cache / f"{key}{checksum(unfinished)}.npy"
+            unfinished.rename(kept)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {unfinished}: {error.strerror or error}; make room or set another data_dir"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return np.load(kept, mmap_mode="r")
+
+
+def _kept(cache: Path, key: str, count: int, warn: bool = False) -> np.ndarray | None:
+    """The decoded images of a cache, mapped; None where there are none or they are damaged."""
+    for path in sorted(cache.iterdir()) if cache.is_dir() else ():
+        if not path.name.startswith(key) or path.suffix != ".npy":
+            continue
+        try:
+            if verified(path, path.stem.removeprefix(key)):
+                images = np.load(path, mmap_mode="r")
+                if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count:
+                    return images
+        except FileNotFoundError:
+            continue  # another process found it stale
+        except Exception:  # whatever its header says
+            pass
+        if warn:
+            warnings.warn(f"{path} is damaged: its images are decoded again", stacklevel=6)
+    return None
+
+
+def _write_decoded(path: Path, files: Sequence[Path], image_size: int | None) -> None:
+    path.unlink(missing_ok=True)
     channels = 1 if all(map(_is_grey, files)) else 3  # asks no further than the first colour image
     height, width = _decode(files[0], image_size, channels).shape[:2]
     needed = len(files) * height * width * channels
-    if shutil.disk_usage(cache).free < needed:  # a full disk under a mapped file would kill the process
-        raise UserError(
-            f"{cache} needs {needed / 1e9:.1f} GB for the decoded images and has less: set another data_dir"
-        )
-    unfinished = cache / f".{kept.name}.{os.getpid()}.tmp"
+    short = f"{path.parent} needs {needed / 1e9:.3f} GB for the decoded images and has less: set another data_dir"
+    if shutil.disk_usage(path.parent).free < needed:
+        raise UserError(short)
     try:
-        images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(files), height, width, channels))
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(files), height, width, channels))
+        # A disk that fills up under a mapped file kills the process: the room is taken first.
+        if hasattr(os, "posix_fallocate"):
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {short}") from error
+    tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
         _decode_into(images, files, image_size)
-        images.flush()
-        for stale in cache.glob(f"{glob.escape(place)}-*.npy"):
-            stale.unlink(missing_ok=True)
-        unfinished.rename(kept)
     finally:
-        unfinished.unlink(missing_ok=True)
-    return np.load(kept, mmap_mode="r")
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+    images.flush()
 
 
 def _decode_into(images: np.ndarray, files: Sequence[Path], image_size: int | None) -> None:
@@ -293,13 +297,20 @@ def _decode_into(images: np.ndarray, files: Sequence[Path], image_size: int | No
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image, its pixels still to be read. Raises: UserError, also for what goes wrong while it is open."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
+            if max(image.size) > LARGEST_SIDE or image.width * image.height > LARGEST_PIXELS:
+                raise ValueError(
+                    f"it has {image.width}x{image.height} pixels, more than {LARGEST_SIDE} a side or {LARGEST_PIXELS:,}"
+                )
+            # A telephone's .jpg of several pictures (MPO) begins with the one that is meant.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ValueError("it holds more than one picture")
             # Converting 16 bits to 8, Pillow clips at 255 without a word: a dark image would come out white.
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are of mode {image.mode}, more than 8 bits")
             yield image
     except Exception as error:  # Pillow raises many kinds, depending on the format
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise UserError(f"cannot read image {shown(path)}: {shown(error)}") from error
 
 
 def _is_grey(path: Path) -> bool:
@@ -307,9 +318,20 @@ def _is_grey(path: Path) -> bool:
         return image.mode in ("1", "L")
 
 
+def _has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG's pixels have an end; the decoder makes grey of zeros that a disk left in their place."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at : at + 2] != b"\xff\xda":
+        # A marker may be filled up with 0xff. Segments are skipped: a thumbnail in one has an end of its own.
+        at += 1 if jpeg[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.find(b"\xff\xd9", at) >= 0
+
+
 def _decode(path: Path, image_size: int | None, channels: int) -> np.ndarray:
     """Read one image as uint8 [H, W, C] of 1 or 3 channels."""
     with _opened(path) as opened:
+        if opened.format in ("JPEG", "MPO") and not _has_end(path.read_bytes()):
+            raise ValueError("it has no end mark: it is damaged or cut short")
         image = opened.convert("L" if channels == 1 else "RGB")
     if image_size is not None:
         width, height = image.size
