@@ -23,7 +23,8 @@ def swa_plan(config: Config, steps_per_epoch: int) -> tuple[int, int]:
     Raises: UserError where averaging is asked for and no snapshot would be taken.
     """
     swa, epochs = config.swa_config, known(config.epochs)
-    first = math.floor(swa.start * epochs) + 1
+    # Of a run that was extended the last part alone: what came before was averaged at its own end.
+    first = max(math.floor(swa.start * epochs), *(config.extended or ()), 0) + 1
     few = (epochs - first + 1) * steps_per_epoch < 5 * 500
     every = swa.every or (steps_per_epoch if few else 500)
     taken = (epochs + 1) * steps_per_epoch - 1

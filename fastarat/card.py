@@ -14,7 +14,7 @@ from fastarat.evaluation import attack_title, in_pixels
 from fastarat.kernels import why_not_triton
 from fastarat.nets.batchnorm import BatchNorm2d
 from fastarat.released import card_rows
-from fastarat.schedules import counted, in_words, recipe_of
+from fastarat.schedules import counted, extended_in_words, in_words, recipe_of
 from fastarat.specs import known
 from fastarat.texts import printable
 
@@ -113,12 +113,15 @@ def _schedule(config: Config, steps_per_epoch: int, swa_plan: tuple[int, int]) -
     published = (recipe.epochs, *recipe.unscaled)
     scaled = "" if epochs in published else f" (milestones scaled from {recipe.epochs} epochs)"
     momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
-    return {
+    rows = {
         "schedule": f"{optim.recipe}{scaled}, {counted(epochs, 'epoch')} x {steps_per_epoch} steps of "
         f"{config.batch_size}, {in_words(recipe, epochs=epochs, lr=lr, warmup=optim.warmup)}, "
         f"momentum {momentum}, weight decay {optim.weight_decay:g} on everything",
         "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}[optim.optimizer],
     }
+    if config.extended:
+        rows["extended"] = extended_in_words(config.extended, epochs=epochs, recipe=recipe, lr=lr)
+    return rows
 
 
 def _averages(config: Config, swa_plan: tuple[int, int]) -> dict[str, str]:

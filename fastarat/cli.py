@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastarat.errors import UserError, nearest
 from fastarat.flags import Parser, early
+from fastarat.interrupts import Interrupted
 from fastarat.texts import any_encoding, printable
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ def _main(argv: list[str]) -> int:
     except UserError as error:
         print(f"fastarat: {printable(str(error), chr(10))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error, Interrupted) and argv[:1] == ["train"]:
+            print(f"fastarat: {printable(str(error))}", file=sys.stderr)
+            return error.exit_code
         kept = _INTERRUPTED.get(argv[0] if argv else "", "nothing was written; the same command starts again")
         print(f"fastarat: interrupted; {kept}", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+        return error.exit_code if isinstance(error, Interrupted) else 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # its output went into `head`, say: what was read was enough
         return 1
 

@@ -28,6 +28,7 @@ from fastarat.evaluation import Evaluation, evaluate, parse_attacks, wilson
 from fastarat.files import make_writable, parse_json, seal, write_text
 from fastarat.finite import Diverged
 from fastarat.locks import held
+from fastarat.resuming import finished
 from fastarat.runs import Run, dataset_of, is_current, load_network
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import resolve, train
@@ -266,7 +267,7 @@ class _Runner:
             return "diverged"
         if not run.config_file.is_file():
             return "new"
-        if not run.finished():
+        if not finished(run):
             return "started"
         self.finished.add(plan.run.path)
         return "finished"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +94,12 @@ class Config(Fast):
         "(default: resnet18; resnet-small for images under 32 pixels)",
     )
     epochs: int | None = setting(None, "default: the recipe's", _COUNT)
+    extended: tuple[int, ...] | None = setting(
+        None,
+        "totals of epochs that the run was extended from, each with the schedule of so many; set by --resume RUN "
+        "--epochs N",
+        _COUNT,
+    )
     batch_size: int = setting(128, "images per step", "(-inf, 2^24]")
     precision: Precision | None = setting(
         None, "of convolutions; statistics and losses are float32 (default: fp32; with --amp the fastest that is right)"
@@ -164,6 +172,12 @@ class Config(Fast):
         if self.epochs is not None and (self.optim.warmup or 0) > self.epochs:
             raise UserError(
                 f"optim.warmup={self.optim.warmup} is longer than the run of {counted(self.epochs, 'epoch')}"
+            )
+        totals = (*(self.extended or ()), self.epochs or math.inf)
+        if any(before >= after for before, after in itertools.pairwise(totals)):
+            raise UserError(
+                f"extended={','.join(map(str, totals[:-1]))} with epochs={self.epochs}: expected totals that grow, the "
+                "last of them below epochs"
             )
         self._check_weight_perturbation()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,8 @@ _MARGIN = 0.95
 _ROUNDS = (2, 10)
 _CLEAR = 1.4
 _BUDGET_S = 1.0  # no round begins, from the third on, that would not be done by then
+
+_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def pick_device(name: Any) -> torch.device:
@@ -248,3 +251,30 @@ def threads(count: int | None) -> Iterator[None]:
 def seeded_apart(device: torch.device) -> AbstractContextManager:
     """Return a context that gives PyTorch's global generators back as they were, whatever is seeded inside."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+class OutOfMemory(UserError):
+    """The memory did not suffice."""
+
+
+@contextmanager
+def enough_memory(batch_size: int, kept: str = "") -> Iterator[None]:
+    """Turn what PyTorch and NumPy raise for want of memory, of the device or the host, into OutOfMemory.
+
+    It names a batch size to try. kept: what to say beside it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not _MEMORY.search(text):
+            raise
+        tried = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", text)
+        wanted = f" ({tried[1]} more were asked for)" if tried else ""
+        smaller = f"try batch_size={batch_size // 2}, or" if batch_size >= 4 else "try"
+        more = f"; {kept}" if kept else ""
+        raise OutOfMemory(
+            f"out of memory with batch_size={batch_size}{wanted}: {smaller} a smaller network or smaller images{more}"
+        ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastarat.averages import MovingAverage, WeightAverage
+from fastarat.data import Batch
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.nets.attacker import mode_of
@@ -32,6 +35,26 @@ def not_finite(named: list[tuple[str, Tensor]]) -> list[str]:
     """Return the names of tensors that hold NaN or infinity, in order; one read of the device."""
     flags = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
     return [name for (name, _), finite in zip(named, flags, strict=True) if not finite]
+
+
+@torch.no_grad()
+def probe(model: nn.Module, name: str, batches: Iterable[Batch], count: int) -> tuple[Tensor, bool]:
+    """Return the accuracy of BatchNorm branch `name` in eval mode, a 0-d tensor, and whether all logits are finite.
+
+    count: images to look at, or a batch more. The model is left in train mode.
+    """
+    model.eval()
+    correct, finite, seen = [], [], 0
+    for batch in batches:
+        with branch(model, name):
+            logits = model(batch.images)
+        correct.append((logits.argmax(1) == batch.labels).sum())
+        finite.append(logits.isfinite().all())
+        seen += len(batch.labels)
+        if seen >= count:
+            break
+    model.train()
+    return torch.stack(correct).sum().float() / seen, bool(torch.stack(finite).all())
 
 
 class Watch:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from fastarat.errors import UserError
 
@@ -34,9 +34,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """SIGINT, SIGTERM and SIGHUP while a block runs: the first is noted, for the run to end where nothing is lost.
 
-    A second one raises Interrupted at once, and so does the first within `at_once`. As a context it puts the handlers
-    back at its end; outside the main thread, for a signal that is ignored (nohup's SIGHUP) or one that a handler
-    outside Python has, it changes nothing.
+    A second one raises Interrupted at once, and so does the first within `at_once`. Whoever ends on one calls `end`. As
+    a context it puts the handlers back at its end; outside the main thread, for a signal that is ignored (nohup's
+    SIGHUP) or one that a handler outside Python has, it changes nothing.
     """
 
     def __init__(self) -> None:
@@ -52,14 +52,16 @@ class Signals:
                     self._before[signum] = signal.signal(signum, self._note)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if kind is None and self.received is not None:  # it came too late to be looked at
+            self.end("when all was done")
 
     def _note(self, signum: int, frame: object) -> None:
         again, self.received = self.received is not None, signum
         if again or self._raises:
-            raise Interrupted("stopped at once", signum)
+            raise Interrupted(f"ended at once by a second {self.name}; the last checkpoint stands", signum)
 
     @property
     def name(self) -> str:
@@ -72,16 +74,22 @@ class Signals:
         self._raises = True
         try:
             if self.received is not None:
-                raise Interrupted("stopped at once", self.received)
+                raise Interrupted(f"ended by {self.name}", self.received)
             yield
         finally:
             self._raises = False
 
-    def hand_on(self) -> None:
-        """Call the handler of the signal received that was there before, if a person or a caller had set one."""
-        before = self._before.get(self.received or 0)
+    def end(self, text: str) -> NoReturn:
+        """End on the signal received: by its handler before this block, if that raises, or else by Interrupted.
+
+        text: where, and what is kept.
+        """
+        assert self.received is not None
+        signum = self.received
+        before = self._before.get(signum)
         if callable(before) and before is not signal.default_int_handler:
-            before(self.received, None)
+            before(signum, None)
+        raise Interrupted(f"ended by {self.name} {text}", signum)
 
 
 class Pace:

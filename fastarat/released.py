@@ -88,6 +88,9 @@ def departures(
 
 def _common(config: Config, precision: str, num_train: int | None) -> Iterator[str]:
     """Where a run departs from every release."""
+    if config.extended:
+        totals = ", then ".join(map(str, (*config.extended, config.epochs)))
+        yield f"extended: {totals} epochs, each part by the schedule of its own total"
     if precision != "fp32":
         yield f"precision {precision}: the releases run in float32 throughout (--precision fp32)"
     if held := config.eval.val_images:

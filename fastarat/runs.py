@@ -121,6 +121,10 @@ class Run:
         save_tensors(self.checkpoint(which), {"format": FORMAT, "meta": meta, **state})
         self._wrote_last |= which == "last"
 
+    def save_unfinished(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write unfinished.pt, of a run that is within an epoch."""
+        save_tensors(self.checkpoint("unfinished"), {"format": FORMAT, "meta": meta, **state})
+
     def _keep_previous(self) -> None:
         """Keep last.pt as previous.pt, for the day that last.pt is damaged."""
         # Only what was written by this very process: a last.pt found damaged must not replace the good one before it.
@@ -178,20 +182,15 @@ class Run:
 
     def resumable(self) -> bool:
         """Whether there is a checkpoint to go on from; without one the run starts over."""
-        return self.checkpoint().is_file() or self.checkpoint("previous").is_file()
+        return any(self.checkpoint(name).is_file() for name in ("last", "previous", "unfinished"))
 
     def meta(self, which: str = "last") -> dict[str, Any]:
         """Return what is known of these weights: model, num_classes, defense, epsilon, epoch and more."""
         return self.load_weights(which)[1]
 
-    def finished(self) -> bool:
-        """Whether all epochs, and the averaging after them, are done; opens the last checkpoint."""
-        config = self.read_config()
-        if config is None or not self.resumable():
-            return False
-        # By the checkpoint and not by metrics.jsonl, which may be a line ahead of what can be resumed.
-        done = self.load()["epoch"] >= (config.epochs or 0)
-        return done and (not config.swa or self.weights("swa").is_file())
+    def averaged_at(self) -> int | None:
+        """After how many epochs the run's SWA was ended; None where it was not."""
+        return self.meta("swa")["epoch"] if self.weights("swa").is_file() else None
 
     def read_config(self) -> Config | None:
         """Return the config the run was started with; None where there is no config.yaml.

@@ -6,6 +6,7 @@ Epochs count from 1. Sources: the released code named in each recipe.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastarat.errors import unknown
@@ -161,6 +162,25 @@ def lr_at(
     The S-ARAT recipe as executed, at its own 100 epochs: 0.02 in epoch 1, 0.1 in 2-76, 0.01 in 77-91, 0.001 after.
     """
     return (recipe.lr if lr is None else lr) * recipe.factor(epoch, step, steps, epochs, warmup)
+
+
+def total_at(epoch: int, epochs: int, extended: Sequence[int] | None = None) -> int:
+    """Return the number of epochs whose schedule `epoch` (from 1) follows, in a run of `epochs`.
+
+    extended: the totals that the run had before it was extended, in order; each was run to its end.
+    """
+    return next((total for total in extended or () if epoch <= total), epochs)
+
+
+def extended_in_words(extended: Sequence[int], *, epochs: int, recipe: Recipe, lr: float) -> str:
+    """Say which epochs of an extended run followed which schedule, and the learning rates on either side."""
+    parts, first = [], 1
+    for total in (*extended, epochs):
+        rates = [lr * recipe.factor(epoch, 0, 1, total) for epoch in (first, total)]
+        by = f"{first} to {total} by the schedule of {counted(total, 'epoch')}"
+        parts.append(f"{by} (lr {rates[0]:.4g} to {rates[1]:.4g})")
+        first = total + 1
+    return "epochs " + ", ".join(parts)
 
 
 def in_words(recipe: Recipe, *, epochs: int, lr: float, warmup: int | None = None) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
+import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +23,24 @@ from tqdm.auto import tqdm
 
 from fastarat.averages import MovingAverage, WeightAverage, averaged_model, swa_plan
 from fastarat.building import build_step, choose_precision
-from fastarat.card import accuracy_name, best_by, card
-from fastarat.config import Config, to_dict
+from fastarat.card import accuracy_name, card
+from fastarat.checkpoints import Checkpoints, Place
+from fastarat.config import Config
 from fastarat.data import default_augment, derive_seed, limited, make_loader
 from fastarat.defenses import Defense
-from fastarat.device import backend_flags, pick_device, seeded_apart, threads
+from fastarat.device import OutOfMemory, backend_flags, enough_memory, pick_device, seeded_apart, threads
 from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, evaluate
-from fastarat.files import load_into, write_text
-from fastarat.finite import Diverged, Watch, tensors_of
+from fastarat.files import write_text
+from fastarat.finite import Diverged, Watch, probe, tensors_of
+from fastarat.interrupts import Interrupted, Pace, Signals
 from fastarat.locks import held
-from fastarat.nets.batchnorm import branch, branches_of
+from fastarat.nets.batchnorm import branches_of
 from fastarat.released import resolve
-from fastarat.resuming import config_to_resume
+from fastarat.resuming import config_to_resume, newest
 from fastarat.runs import Run, dataset_of, meta_of
-from fastarat.schedules import lr_at, momentum_at, recipe_of
+from fastarat.schedules import lr_at, momentum_at, recipe_of, total_at
 from fastarat.specs import known
-
-_NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,17 @@ def train(
         config: default `Config()`: AR-AT on digits.
         defense: replaces `config.defense`. With `resume`: the run's own, an instance or its class, for a run whose
             defense is none of fastarat's: a run folder's code is never run unasked.
-        resume: a run folder; its saved config is used, and the run continues after its last checkpoint, bit for bit
-            on a CPU.
-        overrides: with `resume`, values that may differ from the saved run (device, data_dir, loader, log_every,
-            tensorboard).
+        resume: a run folder; its saved config is used, and the run continues after its last checkpoint, within an epoch
+            too, bit for bit on a CPU.
+        overrides: with `resume`, values that may differ from the saved run (`fastarat.runs.MAY_DIFFER`), and `epochs`,
+            which extends it when there are more than it had.
         progress: print the run card, a progress bar (on a terminal) and one line per epoch.
     Returns: Result.
-    Raises: UserError before any training for every mistake in the config; Diverged when a loss term, a weight, a
-        running statistic or the network's logits become NaN or infinite, naming it, the step and the last good
-        checkpoint; what is written is finite.
+    Raises: UserError before any training for every mistake in the config, and where the memory does not suffice, naming
+        a batch size to try; Diverged when a loss term, a weight, a running statistic or the network's logits become NaN
+        or infinite, naming it, the step and the last good checkpoint (what is written is finite); Interrupted, a
+        KeyboardInterrupt, when SIGINT, SIGTERM or SIGHUP ended the run after a step, its state kept (in the main
+        thread; a second signal ends it at once).
     """
     one_process()
     if resume is not None:
@@ -83,8 +88,18 @@ def train(
     if defense is not None:
         config = dataclasses.replace(config, defense=defense)
     device = pick_device(config.device)
-    with threads(config.threads), seeded_apart(device), ExitStack() as hold:
-        trainer = Trainer(config, resume=resume is not None, progress=progress, hold=hold)
+    with (
+        threads(config.threads),
+        seeded_apart(device),
+        ExitStack() as hold,
+        enough_memory(config.batch_size, "a run keeps its batch size, so choose another out; what is written stays"),
+        Signals() as signals,
+    ):
+        try:
+            with signals.at_once():
+                trainer = Trainer(config, resume=resume is not None, progress=progress, hold=hold, signals=signals)
+        except Interrupted:
+            signals.end("before the first step; nothing was begun, and the same command starts again")
         with backend_flags(device, trainer.precision, config.cudnn_plans):
             return trainer.run()
 
@@ -102,11 +117,17 @@ class Trainer:
     """One run, from its first epoch, or the one after its last checkpoint, to its last.
 
     What is set for the whole process meanwhile (threads, PyTorch's switches) is `train`'s. hold: takes the lock of the
-    run's folder, which is known once the config is resolved, until it closes.
+    run's folder, which is known once the config is resolved, until it closes. signals: those that end it, entered.
     """
 
     def __init__(
-        self, config: Config, *, resume: bool = False, progress: bool = False, hold: ExitStack | None = None
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        progress: bool = False,
+        hold: ExitStack | None = None,
+        signals: Signals | None = None,
     ) -> None:
         self.progress, self.device = progress, pick_device(config.device)
         self.dataset = dataset = limited(dataset_of(config), config.limit_train, config.batch_size)
@@ -121,11 +142,9 @@ class Trainer:
         if self.steps_per_epoch < 1:
             raise UserError(f"{size} training image(s): at least 2 are needed")
         self.swa_plan = swa_plan(config, self.steps_per_epoch)
-        saved = None
         if not resume:
             Run.check_new(out)  # before time is spent on the choice of a precision
-        elif Run(out).resumable():  # else killed before the first checkpoint: the run starts over
-            saved = Run(out).load(map_location=self.device)
+        saved = newest(Run(out), self.device) if resume else None  # None: the run starts over
         say = partial(print, flush=True) if progress else lambda text: None
         self.precision, note = choose_precision(config, dataset, self.device, begun=saved and saved["meta"], say=say)
         self.config = config = dataclasses.replace(config, precision=config.precision or self.precision)
@@ -153,70 +172,70 @@ class Trainer:
         self.meta = meta_of(config, dataset, branches_of(self.step.model), precision=(self.precision, note))
         self.folder = Run.resume(out) if resume else Run.create(out)
         self.watch = Watch(self.step, self.average, self.ema)
-        self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
-        self.saved_epoch, self.resumed, self.other_rule = 0, resume, ""
+        self.kept = Checkpoints(self.folder, config, self.step, self.average, self.ema, self.meta)
+        self.signals, self.pace = signals or Signals(), Pace(config.checkpoint_every)
+        self.start = Place(1) if saved is None else self.kept.load(saved)
+        self.resumed, self.within = resume, saved and saved.get("within")
         if resume:
-            self._load(saved)
+            self.folder.truncate_metrics(self.kept.epoch)
 
     def run(self) -> Result:
-        """Train, and return what is left. Raises: Diverged."""
-        config, folder, first = self.config, self.folder, self.saved_epoch + 1
-        if not self.resumed:
+        """Train, and return what is left. Raises: Diverged, Interrupted."""
+        config, folder, first = self.config, self.folder, self.start.epoch
+        written = folder.read_config() if self.resumed else None
+        if written is None or written.epochs != config.epochs:  # the second: it is extended
             folder.write_config(config)
         write_text(folder.card_file, self.card + "\n")
         if self.progress:
-            _announce(self.card, self, first)
-        writer = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder.tensorboard_dir), purge_step=first if self.resumed else None)
+            _announce(self.card, self)
         total = max(0, (self.epochs - first + 1) * self.steps_per_epoch)
-        bar = tqdm(total=total, unit="step", disable=not (self.progress and sys.stderr.isatty()), smoothing=0.05)
-        try:
+        hidden = not (self.progress and sys.stderr.isatty())
+        with (
+            tqdm(total=total, initial=self.start.steps, unit="step", disable=hidden, smoothing=0.05) as bar,
+            _logging(folder, config.tensorboard, purge_step=first if self.resumed else None) as log,
+        ):
             for epoch in range(first, self.epochs + 1):
-                row = self._epoch(epoch, bar)
-                folder.append_metrics(row)
-                for key, value in row.items():
-                    if writer is not None and key != "epoch":
-                        writer.add_scalar(key, value, epoch)
-                self._save(epoch, row)
+                row = self._epoch(self.start if epoch == first else Place(epoch), bar)
+                log(row)
+                self.kept.save(epoch, row)
+                self.pace.restart()
                 if self.progress:
                     tqdm.write(_line(row, self.epochs), file=sys.stdout)
                     sys.stdout.flush()
-        finally:
-            bar.close()
-            if writer is not None:
-                writer.close()
-        finished = first > self.epochs and folder.weights("swa").exists()
-        if self.average is not None and not finished:
-            self._finish_swa(self.average)
+                if self.signals.received is not None:
+                    self._stop(Place(epoch + 1))
+        if self.average is not None and folder.averaged_at() != self.epochs:
+            try:
+                with self.signals.at_once():
+                    self._finish_swa(self.average)
+            except Interrupted:
+                self._stop(Place(self.epochs + 1))
         return Result(folder.path, folder.metrics(), self.step.model.eval(), config)
 
-    def _epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
-        config, step, steps = self.config, self.step, self.steps_per_epoch
-        # Every stream restarts from (seed, epoch), so a resumed run draws what an unbroken one draws.
-        torch.manual_seed(derive_seed(config.seed, "torch", epoch))
-        step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
-        config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
+    def _epoch(self, place: Place, bar: tqdm) -> dict[str, Any]:
+        config, step, steps, epoch = self.config, self.step, self.steps_per_epoch, place.epoch
+        self._begin(place)
         log_every = config.log_every or (1 if self.device.type == "cpu" else 50)
-        step.meter.reset()
-        where = {"steps": steps, "epochs": self.epochs, "recipe": self.recipe}
-        images_seen, started, lr, batch = 0, time.perf_counter(), 0.0, None
-        for index, batch in enumerate(itertools.islice(self.loader.epoch(epoch), steps)):
+        where = {"steps": steps, "epochs": total_at(epoch, self.epochs, config.extended), "recipe": self.recipe}
+        started, lr, batch = time.perf_counter() - place.wall_s, 0.0, None
+        # Of an epoch whose steps were all done the last batch alone is read again: the watch looks at it.
+        first = min(place.steps, steps - 1)
+        for index, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first), steps - first), first):
             lr = lr_at(epoch, index, **where, lr=config.optim.lr, warmup=config.optim.warmup)
+            if index < place.steps:
+                break
             step.set_lr(lr)
             if self.recipe.one_cycle:
                 step.set_momentum(momentum_at(epoch, index, **where))
             done = (epoch - 1) * steps + index
-            step.at(epoch=epoch, progress=done / (self.epochs * steps))
+            step.at(epoch=epoch, progress=done / (where["epochs"] * steps))
             step(batch.images, batch.labels)
-            first, every = self.swa_plan
-            if self.average is not None and epoch >= first and (epoch * steps + index) % every == 0:
+            snapshots, every = self.swa_plan
+            if self.average is not None and epoch >= snapshots and (epoch * steps + index) % every == 0:
                 self.average.update(step.model)
             if self.ema is not None:
                 self.ema.update(step.model)
-            images_seen += len(batch.labels)
+            place.images, place.steps = place.images + len(batch.labels), index + 1
             # Reading the meter makes the host wait for the device: rarely on a GPU, where it would stop the queue.
             if (index + 1) % log_every == 0 or index + 1 == steps:
                 if bad := self.watch.terms():
@@ -224,17 +243,58 @@ class Trainer:
                 means = step.meter.read()
                 shown = {k: _loss(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
                 bar.set_description(f"epoch {epoch}/{self.epochs}", refresh=False)
-                rate = images_seen / (time.perf_counter() - started)
+                rate = place.images / (time.perf_counter() - started)
                 bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
-        wall = time.perf_counter() - started
-        row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": images_seen / wall}
+            due = self.pace.due() and place.steps < steps  # after the last step an epoch's own checkpoint comes
+            if due or self.signals.received is not None:
+                place.wall_s = time.perf_counter() - started
+                self._keep_within(place, batch.images)
+        wall = place.wall_s = time.perf_counter() - started
+        row: dict[str, Any] = {"epoch": epoch, "lr": lr, "wall_s": wall, "images_per_s": place.images / wall}
         row |= {f"train/{name}": value for name, value in step.meter.read().items()}
-        if what := self.watch.state(known(batch).images):
+        images = known(batch).images
+        if what := self.watch.state(images):
             raise self._diverged(what, epoch)
-        if epoch % config.eval.every == 0 or epoch == self.epochs:
-            row |= self._validate(epoch)
+        if epoch % config.eval.every == 0 or epoch == where["epochs"]:
+            try:
+                with self.signals.at_once():
+                    row |= self._validate(epoch)
+            except Interrupted:
+                self._keep_within(place, images)
         return row
+
+    def _begin(self, place: Place) -> None:
+        """Set the random streams and the meter to where `place` is."""
+        config, step, epoch = self.config, self.step, place.epoch
+        if place.steps and self.within is not None:
+            self.kept.load_streams(self.within)
+            return
+        # Every stream restarts from (seed, epoch), so a resumed run draws what an unbroken one draws.
+        torch.manual_seed(derive_seed(config.seed, "torch", epoch))
+        step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
+        config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
+        step.meter.reset()
+
+    def _keep_within(self, place: Place, images: Tensor) -> None:
+        """Keep the run as it is within an epoch; end it if a signal said so. images: of the last step."""
+        if bad := self.watch.terms():
+            raise self._diverged(bad[0], place.epoch, step=bad[1])
+        if what := self.watch.state(images):
+            raise self._diverged(what, place.epoch, place.steps)
+        self.kept.save_within(place)
+        if self.signals.received is not None:
+            self._stop(place)
+
+    def _stop(self, place: Place) -> NoReturn:
+        """End a run that is kept, as the signal received says."""
+        after = f"step {place.steps} of {self.steps_per_epoch} in epoch {place.epoch}"
+        if not place.steps:
+            after = f"epoch {place.epoch - 1}"
+        self.signals.end(
+            f"after {after} of {self.epochs}; nothing is lost: fastarat train --resume "
+            f"{shlex.quote(str(self.folder.path))} goes on from there"
+        )
 
     def _validate(self, epoch: int) -> dict[str, float]:
         if not len(self.dataset.val):
@@ -251,35 +311,29 @@ class Trainer:
                 device=self.device,
                 progress=False,
             )
+        except OutOfMemory as error:
+            raise UserError(
+                f"validating took more memory than there is beside the training ({error}); or --eval.val-images 0 "
+                "leaves it out"
+            ) from error
         except NonFinite as error:
             raise self._diverged("the network's logits on the validation images", epoch) from error
         return {f"val/{name}": value for name, value in result.accuracy.items()}
 
-    @torch.no_grad()
     def _probe(self, name: str, count: int, epoch: int) -> Tensor:
         """Accuracy of branch `name`, eval mode, on the first whole batches of a fresh augmented pass."""
-        model, seen = self.step.model.eval(), 0
-        correct = torch.zeros((), device=self.device)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
         # The same pixels in another order: a second loader would hold the set on the device twice.
-        for batch in dataclasses.replace(self.loader, seed=derive_seed(self.config.seed, "probe")).epoch(epoch):
-            with branch(model, name):
-                logits = model(batch.images)
-            correct += (logits.argmax(1) == batch.labels).sum()
-            finite &= logits.isfinite().all()
-            seen += len(batch.labels)
-            if seen >= count:
-                break
-        model.train()
+        batches = dataclasses.replace(self.loader, seed=derive_seed(self.config.seed, "probe")).epoch(epoch)
+        accuracy, finite = probe(self.step.model, name, batches, count)
         if not finite:
             raise self._diverged(f"the network's logits in eval mode (BatchNorm branch {name!r})", epoch, step=0)
-        return correct / seen
+        return accuracy
 
     def _diverged(self, what: str, epoch: int, step: int | None = None) -> Diverged:
         """Build the error that `what` is not finite at `step` of `epoch`, by default after its last one."""
         last = "no checkpoint was written yet"
-        if self.saved_epoch:
-            last = f"the last good checkpoint is {self.folder.checkpoint()} (epoch {self.saved_epoch})"
+        if self.kept.epoch:
+            last = f"the last good checkpoint is {self.folder.checkpoint()} (epoch {self.kept.epoch})"
         when = f"at epoch {epoch}, step {step} of {self.steps_per_epoch}"
         if step == 0:
             when = f"before the first step of epoch {epoch}"
@@ -304,47 +358,23 @@ class Trainer:
             raise self._diverged(f"{bad} of the averaged network (SWA)", self.epochs)
         self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.epochs, "swa": True})
 
-    def _save(self, epoch: int, row: dict[str, Any]) -> None:
-        """Write the checkpoints of an epoch, the best one first: `last` alone says how far the run is."""
-        by, tie = best_by(self.config)
-        # Strictly better: among equals the earliest stays.
-        found = (row.get(f"val/{by}", -math.inf), row.get(f"val/{tie}", -math.inf))
-        best = found > (self.best["value"], self.best["tie"])
-        if best:
-            self.best = {"epoch": epoch, "by": by, "value": found[0], "tie": found[1]}
-        state = {
-            "epoch": epoch,
-            "step": self.step.state_dict(),
-            "best": self.best,
-            "config": to_dict(self.config),
-            "average": None if self.average is None else self.average.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-        }
-        if best:
-            self.folder.save("best", state, {**self.meta, "best": self.best})
-        if self.ema is not None:
-            self.folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": self.config.ema})
-        self.folder.save("last", state, self.meta)
-        self.saved_epoch = epoch
 
-    def _load(self, state: dict[str, Any] | None) -> None:
-        if state is None:
-            self.folder.truncate_metrics(0)
-            return
-        load_into(self.step.model, state["step"]["model"], self.folder.checkpoint())
-        self.step.load_state_dict(state["step"])
-        if self.average is not None and state["average"] is not None:
-            self.average.load_state_dict(state["average"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.saved_epoch = state["epoch"]
-        # Runs from before the rule was a defense's own: PGD chose, and the earliest of equals stayed.
-        best = {"by": f"robust_acc_pgd{self.config.eval.num_steps}", "tie": math.inf, **(state.get("best") or _NO_BEST)}
-        if best["by"] == self.best["by"]:
-            self.best = best
-        elif best["epoch"]:
-            self.other_rule = best["by"]
-        self.folder.truncate_metrics(state["epoch"])
+@contextlib.contextmanager
+def _logging(folder: Run, tensorboard: bool, purge_step: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that appends an epoch's row to metrics.jsonl, and to TensorBoard's events where they are wanted."""
+    if not tensorboard:
+        yield folder.append_metrics
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    def log(row: dict[str, Any]) -> None:
+        folder.append_metrics(row)
+        for key, value in row.items():
+            if key != "epoch":
+                writer.add_scalar(key, value, row["epoch"])
+
+    with SummaryWriter(str(folder.tensorboard_dir), purge_step=purge_step) as writer:
+        yield log
 
 
 def _loss(value: float) -> str:
@@ -369,15 +399,17 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", f"{row['wall_s']:.1f} s"])
 
 
-def _announce(card: str, run: Trainer, first: int) -> None:
+def _announce(card: str, run: Trainer) -> None:
+    place, kept = run.start, run.kept
     print(card, flush=True)
-    if first > run.epochs:
-        print(f"{run.folder.path} is finished: nothing to do")
+    if place.epoch > run.epochs:
+        print(f"{run.folder.path} is finished: nothing to do (--epochs N, above {run.epochs}, extends it)", flush=True)
     elif run.resumed:
-        print(f"continuing after epoch {first - 1}")
-        if run.other_rule:
-            before, now = (accuracy_name(key) for key in (run.other_rule, run.best["by"]))
+        within = f", step {place.steps} of {run.steps_per_epoch} of epoch {place.epoch}" if place.steps else ""
+        print(f"continuing after epoch {place.epoch - 1}{within}", flush=True)
+        if kept.other_rule:
+            before, now = (accuracy_name(key) for key in (kept.other_rule, kept.best["by"]))
             print(
                 f"note: the best checkpoint so far was chosen by the highest {before}, and is now by the "
-                f"highest {now}: it starts anew from epoch {first} on"
+                f"highest {now}: it starts anew from epoch {place.epoch} on"
             )

@@ -1,8 +1,10 @@
 """Small networks, batches, steps and runs that several test files share."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import fastarat
@@ -41,3 +43,26 @@ def small_config(out: Path, **options) -> Config:
 def trained(out: Path, **options) -> Path:
     """The folder of a small run."""
     return fastarat.train(small_config(out, **options), progress=False).run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last.safetensors")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("wall_s", "images_per_s")} for row in rows]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert_equal(weights(a), weights(b))
+    assert without_times(metrics(a)) == without_times(metrics(b))

@@ -33,6 +33,7 @@ from fastarat.files import (
     write_bytes,
     write_text,
 )
+from fastarat.resuming import finished
 from fastarat.runs import Run, load_network
 from fastarat.training import train
 
@@ -344,4 +345,4 @@ def test_a_run_that_never_saved_starts_over(tmp_path):
     run.write_config(small_config(tmp_path / "run", epochs=1))
     assert not run.resumable()
     train(resume=run.path, progress=False)
-    assert run.finished()
+    assert finished(run)

@@ -9,7 +9,7 @@ import torch
 import fastarat
 from fastarat.config import Config
 from fastarat.files import write_atomic
-from fastarat.resuming import config_to_resume
+from fastarat.resuming import config_to_resume, finished
 from fastarat.runs import MAY_DIFFER, WEIGHTS, Run, load_start
 
 
@@ -19,7 +19,7 @@ def test_making_a_run_touches_nothing(tmp_path):
     assert names[:3] == ["last.safetensors", "last.pt", "eval.json"]
     assert names[-3:] == ["ema.safetensors", "ema.pt", "eval-ema.json"]
     assert (run.metrics(), run.last_validation(), run.evaluations(), run.read_config()) == ([], {}, {}, None)
-    assert not run.finished()
+    assert not finished(run)
     assert not list(tmp_path.iterdir())
 
 
@@ -52,8 +52,10 @@ def test_which_settings_may_differ(tmp_path):
     assert run.difference(dataclasses.replace(config, attack=attack)) == ("attack.num_steps", config.attack.num_steps)
     assert set(MAY_DIFFER) <= {f.name for f in dataclasses.fields(Config)}
     assert config_to_resume(run, {"device": "cpu"}).out == str(run.path)
-    with pytest.raises(fastarat.UserError, match=r"epochs cannot change \(only device, .*tensorboard may\)"):
-        config_to_resume(run, {"epochs": 4})
+    with pytest.raises(
+        fastarat.UserError, match=r"seed cannot change \(only device, .*tensorboard may, and epochs grow\)"
+    ):
+        config_to_resume(run, {"seed": 4})
 
 
 def test_resuming_clears_what_a_kill_left(tmp_path):

@@ -1,6 +1,5 @@
 """Training end to end on real digits, at a size of seconds; kills and resumes included."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import batch, small_config, step_of, trained
+from small import assert_equal, assert_same, batch, metrics, small_config, step_of, trained, weights, without_times
 
 import fastarat
 from fastarat import training
@@ -29,27 +28,6 @@ from fastarat.training import Trainer, train
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     return trained(tmp_path_factory.mktemp("runs") / "unbroken")
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "last.safetensors")
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
-
-
-def assert_same(a: Path, b: Path) -> None:
-    assert_equal(weights(a), weights(b))
-    drop = ("wall_s", "images_per_s")
-    logged = [[{k: v for k, v in row.items() if k not in drop} for row in metrics(run)] for run in (a, b)]
-    assert logged[0] == logged[1]
 
 
 def test_run_folder(unbroken):
@@ -399,15 +377,22 @@ def test_every_defense_trains_resumes_and_averages(name, tmp_path, monkeypatch):
         standard = trained(tmp_path / "standard", defense=fastarat.Standard(), epochs=1)
         options = {kind.starts_from: str(standard)}
     options = {"defense": kind(**options), "swa": True, "swa_config": SwaConfig(start=0.4, every=2)}
-    save, first = Run.save, {}
+    save, save_unfinished, first = Run.save, Run.save_unfinished, {}
 
     def keep(folder, which, state, meta):
         save(folder, which, state, meta)
         if which == "last" and state["epoch"] == 1:
-            first[name] = (folder.path / "last.pt").read_bytes()
+            first["last.pt"] = (folder.path / "last.pt").read_bytes()
+
+    def keep_unfinished(folder, state, meta):
+        save_unfinished(folder, state, meta)
+        if state["epoch"] == 1 and state["within"]["steps"] == 2:
+            first["unfinished.pt"] = (folder.path / "unfinished.pt").read_bytes()
 
     monkeypatch.setattr(Run, "save", keep)
-    run = trained(tmp_path / "run", epochs=2, limit_train=100, **options)
+    monkeypatch.setattr(Run, "save_unfinished", keep_unfinished)
+    run = trained(tmp_path / "run", epochs=2, limit_train=100, checkpoint_every="1", **options)
+    assert not (run / "unfinished.pt").exists()
     rows = metrics(run)
     assert len(rows) == 2
     assert all(torch.isfinite(torch.tensor(v)) for row in rows for v in row.values())
@@ -416,9 +401,11 @@ def test_every_defense_trains_resumes_and_averages(name, tmp_path, monkeypatch):
     assert meta["swa"]
     assert torch.isfinite(averaged(torch.rand(4, 1, 8, 8))).all()
     whole = weights(run)
-    (run / "last.pt").write_bytes(first[name])
-    train(resume=run, progress=False)
-    assert_equal(weights(run), whole)
+    for file in ("last.pt", "unfinished.pt"):  # after the first epoch, then within the second
+        (run / file).write_bytes(first[file])
+        train(resume=run, progress=False)
+        assert_equal(weights(run), whole)
+        assert without_times(metrics(run)) == without_times(rows)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from fastarat.card import fast_paths
 from fastarat.config import Config, from_dict, resolve_defense
 from fastarat.data import Augment, Split, make_loader
 from fastarat.defenses import Defense
-from fastarat.device import backend_flags, fastest_precision, pick_device, seeded_apart, usable_precision
+from fastarat.device import backend_flags, enough_memory, fastest_precision, pick_device, seeded_apart, usable_precision
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.nets.models import build_model
@@ -220,7 +220,7 @@ def bench(
         precision=asked_precision(config, cuda=cuda),
         repeats=config.repeats or (20 if cuda else 5),
     )
-    with placed(device, config.threads), seeded_apart(device):
+    with placed(device, config.threads), seeded_apart(device), enough_memory(known(config.batch_size)):
         record = opened("bench", command, device, data="random images", config=dataclasses.asdict(config))
         for defense in defenses:
             precision, note = _chosen(config, defense, device)

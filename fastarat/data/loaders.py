@@ -140,8 +140,9 @@ class Loader:
         # On the device, for speed: a GPU's crops and flips are others than a CPU's, by the same seed.
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "augment", epoch))
         indices = order.to(self.device).split(self.batch_size) if len(order) else ()
-        for skipped in indices[:first] if self.recipe is not None else ():
-            _draw(self.recipe, len(skipped), self.device, generator)
+        if self.recipe is not None:
+            for skipped in indices[:first]:
+                _draw(self.recipe, len(skipped), self.device, generator)
         order, indices = order[first * self.batch_size :], indices[first:]
         pixels = self._pixels(order, indices)
         try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastarat.attacks import pgd, random_start
 from fastarat.checks import input_channels
-from fastarat.device import pick_device
+from fastarat.device import enough_memory, pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
@@ -142,7 +142,7 @@ def evaluate(
     check_data(model, images, labels)
     budget = checked_budget(*budget, shape=images.shape)
     task = Task(model, images, labels, budget, batch_size, seed, branch, tf32, device, progress)
-    with task.lent():
+    with task.lent(), enough_memory(batch_size):
         return _measured(task, entries, limit, state_dir)
 
 
