@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 # What an interrupted command leaves, and how to go on.
 _INTERRUPTED = {
-    "train": "once an epoch is finished the run folder keeps it: `fastarat train --resume RUN` continues after it; "
-    "without a run folder nothing was written, and the same command starts again",
+    "train": "nothing was begun, and the same command starts again",
     "eval": "AutoAttack's finished batches are kept, and the same command goes on after them; nothing else was written",
     "compare": "finished and begun runs are kept: the same command goes on from there",
     "report": "the report was not finished; the same command writes it anew",
@@ -36,8 +36,15 @@ _INTERRUPTED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code; prints a person's mistake as one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with any_encoding():
+    with any_encoding(), warnings.catch_warnings():
+        # One line for people, without the file and the line of code that Python puts before it.
+        warnings.showwarning = _warn
         return _main(argv)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    kind = "warning" if category is UserWarning else category.__name__
+    print(f"{kind}: {printable(str(message))}", file=sys.stderr)
 
 
 def _main(argv: list[str]) -> int:
@@ -50,11 +57,14 @@ def _main(argv: list[str]) -> int:
         if isinstance(error, Interrupted) and argv[:1] == ["train"]:
             print(f"fastarat: {printable(str(error))}", file=sys.stderr)
             return error.exit_code
-        kept = _INTERRUPTED.get(argv[0] if argv else "", "nothing was written; the same command starts again")
-        print(f"fastarat: interrupted; {kept}", file=sys.stderr)
+        print(f"fastarat: interrupted; {_kept(argv[0] if argv else '')}", file=sys.stderr)
         return error.exit_code if isinstance(error, Interrupted) else 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # its output went into `head`, say: what was read was enough
         return 1
+
+
+def _kept(command: str) -> str:
+    return _INTERRUPTED.get(command, "nothing was written; the same command starts again")
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -80,7 +90,13 @@ def _dispatch(argv: list[str]) -> int:
         from fastarat.training import one_process
 
         one_process()
-    return run(Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + "."), rest)
+    parser = Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + ".")
+    if name in ("train", "compare"):  # they end where nothing is lost, and say so themselves
+        return run(parser, rest)
+    from fastarat.children import terminable
+
+    with terminable(_kept(name)):
+        return run(parser, rest)
 
 
 def _top(argv: list[str], texts: dict[str, str]) -> int:

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from archives import draw_classes
 
 import fastarat
-from fastarat.cli import main
+from fastarat.cli import _INTERRUPTED, main
 from fastarat.schedules import RECIPES
 
 SMALL = ["--limit-train", "64", "--batch-size", "32", "--epochs", "1", "--attack.num-steps", "1", "--eval.num-steps", "1",
@@ -233,8 +235,7 @@ COMMANDS = ["train", "eval", "compare", "report", "import", "export", "data", "b
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("train", "`fastarat train --resume RUN` continues after it"),
-        ("train", "without a run folder nothing was written"),
+        ("train", "nothing was begun, and the same command starts again"),
         ("eval", "AutoAttack's finished batches are kept"),
         ("compare", "finished and begun runs are kept: the same command goes on"),
         ("report", "the same command writes it anew"),
@@ -254,7 +255,33 @@ def test_interrupts_say_what_is_kept(command, words, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
-    assert command == "train" or "train --resume" not in error
+    assert "train --resume" not in error
+
+
+@pytest.mark.parametrize("command", ["eval", "report", "bench", "data"])
+def test_sigterm_is_one_line_that_says_what_is_kept(command, capsys, monkeypatch):
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(f"fastarat.cli._{command}", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([command]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastarat: ended by SIGTERM; {_INTERRUPTED.get(command, 'nothing was written')}")
+    assert error.count("\n") == 1
+
+
+def test_a_warning_is_one_line_without_the_code_it_came_from(capsys, monkeypatch):
+    def warn(*args):
+        warnings.warn("a file is\ndamaged", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("fastarat.cli._data", warn)
+    shown = warnings.showwarning
+    assert main(["data"]) == 0
+    assert capsys.readouterr().err == "warning: a file is\\ndamaged\n"
+    assert warnings.showwarning is shown
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "doctor"])

@@ -87,7 +87,9 @@ def run(words: list[str], only_parsed: bool, folder: Path, capsys) -> None:
         case ["fastarat", *rest] if only_parsed:
             parse(rest, capsys)
         case ["fastarat", *rest]:
-            extra = [] if "--resume" in rest else EXTRA.get(rest[0], [])
+            extra = EXTRA.get(rest[0], [])
+            if "--resume" in rest:
+                extra = ["--epochs", "2"] if "--epochs" in rest else []
             if rest[0] == "compare" and "--tune" not in rest:  # one table with AutoAttack, the longest part, is enough
                 extra = [*extra, "--test-attack", "clean,pgd-20"]
             assert main([*rest, *extra]) == 0, capsys.readouterr().err[-2000:]
