@@ -1,4 +1,5 @@
 # make demo: set up and run the main job. make test: set up and pass the tests. make lint: style and types. make docs: site/.
+# make soak, make fuzz: what docs/reliability.md reports, half an hour and an hour.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ DEMO := runs/demo
 # docs/results.md says why these: the same as its table's rows, with their settings chosen on validation images.
 TRAIN := --epochs 30 --batch-size 64 --attack.epsilon 0.25 --eval.val-images 287 --optim.lr 0.1 --optim.warmup 8
 
-.PHONY: demo test lint docs setup clean
+.PHONY: demo test lint docs soak fuzz setup clean
 setup: $(VENV)/.installed
 
 # torch goes first: whatever depends on it would otherwise choose its own build.
@@ -45,6 +46,16 @@ lint: setup
 docs: setup
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
+
+soak: export OMP_NUM_THREADS = 1
+soak: setup
+	$(BIN)/python tools/soak.py --minutes 30 --out docs/results/soak.json
+
+# Guided by coverage where atheris installs (it has no wheel for every Python), by chance otherwise.
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "without atheris"
+	$(BIN)/python tools/fuzz.py --minutes 10 --corpus tests/corpus --out docs/results/fuzz.json
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info $(DEMO)

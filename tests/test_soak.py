@@ -1,13 +1,17 @@
 """Long health: what a process holds stays the same however long it trains."""
 
 import gc
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastarat.data import load_dataset, make_loader, prepare
+from tools import soak
 
 
 def held() -> tuple[int, float]:
@@ -39,3 +43,41 @@ def test_reading_a_beton_again_and_again_keeps_nothing(tmp_path):
         gc.enable()
     assert files_after == files
     assert memory_after - memory < 20, "of 130 where each compiled its own"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_minute_of_make_soak(tmp_path):
+    """Nothing of a growth can be ruled out in a minute; that half an hour rules it out is in docs/reliability.md."""
+    record = soak.soak(1.0, seed=0, folder=tmp_path, least_slope=50.0, only="ar-at")
+    assert record["violations"] == []
+    assert record["killed"]["rounds"] >= 1
+    assert sum(record["killed"]["endings"].values()) >= 1
+    assert record["watched"]["epochs"] > 20
+    assert len(soak.in_words(record).splitlines()) == 10
+
+
+def test_the_soak_sees_what_it_looks_for(tmp_path):
+    wave = [0.5 * math.sin(epoch) for epoch in range(400)]
+    slope, error = soak.slope_of([(epoch, 600 + 0.08 * epoch + wave[epoch]) for epoch in range(400)])
+    assert abs(slope - 8) < 2 * error < 0.5
+    slope, error = soak.slope_of([(epoch, 600 + wave[epoch]) for epoch in range(400)])
+    assert abs(slope) < 2 * error < 0.5
+
+    weights = {"w": torch.zeros(3), "n": torch.tensor(1)}
+    assert soak.equal({"a": weights, "b": [1]}, {"a": {**weights, "w": torch.zeros(3)}, "b": [1]})
+    for other in (
+        {"a": weights},
+        {"a": {**weights, "w": torch.tensor([0.0, 0, 1e-7])}, "b": [1]},
+        {"a": weights, "b": [2]},
+    ):
+        assert not soak.equal({"a": weights, "b": [1]}, other)
+
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    subprocess.run([sys.executable, "-c", child], check=True, env=soak.environment("left"))
+    (pid,) = soak.running("left")
+    os.kill(pid, 9)
+
+    found = soak.Found(3)
+    found.expect(True, "fine")
+    found.expect(False, "not fine")
+    assert found.violations == ["not fine"]
