@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastarat.errors import UserError
+from fastarat.texts import printable
 
 FORMAT = 1
 """Of the .pt checkpoints: another number is refused."""
@@ -348,7 +349,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # SafetensorError, or what torch says of the sizes in a damaged header
         raise UserError(
-            f"checkpoint {path} cannot be read ({error}): it is corrupt or not a safetensors file"
+            f"checkpoint {path} cannot be read ({printable(str(error))[:200]}): it is corrupt or not a safetensors file"
         ) from error
     # Metadata of the format is text by text, so ours is one entry of JSON.
     if not metadata.keys() & {_SEALED, _UNSEALED}:
@@ -365,7 +366,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(meta, dict):
             raise ValueError(f"they are a {type(meta).__name__}")
     except ValueError as error:
-        raise UserError(f"checkpoint {path} cannot be read: its metadata are corrupt ({error})") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read: its metadata are corrupt ({printable(str(error))[:200]})"
+        ) from error
     return weights, {**meta, "sha256": own}
 
 

@@ -139,7 +139,8 @@ def _read(path: Path, label: str) -> Subject:
         raise UserError(f"{path} has no config.yaml: it says which data set the run's images come from")
     card = "(no card.txt in this run folder)"
     if run.card_file.is_file():
-        card = run.card_file.read_text(encoding="utf-8").rstrip("\n")
+        # Words for people: what is damaged in them is shown as such.
+        card = run.card_file.read_bytes()[:100_000].decode("utf-8", "replace").rstrip("\n")
     evaluations = run.evaluations()
     for which, found in list(evaluations.items()):
         if why := run.stale(which, found):
