@@ -105,24 +105,21 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
     assert all((tmp_path / "work" / name).read_bytes() == b"x" for name in inputs)
 
 
-def test_an_input_that_kills_the_process_is_a_finding(tmp_path, monkeypatch):
-    """The reader is made to end its process on inputs of one kind."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "class Planted:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'tools.readers':\n"
-        "            import fastarat.config\n"
-        "            fastarat.config.read_yaml = lambda path: os.abort() if b'trades' in open(path,'rb').read() else {}\n"
-        "sys.meta_path.insert(0, Planted())\n"
+@pytest.mark.parametrize(
+    ("does", "wanted"),
+    [("os.abort()", "exit code -6"), ("time.sleep(60)", "hangs"), ("sys.exit('no such reader')", "did not begin")],
+)
+def test_an_input_that_ends_or_holds_up_its_process_is_a_finding(does, wanted, tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    begun = "" if "exit" in does else "(work / 'current').write_bytes(b'bad')"
+    script.write_text(
+        "import os, sys, time\nfrom pathlib import Path\n"
+        f"work = Path(sys.argv[sys.argv.index('--work') + 1])\nwork.mkdir()\n{begun}\n{does}\n"
     )
-    popen = subprocess.Popen
-
-    def planted(argv, **options):
-        options["env"]["PYTHONPATH"] += f":{tmp_path}"
-        return popen(argv, **options)
-
-    monkeypatch.setattr(fuzz.subprocess, "Popen", planted)
-    found = fuzz.fuzz("config", 0.2, CORPUS, tmp_path, seed=0)
-    assert any("exit code" in finding["what"] for finding in found["findings"])
-    assert any(b"trades" in path.read_bytes() for path in tmp_path.glob("finding-config-killed-*"))
+    monkeypatch.setattr(fuzz, "__file__", str(script))
+    monkeypatch.setattr(fuzz, "HANGS_S", 1.0)
+    found = fuzz.fuzz("config", 0.1, CORPUS, tmp_path, seed=0)
+    assert found["findings"][0]["what"].startswith(wanted)
+    kept = list(tmp_path.glob("finding-config-killed-*"))
+    assert bool(kept) == bool(begun)
+    assert all(path.read_bytes() == b"bad" for path in kept)

@@ -270,6 +270,7 @@ def _hung(process: subprocess.Popen[bytes], work: Path, last: float) -> bool:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - (work / "current").stat().st_mtime > HANGS_S:
                 process.kill()
+                process.wait()
                 return True
         if time.monotonic() > last:
             process.kill()
