@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ from fastarat.children import Children, last_line, terminable
 from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.device import pick_device, threads
 from fastarat.errors import UserError
-from fastarat.evaluation import Evaluation, evaluate, parse_attacks, wilson
-from fastarat.files import make_writable, parse_json, seal, write_text
+from fastarat.evaluation import Evaluation, data_hash, evaluate, parse_attacks, saved_evaluation
+from fastarat.files import make_writable, write_text
 from fastarat.finite import Diverged
 from fastarat.locks import held
 from fastarat.resuming import finished
@@ -383,10 +382,21 @@ class _Runner:
 
     def evaluated(self, plans: Sequence[Plan], attack: str, limit: int | None) -> dict[str, dict[str, Any]]:
         """Evaluate each run, or read what an earlier call found with the same settings."""
+        data = data_hash(self.dataset.test, limit) if any(p.run.compared(p.which).is_file() for p in plans) else ""
         found = self.children.map(
-            lambda p: _saved_evaluation(p, attack, limit) or self._evaluate(p, attack, limit), plans
+            lambda p: self._saved(p, attack, limit, data) or self._evaluate(p, attack, limit), plans
         )
         return {plan.name: evaluation for plan, evaluation in zip(plans, found, strict=True)}
+
+    def _saved(self, plan: Plan, attack: str, limit: int | None, data: str) -> dict[str, Any] | None:
+        """What an earlier call found of these weights on these images with these settings, or None."""
+        file = plan.run.compared(plan.which)
+        if not file.is_file():
+            return None
+        meta = plan.run.meta(plan.which)
+        asked = {key: meta[key] for key in ("epoch", "epsilon", "norm")}
+        asked |= {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
+        return saved_evaluation(file, asked, weights=meta["sha256"], data=data)
 
     def _evaluate(self, plan: Plan, attack: str, limit: int | None) -> dict[str, Any]:
         run, which = plan.run, plan.which
@@ -421,29 +431,3 @@ class _Runner:
         )
         settings = {**result.settings, "weights": plan.which, "epoch": meta["epoch"]}
         return dataclasses.replace(result, settings=settings)
-
-
-def _saved_evaluation(plan: Plan, attack: str, limit: int | None) -> dict[str, Any] | None:
-    """What an earlier call found of these weights with these settings; None, and why on stderr, where it is none."""
-    run, file = plan.run, plan.run.compared(plan.which)
-    if not file.is_file():
-        return None
-    meta = run.meta(plan.which)
-    asked = {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit, "weights_sha256": meta["sha256"]}
-    asked |= {key: meta[key] for key in ("epoch", "epsilon", "norm")}
-    try:
-        saved = parse_json(file.read_bytes())
-        why = "" if saved["sha256"] == seal(saved) else "was edited, or is damaged"
-        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
-        for value in saved["accuracy"].values():
-            wilson(float(value), int(saved["num_images"]))
-    except KeyError as error:
-        why, found = f"is damaged, or of an earlier version (it has no {error})", {}
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        why, found = "is damaged", {}
-    if not why and found.get("weights_sha256") != asked["weights_sha256"]:
-        why = f"is of other weights than {run.weights(plan.which).name} holds now"
-    if why:
-        print(f"warning: {file} {why}: evaluated anew", file=sys.stderr, flush=True)
-        return None
-    return saved if all(found.get(key) == value for key, value in asked.items()) else None

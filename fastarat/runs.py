@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,16 +211,22 @@ class Run:
         return None if saved is None else next(differences(to_dict(config), to_dict(saved)), None)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        append_text(self.metrics_file, json.dumps(row) + "\n")
+        append_text(self.metrics_file, _line(row))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return one row per epoch, those there are; damaged ones are left out, which a warning says."""
+        """Return one row per epoch, those there are; damaged ones are left out, which a warning says.
+
+        A line's own `crc32`, of the rest of it, is looked at and left out; lines of earlier versions have none.
+        """
         rows, damaged = [], []
         lines = self.metrics_file.read_bytes().split(b"\n") if self.metrics_file.is_file() else []
         for number, line in enumerate(lines, start=1):
             try:
                 row = parse_json(line)
                 if not (isinstance(row, dict) and isinstance(row.get("epoch"), int)):
+                    raise ValueError
+                crc = row.pop("crc32", None)
+                if crc is not None and _line(row) != _line(row, crc):
                     raise ValueError
                 if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in row.values()):
                     raise ValueError
@@ -243,7 +250,7 @@ class Run:
     def truncate_metrics(self, epoch: int) -> None:
         """Drop what was logged after `epoch`: a resumed run logs it again."""
         rows = [row for row in self.metrics() if row["epoch"] <= epoch]
-        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.metrics_file, "".join(map(_line, rows)))
 
     def read_evaluation(self, which: str = "last") -> dict[str, Any] | None:
         """Return what `fastarat eval` found: settings, num_images, accuracy by key; None where there is nothing.
@@ -280,6 +287,12 @@ class Run:
         """Return `read_evaluation` of all weights that were evaluated, by their name."""
         found = {which: self.read_evaluation(which) for which in WEIGHTS}
         return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
+
+
+def _line(row: dict[str, Any], crc: int | None = None) -> str:
+    """A row of metrics.jsonl, with its checksum, or another."""
+    crc = zlib.crc32(json.dumps(row).encode()) if crc is None else crc
+    return json.dumps({**row, "crc32": crc}) + "\n"
 
 
 def is_current(run: Run, which: str) -> bool:

@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -367,14 +368,38 @@ def _logging(folder: Run, tensorboard: bool, purge_step: int | None) -> Iterator
         return
     from torch.utils.tensorboard import SummaryWriter
 
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # its own thread writes: what that could not is raised at a later call
+            where, why = folder.tensorboard_dir, error.strerror or error
+            raise UserError(
+                f"cannot write {where}: {why}. Free space, or leave it out with --no-tensorboard"
+            ) from error
+
     def log(row: dict[str, Any]) -> None:
         folder.append_metrics(row)
-        for key, value in row.items():
-            if key != "epoch":
-                writer.add_scalar(key, value, row["epoch"])
+        with told():
+            for key, value in row.items():
+                if key != "epoch":
+                    writer.add_scalar(key, value, row["epoch"])
 
-    with SummaryWriter(str(folder.tensorboard_dir), purge_step=purge_step) as writer:
-        yield log
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            hook(args)
+
+    hook, threading.excepthook = threading.excepthook, quiet  # or the thread's traceback would be printed besides
+    try:
+        with told():
+            writer = SummaryWriter(str(folder.tensorboard_dir), purge_step=purge_step)
+        try:
+            yield log
+        finally:
+            with told():
+                writer.close()
+    finally:
+        threading.excepthook = hook
 
 
 def _loss(value: float) -> str:

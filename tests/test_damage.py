@@ -1,6 +1,7 @@
 """Damaged, edited and hostile files of a run: noticed when they are read, and what can stand in for them does."""
 
 import io
+import json
 import os
 import random
 import resource
@@ -8,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -280,6 +282,37 @@ def test_a_disk_that_fills_while_training(limit, whole, run):
     assert {name: (run / name).read_bytes() for name in before} == before
     train(resume=run, progress=False)
     assert tensors_of(run) == tensors_of(whole)
+
+
+def test_a_disk_that_fills_under_tensorboard(whole, run, monkeypatch, capfd):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(self, data):
+        raise OSError(28, os.strerror(28))
+
+    shutil.copy(run / "previous.pt", run / "last.pt")
+    hook = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space left on device.*--no-tensorboard"):
+        train(resume=run, overrides={"tensorboard": True}, progress=False)
+    assert threading.excepthook is hook
+    assert "Traceback" not in capfd.readouterr().err
+    train(resume=run, overrides={"tensorboard": False}, progress=False)
+    assert tensors_of(run) == tensors_of(whole)
+
+
+def test_a_damaged_row_of_metrics_is_noticed(run):
+    rows = Run(run).metrics()
+    text = (run / "metrics.jsonl").read_text()
+    assert all(isinstance(json.loads(line)["crc32"], int) for line in text.splitlines())
+    assert "crc32" not in rows[0]
+    value = json.loads(text.splitlines()[0])["train/loss"]
+    (run / "metrics.jsonl").write_text(text.replace(f"{value}", f"{value + 1}", 1))
+    with pytest.warns(UserWarning, match=r"1 damaged line\(s\) left out, line 1 first"):
+        assert Run(run).metrics() == rows[1:]
+    old = [{key: number for key, number in json.loads(line).items() if key != "crc32"} for line in text.splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))  # of an earlier version
+    assert Run(run).metrics() == rows
 
 
 def test_a_row_of_metrics_is_added_whole_or_not_at_all(tmp_path):

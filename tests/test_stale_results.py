@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from archives import FOLDER, draw_folder
 from small import trained
 
 from fastarat.cli import main
-from fastarat.compare import _saved_evaluation
+from fastarat.compare import compare
+from fastarat.data import load_dataset
 from fastarat.errors import UserError
+from fastarat.evaluation import collect, data_hash, saved_evaluation
 from fastarat.files import load_weights
 from fastarat.runs import Run, is_current
 
@@ -38,9 +40,7 @@ def test_a_damaged_evaluation_is_one_line_and_is_evaluated_anew(tmp_path, capsys
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="delete it"):
         run.read_evaluation()
-    run.meta = lambda which="last": {"epoch": 1, "epsilon": 0.03, "norm": "linf", "sha256": "x"}
-    plan: Any = SimpleNamespace(run=run, which="last")
-    assert _saved_evaluation(plan, "clean", None) is None
+    assert saved_evaluation(run.compared("last"), {"epoch": 1}, weights="x", data="y") is None
     assert "damaged" in capsys.readouterr().err
 
 
@@ -58,7 +58,9 @@ def replace_weights(run: Run) -> None:
 
 
 def asked_again(run: Run) -> dict[str, Any] | None:
-    return _saved_evaluation(SimpleNamespace(run=run, which="last"), "clean", 20)  # pyright: ignore[reportArgumentType]
+    meta, digits = run.meta(), load_dataset("digits", data_dir=run.path.parent).test
+    asked = {"attacks": ["clean"], "limit": 20, "epoch": 1, "norm": "linf", "epsilon": meta["epsilon"]}
+    return saved_evaluation(run.compared(), asked, weights=meta["sha256"], data=data_hash(digits, 20))
 
 
 def test_an_evaluation_is_used_for_its_own_weights_alone(evaluated, capsys):
@@ -67,10 +69,37 @@ def test_an_evaluation_is_used_for_its_own_weights_alone(evaluated, capsys):
     assert is_current(evaluated, "last")
     replace_weights(evaluated)
     assert asked_again(evaluated) is None
-    assert "is of other weights than last.safetensors holds now: evaluated anew" in capsys.readouterr().err
+    assert "is of other weights than the run holds now: evaluated anew" in capsys.readouterr().err
     assert not is_current(evaluated, "last")
     assert main(["report", str(evaluated.path)]) == 0
     assert "eval.json is of other weights than are in the run now, and is left out" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_used_for_its_own_images_alone(evaluated, capsys):
+    file, test = evaluated.evaluation(), load_dataset("digits", data_dir=evaluated.path.parent).test
+    weights, asked = evaluated.meta()["sha256"], {"attacks": ["clean"], "limit": 20}
+    assert saved_evaluation(file, asked, weights=weights, data=data_hash(test, 20)) is not None
+    images, labels = collect(test, limit=20)
+    assert data_hash((images, labels)) == data_hash(test, 20)
+    for other in ((images.flip(3), labels), (images, (labels + 1) % 10)):
+        assert saved_evaluation(file, asked, weights=weights, data=data_hash(other)) is None
+        assert "is of other test images than there are now: evaluated anew" in capsys.readouterr().err
+    assert saved_evaluation(file, {**asked, "limit": None}, weights=weights, data=data_hash(test)) is None
+    assert not capsys.readouterr().err
+
+
+def test_compare_evaluates_other_test_images_anew(tmp_path, capsys):
+    """The same folder of images, with one file of the test set exchanged."""
+    folder = draw_folder(tmp_path / "pets", FOLDER)
+    base = {"dataset": str(folder), "epochs": 1, "batch_size": 10, "attack": {"num_steps": 1}, "augment": False}
+    options = {"base": {**base, "data_dir": str(tmp_path), "eval": {"val_images": 4}}, "attack": "clean"}
+    compare(["at"], [0], out=tmp_path / "out", progress=False, **options)
+    compare(["at"], [0], out=tmp_path / "out", progress=False, **options)
+    assert "evaluated anew" not in capsys.readouterr().err
+    cats = sorted((folder / "test" / "cat").iterdir())
+    cats[0].write_bytes(next((folder / "train" / "dog").iterdir()).read_bytes())
+    compare(["at"], [0], out=tmp_path / "out", progress=False, **options)
+    assert "is of other test images than there are now: evaluated anew" in capsys.readouterr().err
 
 
 def test_an_edited_evaluation_is_noticed(evaluated, capsys):

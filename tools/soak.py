@@ -44,7 +44,7 @@ TINY = [
     "--limit-train", "160", "--batch-size", "32", "--epochs", "3", "--attack.num-steps", "2", "--attack.epsilon", "0.1",
     "--eval.num-steps", "2", "--eval.val-images", "40", "--threads", "1",
 ]  # fmt: skip
-TIMES = ("wall_s", "images_per_s", "epoch_s")
+TIMES = ("wall_s", "images_per_s", "epoch_s", "crc32")
 TOKEN = "FASTARAT_SOAK"
 
 

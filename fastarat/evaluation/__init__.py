@@ -4,7 +4,15 @@ Every number is measured in eval mode and float32 with frozen parameters, around
 """
 
 from fastarat.evaluation.checks import NonFinite
-from fastarat.evaluation.evaluate import Evaluation, adversarial_examples, check_writable, evaluate, wilson
+from fastarat.evaluation.evaluate import (
+    Evaluation,
+    adversarial_examples,
+    check_writable,
+    data_hash,
+    evaluate,
+    saved_evaluation,
+    wilson,
+)
 from fastarat.evaluation.task import attack_title, collect, in_pixels, parse_attacks
 
 __all__ = [
@@ -14,8 +22,10 @@ __all__ = [
     "attack_title",
     "check_writable",
     "collect",
+    "data_hash",
     "evaluate",
     "in_pixels",
     "parse_attacks",
+    "saved_evaluation",
     "wilson",
 ]

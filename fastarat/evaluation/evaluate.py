@@ -6,6 +6,7 @@ Source: Madry et al., ICLR 2018 (PGD); Wilson, JASA 1927 (the interval).
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastarat.errors import UserError
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_finite, check_model, check_network, doubts, furthest
 from fastarat.evaluation.task import Entry, Task, collect, device_of, in_pixels, parse_attacks, share
-from fastarat.files import make_writable, seal, tensors_hash, write_text
+from fastarat.files import make_writable, parse_json, seal, tensors_hash, write_text
 from fastarat.values import EPSILON, Norm, checked_budget, checked_seed, coerce, whole
 
 
@@ -289,3 +290,34 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     make_writable(path.parent, path)
+
+
+def data_hash(data: Any, limit: int | None = None) -> str:
+    """Return what `evaluate` records of the images and labels it looks at, as `data_sha256`."""
+    images, labels = collect(data, limit=limit)
+    return tensors_hash({"images": images, "labels": labels})
+
+
+def saved_evaluation(file: Path, asked: dict[str, Any], *, weights: str, data: str) -> dict[str, Any] | None:
+    """Return the evaluation in a file if it is whole, of these weights and images, and of the settings `asked`.
+
+    weights, data: their hashes. None where it is not; but for other settings the reason goes to stderr.
+    """
+    try:
+        saved = parse_json(file.read_bytes())
+        why = "" if saved["sha256"] == seal(saved) else "was edited, or is damaged"
+        found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
+        for value in saved["accuracy"].values():
+            wilson(float(value), int(saved["num_images"]))
+    except KeyError as error:
+        why, saved, found = f"is damaged, or of an earlier version (it has no {error})", {}, {}
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        why, saved, found = "is damaged", {}, {}
+    same = all(found.get(key) == value for key, value in asked.items())
+    if not why and found.get("weights_sha256") != weights:
+        why = "is of other weights than the run holds now"
+    if not why and same and found.get("data_sha256") != data:
+        why = "is of other test images than there are now"
+    if why:
+        print(f"warning: {file} {why}: evaluated anew", file=sys.stderr, flush=True)
+    return saved if same and not why else None

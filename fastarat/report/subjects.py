@@ -131,8 +131,8 @@ def _read(path: Path, label: str) -> Subject:
     metrics = run.metrics()
     if not metrics:
         raise UserError(
-            f"{path} has no metrics yet (metrics.jsonl is missing or empty): expected a run folder with one finished "
-            f"epoch or more; `fastarat train --resume {shlex.quote(str(path))}` continues a run"
+            f"{path} has no metrics yet (metrics.jsonl is missing, empty or damaged throughout): expected a run folder "
+            f"with one finished epoch or more; `fastarat train --resume {shlex.quote(str(path))}` continues a run"
         )
     model, meta, config = load_network(path)
     if config is None:
