@@ -348,7 +348,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # SafetensorError, or what torch says of the sizes in a damaged header
         raise UserError(
-            f"checkpoint {path} cannot be read ({error}): it is corrupt or not a safetensors file"
+            f"checkpoint {path} cannot be read ({str(error)[:200]}): it is corrupt or not a safetensors file"
         ) from error
     # Metadata of the format is text by text, so ours is one entry of JSON.
     if not metadata.keys() & {_SEALED, _UNSEALED}:
