@@ -230,9 +230,34 @@ def _read_state(path: Path) -> dict[str, Any] | str:
             return "damaged"
         if "sha256" not in state:
             return "without a checksum (of an earlier version)"
-        return state if state["sha256"] == seal(state) else "damaged or edited (its checksum differs)"
+        if state["sha256"] != seal(state):
+            return "damaged or edited (its checksum differs)"
+        # A seal proves nothing of who set it, and all this is worked with.
+        return state if _is_whole(state) else "damaged"
     except (ValueError, OSError):
         return "damaged"
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    fingerprint, robust, pending, done, partial = (state[key] for key in _STATE)
+    if not (isinstance(fingerprint, dict) and isinstance(robust, str) and isinstance(done, dict)):
+        return False
+    names = fingerprint.get("members")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not {*done} <= {*names}:
+        return False
+    rows = [] if pending is None else pending
+    if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < len(robust) for row in rows):
+        return False
+    timed = {"wall_s", "max_perturbation"}
+    if not (isinstance(partial, dict) and (pending is None or timed <= partial.keys())):
+        return False
+    members = [(numbers, timed | {"accuracy"}) for numbers in done.values()] + [(partial, set())]
+    return all(
+        isinstance(numbers, dict)
+        and keys <= numbers.keys()
+        and all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers.values())
+        for numbers, keys in members
+    )
 
 
 def _passed_over(path: Path, fingerprint: dict[str, Any]) -> list[str]:
@@ -241,7 +266,7 @@ def _passed_over(path: Path, fingerprint: dict[str, Any]) -> list[str]:
     if isinstance(state, str):
         return []
     theirs = state["fingerprint"]
-    if set(theirs.get("members", ())) <= set(state["done"]):
+    if {*theirs["members"]} <= {*state["done"]}:
         return []
     other = ", ".join(key for key in fingerprint if theirs.get(key) != fingerprint[key])
     return [f"{path.name} holds an unfinished AutoAttack run with other {other}: it was not continued"]

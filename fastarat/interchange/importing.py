@@ -148,7 +148,7 @@ def _read(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return load_tensors(path)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read: it is corrupt or no safetensors file ({error})") from error
+        raise UserError(f"{path} cannot be read: it is corrupt or no safetensors file ({str(error)[:200]})") from error
 
 
 def _numpy_numbers() -> list:
