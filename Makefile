@@ -51,11 +51,11 @@ soak: export OMP_NUM_THREADS = 1
 soak: setup
 	$(BIN)/python tools/soak.py --minutes 30 --out docs/results/soak.json
 
-# Guided by coverage where atheris installs (it has no wheel for every Python), by chance otherwise.
+# Guided by coverage where atheris installs (it has no wheel for every Python), by the errors' texts otherwise.
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "without atheris"
-	$(BIN)/python tools/fuzz.py --minutes 10 --corpus tests/corpus --out docs/results/fuzz.json
+	$(BIN)/python tools/fuzz.py --minutes 10 --out runs/fuzz
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info $(DEMO)

@@ -1,5 +1,6 @@
 """Every reader of files refuses what is damaged or hostile in one line: what was found once, and a slice of new inputs."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +46,54 @@ def test_what_no_reader_may_do_is_a_finding(tool, tmp_path, monkeypatch):
         monkeypatch.setattr(watched.reader, "read", read)
         watched.one(b"x")
     assert {what.split()[0] for what in watched.findings} == {"ValueError", "long", "AssertionError"}
+
+
+PLANTED = """
+import os, pickle, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, {tools!r})
+import fuzz
+private, outside = Path({private!r}), {outside!r}
+guard = fuzz.Guard(private)
+os.chdir(private)
+
+def swallowed():
+    try:
+        open(outside, "w")
+    except BaseException:
+        pass
+
+def within():
+    Path("a").write_text("in")
+    os.mkdir("b")
+    os.rename("a", "b/a")
+    os.symlink(outside, "link")
+    open("/etc/hostname").close()
+
+def through():
+    Path("link").write_text("out")
+
+for act in (within, through, lambda: open(outside, "w"), swallowed, lambda: os.symlink("x", outside), lambda: os.mkdir("../x"),
+            lambda: os.rename("b/a", outside), lambda: subprocess.run(["true"]), lambda: pickle.loads(pickle.dumps(Path))):
+    guard.armed, guard.heard = True, ""
+    try:
+        act()
+    except AssertionError:
+        pass
+    guard.armed = False
+    print(guard.heard.split(" ")[0] or "nothing")
+assert not os.path.exists(outside)
+"""
+
+
+def test_what_no_file_may_cause_is_heard(tmp_path):
+    (tmp_path / "private").mkdir()
+    code = PLANTED.format(tools=str(TOOLS), private=str(tmp_path / "private"), outside=str(tmp_path / "outside"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "nothing", "open", "open", "open", "os.symlink", "os.mkdir", "os.rename", "subprocess.Popen", "pickle.find_class"
+    ]  # fmt: skip
 
 
 def test_corpus_is_small():

@@ -1,9 +1,9 @@
 """Feed the readers of files damaged and hostile inputs: python tools/fuzz.py [READER ...] --minutes 10.
 
 An input is accepted, or refused with a UserError, within SECONDS of the processor's time and MEGABYTES of memory. All
-else is a finding: another exception, a crash, a hang, a file outside its folder. Findings are saved with their input,
-and an input in the corpus is tried first in every run. Guided by coverage where atheris is installed; else by the
-texts of the errors: inputs with an answer that is new are kept and changed further.
+else is a finding: another exception, a crash, a hang, a file outside its folder, a process, a connection, a pickled
+class. Findings are saved with their input, and an input in the corpus is tried first in every run. Guided by coverage
+where atheris is installed; else by the texts of the errors: inputs whose answer is new are kept and changed further.
 """
 
 from __future__ import annotations
@@ -35,6 +35,57 @@ HANGS = 60.0
 _LARGEST = 1 << 20  # bytes of an input
 
 
+_FORBIDDEN = (
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pickle.find_class",
+)  # fmt: skip
+_WRITING = (
+    "os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown",
+)  # fmt: skip
+
+
+class Guard:
+    """Hears by Python's audit events, while it is armed, of what no file may cause, and remembers the first.
+
+    may: events that a reader causes by itself.
+    """
+
+    def __init__(self, folder: Path, may: Sequence[str] = ()) -> None:
+        self.folder, self.may = f"{folder.resolve()}/", may
+        self.armed, self.heard = False, ""
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.armed or event in self.may:
+            return
+        if event in _FORBIDDEN:
+            self._tell(f"{event} {args[0]!r}")
+        elif event in _WRITING:
+            # Of a link the second is what is made; what it points to may lie anywhere.
+            self._look(
+                event, *{"os.rename": args[:2], "os.link": args[1:2], "os.symlink": args[1:2]}.get(event, args[:1])
+            )
+        elif event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            self._look(event, args[0])
+
+    def _look(self, event: str, *paths: Any) -> None:
+        for path in paths:
+            if isinstance(path, (str, bytes, os.PathLike)):
+                # Opening follows a link that is there already.
+                whole = os.path.abspath(os.fsdecode(path))
+                place = os.path.dirname(os.path.realpath(whole) if event == "open" else whole)
+                place = os.path.realpath(place)
+                if (
+                    not f"{place}/".startswith(self.folder)
+                    and not place.startswith("/dev")
+                    and f"{whole}/" != self.folder
+                ):
+                    self._tell(f"{event} outside its folder: {os.fsdecode(path)!r}")
+
+    def _tell(self, what: str) -> None:
+        self.armed, self.heard = False, what
+        raise AssertionError(what)
+
+
 class Watched:
     """One reader and what its inputs led to. into: gets findings/, current (the input in hand) and stats.json."""
 
@@ -43,6 +94,7 @@ class Watched:
 
         self.into, self.name = into, name
         self.reader = READERS[name](folder)
+        self.guard = Guard(folder, self.reader.may)
         self.inputs = self.refused = 0
         self.answers: set[str] = set()
         self.findings: set[str] = set()
@@ -56,8 +108,12 @@ class Watched:
         (self.into / "current").write_bytes(data)
         memory, began, answer = _memory("VmRSS"), time.process_time(), "accepted"
         _forget_peak()
+        self.guard.armed, self.guard.heard = True, ""
         try:
-            self.reader.read(data)
+            try:
+                self.reader.read(data)
+            finally:
+                self.guard.armed = False
         except UserError as error:
             self.refused += 1
             answer = re.sub(r"'.*?'|\".*?\"|\d+|/\S+", "", str(error))[:120]
@@ -68,6 +124,8 @@ class Watched:
             self._found(
                 data, f"{type(error).__name__} {Path(frame.filename).name}:{frame.name}", traceback.format_exc()
             )
+        if self.guard.heard:  # whatever became of its exception
+            self._found(data, self.guard.heard.split(":")[0], self.guard.heard)
         took, grew = time.process_time() - began, _memory("VmHWM") - memory
         if self.inputs and took > SECONDS:  # the first one imports and compiles
             self._found(data, "slow " + answer, f"{took:.1f} s of processor time")
@@ -167,6 +225,8 @@ def work(name: str, into: Path, corpus: Path, seconds: float, seed: int, engine:
             import fuzz_readers  # noqa: F401
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         (private := Path(folder) / name).mkdir()
+        into, corpus = into.resolve(), corpus.resolve()
+        os.chdir(private)  # whatever is relative lies in it
         watched = Watched(name, into, private)
         inputs = [path.read_bytes() for path in sorted((corpus / name).glob("*"))] + watched.reader.seeds()
         if atheris is None:

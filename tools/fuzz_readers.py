@@ -38,6 +38,9 @@ from fastarat.runs import Run, load_network
 class Reader:
     """folder: a private one, where nothing else is; `read` leaves in it what it likes."""
 
+    may: tuple[str, ...] = ()
+    """Events that a reader causes by itself, though `fuzz.Guard` listens for them."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
@@ -236,6 +239,8 @@ class BetonReader(Reader):
     An edit is [table, field, row, value] or [offset, byte]. Most of such a file is empty, so that changes of its bytes
     would seldom meet anything. "auto" stands for the right checksum.
     """
+
+    may = ("pickle.find_class",)  # Numba's, of what it compiles
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
