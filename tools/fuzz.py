@@ -1,9 +1,9 @@
 """Feed the readers of files damaged and hostile inputs: python tools/fuzz.py [READER ...] --minutes 10.
 
-An input is accepted, or refused with a UserError, within SECONDS of the processor's time and MEGABYTES of memory. All
-else is a finding: another exception, a crash, a hang, a file outside its folder. Findings are saved with their input,
-and an input in the corpus is tried first in every run. Guided by coverage where atheris is installed; else by the
-texts of the errors: inputs with an answer that is new are kept and changed further.
+An input is accepted, or refused with a UserError, within seconds of the processor's time (a busy machine makes no
+findings) and MEGABYTES of memory. All else is a finding: another exception, a crash, a hang, a file outside its folder.
+Findings are saved with their input, and an input in the corpus is tried first in every run. Guided by coverage where
+atheris is installed; else by the texts of the errors: inputs with an answer that is new are kept and changed further.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("config", "checkpoint", "safetensors", "archive", "beton", "metrics")
-SECONDS, MEGABYTES = 2.0, 700
-"""Limits of one input. The first is of processor time: a busy machine makes no findings."""
+MEGABYTES = 700
 HANGS = 60.0
 """Seconds without an input finished after which a reader is taken to hang, for ever."""
 _LARGEST = 1 << 20  # bytes of an input
@@ -69,7 +68,7 @@ class Watched:
                 data, f"{type(error).__name__} {Path(frame.filename).name}:{frame.name}", traceback.format_exc()
             )
         took, grew = time.process_time() - began, _memory("VmHWM") - memory
-        if self.inputs and took > SECONDS:  # the first one imports and compiles
+        if self.inputs and took > self.reader.seconds:  # the first one imports and compiles
             self._found(data, "slow " + answer, f"{took:.1f} s of processor time")
         if grew > MEGABYTES:
             self._found(data, "large " + answer, f"{grew:.0f} MB")

@@ -38,6 +38,9 @@ from fastarat.runs import Run, load_network
 class Reader:
     """folder: a private one, where nothing else is; `read` leaves in it what it likes."""
 
+    seconds = 2.0
+    """Of the processor's time, the most for one input."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
@@ -237,6 +240,8 @@ class BetonReader(Reader):
     would seldom meet anything. "auto" stands for the right checksum.
     """
 
+    seconds = 10.0  # numba compiles for every size of images
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # of checksums, which no test nor fuzzer is to share
@@ -335,15 +340,6 @@ class BetonReader(Reader):
             view[...] = value
 
 
-class _Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(images.flatten(1))
-
-
 class MetricsReader(Reader):
     """What a run leaves beside its weights. The first line names the file; "auto" is the right seal or fingerprint."""
 
@@ -353,7 +349,7 @@ class MetricsReader(Reader):
         super().__init__(folder)
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            self.tiny = _Tiny().eval()
+            self.tiny = nn.Sequential(nn.Flatten(), nn.Linear(4, 5)).eval()
             self.data = torch.rand(6, 1, 2, 2), torch.arange(6) % 5
         evaluate(self.tiny, self.data, "apgd-ce", state_dir=folder / "state", progress=False)
         self.state = next((folder / "state").glob("*.json"))
