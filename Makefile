@@ -54,8 +54,8 @@ soak: setup
 # Guided by coverage where atheris installs (it has no wheel for every Python), by the errors' texts otherwise.
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "without atheris"
-	$(BIN)/python tools/fuzz.py --minutes 10 --out runs/fuzz
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tools/fuzz.py --minutes 10 --out runs/fuzz --json docs/results/fuzz.json
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info $(DEMO)

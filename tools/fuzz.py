@@ -1,6 +1,6 @@
 """Feed the readers of files damaged and hostile inputs: python tools/fuzz.py [READER ...] --minutes 10.
 
-An input is accepted, or refused with a UserError, within SECONDS of the processor's time and MEGABYTES of memory. All
+An input is accepted, or refused with a UserError, within seconds of the processor's time and MEGABYTES of memory. All
 else is a finding: another exception, a crash, a hang, a file outside its folder, a process, a connection, a pickled
 class. Findings are saved with their input, and an input in the corpus is tried first in every run. Guided by coverage
 where atheris is installed; else by the texts of the errors: inputs whose answer is new are kept and changed further.
@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("config", "checkpoint", "safetensors", "archive", "beton", "metrics")
-SECONDS, MEGABYTES = 2.0, 700
-"""Limits of one input. The first is of processor time: a busy machine makes no findings."""
+MEGABYTES = 700
 HANGS = 60.0
 """Seconds without an input finished after which a reader is taken to hang, for ever."""
 _LARGEST = 1 << 20  # bytes of an input
@@ -127,7 +126,7 @@ class Watched:
         if self.guard.heard:  # whatever became of its exception
             self._found(data, self.guard.heard.split(":")[0], self.guard.heard)
         took, grew = time.process_time() - began, _memory("VmHWM") - memory
-        if self.inputs and took > SECONDS:  # the first one imports and compiles
+        if self.inputs and took > self.reader.seconds:  # the first one imports and compiles
             self._found(data, "slow " + answer, f"{took:.1f} s of processor time")
         if grew > MEGABYTES:
             self._found(data, "large " + answer, f"{grew:.0f} MB")

@@ -40,6 +40,8 @@ class Reader:
 
     may: tuple[str, ...] = ()
     """Events that a reader causes by itself, though `fuzz.Guard` listens for them."""
+    seconds = 2.0
+    """Of the processor's time, the most for one input."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -241,6 +243,7 @@ class BetonReader(Reader):
     """
 
     may = ("pickle.find_class",)  # Numba's, of what it compiles
+    seconds = 10.0  # numba compiles for every size of images
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -340,15 +343,6 @@ class BetonReader(Reader):
             view[...] = value
 
 
-class _Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(images.flatten(1))
-
-
 class MetricsReader(Reader):
     """What a run leaves beside its weights. The first line names the file; "auto" is the right seal or fingerprint."""
 
@@ -358,7 +352,7 @@ class MetricsReader(Reader):
         super().__init__(folder)
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            self.tiny = _Tiny().eval()
+            self.tiny = nn.Sequential(nn.Flatten(), nn.Linear(4, 5)).eval()
             self.data = torch.rand(6, 1, 2, 2), torch.arange(6) % 5
         evaluate(self.tiny, self.data, "apgd-ce", state_dir=folder / "state", progress=False)
         self.state = next((folder / "state").glob("*.json"))
