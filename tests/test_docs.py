@@ -117,6 +117,21 @@ def run(words: list[str], only_parsed: bool, folder: Path, capsys) -> None:
             pytest.fail(f"no test knows how to run this command: {shlex.join(words)}")
 
 
+def test_what_survives_what_names_tests_that_exist():
+    """Each line of the page has its test, and the README's files are those."""
+    page = (DOCS / "reliability.md").read_text()
+    rows = [line for line in page.partition("## ")[0].splitlines() if line.startswith("| ")][2:]
+    named = [re.search(r"`(test_\w+\.py)::(test_\w+)` \|$", row) for row in rows]
+    assert len(rows) > 25
+    assert all(named)
+    for match in named:
+        assert f"\ndef {match[2]}(" in (ROOT / "tests" / match[1]).read_text(), match[0]
+    files = set(re.findall(r"`tests/(test_\w+\.py)`", README.read_text().partition("## What survives what")[2]))
+    assert files >= {match[1] for match in named} - {"test_train.py"}
+    for file in files:
+        assert (ROOT / "tests" / file).exists()
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda p: p.name)
 def test_every_command_and_snippet_runs(page, tmp_path, monkeypatch, request, capsys):
     """As written, in order, in one folder; only made short, and CIFAR-10 is a tiny archive of the same format."""

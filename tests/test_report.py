@@ -371,6 +371,7 @@ def remove(*names):
     [
         (shutil.rmtree, "not a run folder"),
         (remove("metrics.jsonl"), "no metrics yet"),
+        (lambda run: (run / "metrics.jsonl").write_text("damaged\n"), "damaged throughout"),
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1, "lr'), "no metrics yet"),
         (remove("last.safetensors", "last.pt"), "no last weights"),
         (remove("config.yaml"), r"no config\.yaml"),
@@ -395,5 +396,7 @@ def test_refused_arguments(run):
 def test_a_run_in_progress_is_reported(run):
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"epoch": 2, "lr')
+    (run / "card.txt").write_bytes(b"defense  \xff\xfe\n")
+    assert "defense  \ufffd" in report([run], tmp_path / "damaged", num_images=1, device="cpu").read_text()
     (run / "card.txt").unlink()
     assert "no card.txt" in report([run], num_images=1, device="cpu").read_text()

@@ -22,9 +22,8 @@ def held() -> tuple[int, float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_reading_a_beton_again_and_again_keeps_nothing(tmp_path):
+def test_reading_a_beton_again_and_again_keeps_nothing(tmp_path, ffcv):
     """Every validation opens a reader: each compiled a function for itself, 3 MB, and left the file mapped."""
-    pytest.importorskip("ffcv")
     prepare("digits", tmp_path / "digits", data_dir=tmp_path)
     split = load_dataset(str(tmp_path / "digits"), data_dir=tmp_path, val_images=40).val
 

@@ -34,6 +34,8 @@ HANGS = 60.0
 _LARGEST = 1 << 20  # bytes of an input
 
 
+HEADING = "| reader | minutes | inputs | per second | edges covered | findings |\n| --- |" + " ---: |" * 4 + " --- |"
+
 _FORBIDDEN = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pickle.find_class",
 )  # fmt: skip
@@ -322,10 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work(args.readers[0], args.out, args.corpus, args.worker, args.seed, engine, args.count)
         return 0
     results = []
-    print(
-        "| Reader | Minutes | Inputs | per second | Coverage (edges) | Findings |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
+    print(HEADING, flush=True)
     for name in args.readers or NAMES:
         options: dict[str, Any] = {"seed": args.seed, "engine": engine, "count": args.count}
         results.append(fuzz(name, args.out / name, args.corpus, 60 * args.minutes, **options))

@@ -4,6 +4,7 @@ python tools/readme.py demo runs/demo       the printed tables into docs/results
 python tools/readme.py compare runs/table   table.md into docs/results.md, table.json and tune.json into docs/results/,
                                             tune.md as docs/tuning.md, and the README's table
 python tools/readme.py card runs/mine       its run card into docs/run-card.md
+python tools/readme.py reliability           what make soak and make fuzz found into docs/reliability.md
 python tools/readme.py digits               the README's table from docs/results/digits-30.json
 python tools/readme.py pairs docs/results/digits-30.json ar-at at     prints differences of two rows, paired by seed
 """
@@ -64,10 +65,17 @@ def main(block: str, *rest: str) -> None:
         put(DOCS / "run-card.md", "card", f"```text\n{(folder / 'card.txt').read_text().strip()}\n```")
     elif block == "digits":
         put(README, "digits", digits())
+    elif block == "reliability":
+        sys.path.insert(0, str(ROOT))
+        from tools import fuzz, soak
+
+        put(DOCS / "reliability.md", "soak", soak.in_words(json.loads((DOCS / "results" / "soak.json").read_text())))
+        results = json.loads((DOCS / "results" / "fuzz.json").read_text())
+        put(DOCS / "reliability.md", "fuzz", "\n".join([fuzz.HEADING, *map(fuzz.row, results)]))
     elif block == "pairs":
         pairs(folder, *rest[1:])
     else:
-        sys.exit(f"unknown block {block!r}: demo, compare, card, digits or pairs")
+        sys.exit(f"unknown block {block!r}: demo, compare, card, digits, reliability or pairs")
 
 
 if __name__ == "__main__":
