@@ -393,7 +393,7 @@ def test_refused_arguments(run):
         report([])
 
 
-def test_a_run_in_progress_is_reported(run):
+def test_a_run_in_progress_is_reported(run, tmp_path):
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"epoch": 2, "lr')
     (run / "card.txt").write_bytes(b"defense  \xff\xfe\n")
