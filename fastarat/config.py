@@ -23,7 +23,7 @@ from fastarat.values import Precision, coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
 _FROM_0 = "[0, inf)"
-_MOST_BYTES = 1_000_000  # of a config, which has a few hundred
+_MOST_BYTES = 1 << 16  # of a config, which has 3,000; PyYAML reads as many in up to a second
 
 
 # Settings that configs saved by older versions hold; none of them changed a number beyond rounding.
@@ -295,7 +295,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises: UserError for a missing file, bad syntax (naming its line) or another value.
 
-    So too for what would take long: no ordinary file, one over 1 MB, nested over 20 deep, or full of aliases.
+    So too for what would take long: no ordinary file, one over 64 KiB, nested over 20 deep, or full of aliases.
     """
     named = str(path) if len(str(path)) < 500 else f"{str(path)[:60]}..."
     try:

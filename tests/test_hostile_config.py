@@ -18,7 +18,7 @@ import yaml
 import fastarat
 from fastarat import cli, texts
 from fastarat.cli import main
-from fastarat.config import Config, from_dict, to_dict
+from fastarat.config import Config, from_dict, read_yaml, to_dict
 from fastarat.defenses.naming import Foreign
 from fastarat.errors import UserError
 from fastarat.files import load_weights
@@ -196,6 +196,19 @@ def test_a_damaged_config_is_one_line(name, tmp_path, capsys):
 
 
 NETWORKS = ("model", "long model", "hub", "local")
+
+
+@pytest.mark.parametrize("fill", ["1,", "{a: ", "[", "&a x,", '"\\u00e9",'])
+def test_a_config_as_long_as_may_be_is_read_in_seconds(fill, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: [" + (fill * 70_000)[:65_000] + "]")
+    started = time.process_time()
+    with pytest.raises(UserError):
+        from_dict(read_yaml(path))
+    assert time.process_time() - started < 5, "under 1 s on an idle machine"
+    path.write_text("a" * 70_000)
+    with pytest.raises(UserError, match="is over 65,536 bytes"):
+        read_yaml(path)
 
 
 def test_a_comparisons_folder_is_text(tmp_path, capsys, monkeypatch):
