@@ -120,7 +120,9 @@ def _schedule(config: Config, steps_per_epoch: int, swa_plan: tuple[int, int]) -
         "optimiser": {"apex": "NVIDIA Apex FusedSGD", "torch": "torch SGD, fused"}[optim.optimizer],
     }
     if config.extended:
-        rows["extended"] = extended_in_words(config.extended, epochs=epochs, recipe=recipe, lr=lr)
+        rows["extended"] = extended_in_words(
+            config.extended, epochs=epochs, steps=steps_per_epoch, recipe=recipe, lr=lr, warmup=optim.warmup
+        )
     return rows
 
 

@@ -96,8 +96,8 @@ class Checkpoints:
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
-    def load(self, state: dict[str, Any]) -> Place:
-        """Put a state back, all but the random streams, and return where it was.
+    def load(self, state: dict[str, Any], steps: int) -> Place:
+        """Put a state back, all but the random streams, and return where it was. steps: in an epoch.
 
         An epoch's own streams begin with it; within one they are `load_streams`'s, once nothing else draws from them.
         Raises: UserError for a state that is not of this run.
@@ -120,7 +120,10 @@ class Checkpoints:
             elif best["epoch"]:
                 self.other_rule = best["by"]
             within = state.get("within") or {"steps": 0, "images": 0, "wall_s": 0.0}
-            return Place(self.epoch + 1, within["steps"], within["images"], within["wall_s"])
+            place = Place(self.epoch + 1, int(within["steps"]), int(within["images"]), float(within["wall_s"]))
+            if not (0 <= place.steps <= steps and place.images >= 0 and 0 <= place.wall_s < math.inf):
+                raise ValueError(f"{place}, in epochs of {steps} steps")
+            return place
 
     def load_streams(self, within: dict[str, Any]) -> None:
         """Go on within an epoch: its random streams, and what was measured of it. Raises: UserError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -54,10 +55,11 @@ def _main(argv: list[str]) -> int:
         print(f"fastarat: {printable(str(error), chr(10))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
+        text = f"interrupted; {_kept(argv[0] if argv else '')}"
         if isinstance(error, Interrupted) and argv[:1] == ["train"]:
-            print(f"fastarat: {printable(str(error))}", file=sys.stderr)
-            return error.exit_code
-        print(f"fastarat: interrupted; {_kept(argv[0] if argv else '')}", file=sys.stderr)
+            text = printable(str(error))
+        with contextlib.suppress(OSError):  # the terminal may be gone, which is what SIGHUP says
+            print(f"fastarat: {text}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, Interrupted) else 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # its output went into `head`, say: what was read was enough
         return 1

@@ -16,6 +16,10 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 _LONGEST = 366 * 24 * 3600.0
 
 
+APART_S = 1.0
+"""Seconds between two signals that are a person's two."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended a run, and what it has done is kept. signum: which. exit_code: as shells have it."""
 
@@ -34,13 +38,14 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """SIGINT, SIGTERM and SIGHUP while a block runs: the first is noted, for the run to end where nothing is lost.
 
-    A second one raises Interrupted at once, and so does the first within `at_once`. Whoever ends on one calls `end`. As
-    a context it puts the handlers back at its end; outside the main thread, for a signal that is ignored (nohup's
-    SIGHUP) or one that a handler outside Python has, it changes nothing.
+    A second one, APART_S later or more, raises Interrupted at once, and so does the first within `at_once`. Whoever
+    ends on one calls `end`. As a context it puts the handlers back at its end; outside the main thread, for a signal
+    that is ignored (nohup's SIGHUP) or one that a handler outside Python has, it changes nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
         self._raises = False
 
@@ -59,7 +64,12 @@ class Signals:
             self.end("when all was done")
 
     def _note(self, signum: int, frame: object) -> None:
-        again, self.received = self.received is not None, signum
+        # A closing terminal, and who ends a whole group, send the same one twice within moments: that is one.
+        now = time.monotonic()
+        again = self.received is not None and now - self._since >= APART_S
+        if self.received is None:
+            self._since = now
+        self.received = signum
         if again or self._raises:
             raise Interrupted(f"ended at once by a second {self.name}; the last checkpoint stands", signum)
 

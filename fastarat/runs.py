@@ -58,7 +58,8 @@ class Run:
         self.tensorboard_dir = self.path / "tensorboard"
         self.state_dir = self.path / "eval"
         """Where AutoAttack keeps the batches it has finished."""
-        self._wrote_last = False
+        self.last_is_whole = False
+        """Whether last.pt was written, or read as a whole, through this object."""
 
     @classmethod
     def holding(cls, path: str | Path) -> Run:
@@ -70,7 +71,7 @@ class Run:
     def check_new(cls, path: str | Path) -> Run:
         """Return the run that may be made at `path`. Raises: UserError when it exists: nothing is overwritten."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(p.name not in LOCK_FILES for p in run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(map(_is_content, run.path.iterdir()))):
             raise UserError(
                 f"run folder {run.path} exists already: continue it with --resume {run.path}, or choose another --out"
             )
@@ -81,6 +82,7 @@ class Run:
         """Make the folder. Raises: UserError when it exists or cannot be written."""
         run = cls.check_new(path)
         make_writable(run.path)
+        run._clear()
         return run
 
     @classmethod
@@ -89,9 +91,12 @@ class Run:
         run = cls(path)
         run.must_exist()
         make_writable(run.path)
-        for partial in run.path.glob(".*.partial"):  # what a kill left half written
-            partial.unlink(missing_ok=True)
+        run._clear()
         return run
+
+    def _clear(self) -> None:
+        for partial in self.path.glob(".*.partial"):  # what a kill left half written
+            partial.unlink(missing_ok=True)
 
     def must_exist(self) -> None:
         """Raise UserError where there is nothing to resume."""
@@ -120,7 +125,7 @@ class Run:
         if which == "last":
             self._keep_previous()
         save_tensors(self.checkpoint(which), {"format": FORMAT, "meta": meta, **state})
-        self._wrote_last |= which == "last"
+        self.last_is_whole |= which == "last"
 
     def save_unfinished(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write unfinished.pt, of a run that is within an epoch."""
@@ -128,8 +133,8 @@ class Run:
 
     def _keep_previous(self) -> None:
         """Keep last.pt as previous.pt, for the day that last.pt is damaged."""
-        # Only what was written by this very process: a last.pt found damaged must not replace the good one before it.
-        if not self._wrote_last:
+        # A last.pt found damaged must not replace the good one before it.
+        if not self.last_is_whole:
             return
         link = self.path / f".previous.pt.{os.getpid()}.partial"
         try:
@@ -151,7 +156,9 @@ class Run:
         """
         file, previous = self.checkpoint(which), self.checkpoint("previous")
         try:
-            return load_checkpoint(file, map_location)
+            state = load_checkpoint(file, map_location)
+            self.last_is_whole |= which == "last"
+            return state
         except UserError as error:
             if which != "last" or not previous.is_file():
                 raise
@@ -287,6 +294,10 @@ class Run:
         """Return `read_evaluation` of all weights that were evaluated, by their name."""
         found = {which: self.read_evaluation(which) for which in WEIGHTS}
         return {which: evaluation for which, evaluation in found.items() if evaluation is not None}
+
+
+def _is_content(path: Path) -> bool:
+    return path.name not in LOCK_FILES and not (path.name.startswith(".") and path.suffix == ".partial")
 
 
 def _line(row: dict[str, Any], crc: int | None = None) -> str:

@@ -172,11 +172,14 @@ def total_at(epoch: int, epochs: int, extended: Sequence[int] | None = None) -> 
     return next((total for total in extended or () if epoch <= total), epochs)
 
 
-def extended_in_words(extended: Sequence[int], *, epochs: int, recipe: Recipe, lr: float) -> str:
+def extended_in_words(
+    extended: Sequence[int], *, epochs: int, steps: int, recipe: Recipe, lr: float, warmup: int | None = None
+) -> str:
     """Say which epochs of an extended run followed which schedule, and the learning rates on either side."""
     parts, first = [], 1
     for total in (*extended, epochs):
-        rates = [lr * recipe.factor(epoch, 0, 1, total) for epoch in (first, total)]
+        ends = ((first, 0), (total, steps - 1))
+        rates = [lr * recipe.factor(epoch, step, steps, total, warmup) for epoch, step in ends]
         by = f"{first} to {total} by the schedule of {counted(total, 'epoch')}"
         parts.append(f"{by} (lr {rates[0]:.4g} to {rates[1]:.4g})")
         first = total + 1

@@ -145,7 +145,8 @@ class Trainer:
         self.swa_plan = swa_plan(config, self.steps_per_epoch)
         if not resume:
             Run.check_new(out)  # before time is spent on the choice of a precision
-        saved = newest(Run(out), self.device) if resume else None  # None: the run starts over
+        found = Run(out)
+        saved = newest(found, self.device) if resume else None  # None: the run starts over
         say = partial(print, flush=True) if progress else lambda text: None
         self.precision, note = choose_precision(config, dataset, self.device, begun=saved and saved["meta"], say=say)
         self.config = config = dataclasses.replace(config, precision=config.precision or self.precision)
@@ -172,10 +173,11 @@ class Trainer:
         )
         self.meta = meta_of(config, dataset, branches_of(self.step.model), precision=(self.precision, note))
         self.folder = Run.resume(out) if resume else Run.create(out)
+        self.folder.last_is_whole = found.last_is_whole
         self.watch = Watch(self.step, self.average, self.ema)
         self.kept = Checkpoints(self.folder, config, self.step, self.average, self.ema, self.meta)
         self.signals, self.pace = signals or Signals(), Pace(config.checkpoint_every)
-        self.start = Place(1) if saved is None else self.kept.load(saved)
+        self.start = Place(1) if saved is None else self.kept.load(saved, self.steps_per_epoch)
         self.resumed, self.within = resume, saved and saved.get("within")
         if resume:
             self.folder.truncate_metrics(self.kept.epoch)
@@ -203,7 +205,7 @@ class Trainer:
                 if self.progress:
                     tqdm.write(_line(row, self.epochs), file=sys.stdout)
                     sys.stdout.flush()
-                if self.signals.received is not None:
+                if self.signals.received is not None and not (epoch == self.epochs and self.average is None):
                     self._stop(Place(epoch + 1))
         if self.average is not None and folder.averaged_at() != self.epochs:
             try:

@@ -13,6 +13,7 @@ import torch
 # benchmarks/ is run from a checkout, never installed. Last, because the checkout's fastarat/ lies beside its kernels: what
 # is laid out as an installation has them wins where it is on the path, as in benchmarks/gpu_check.sh.
 sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

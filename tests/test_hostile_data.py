@@ -1,6 +1,7 @@
 """Data that is hostile, damaged, or opened by two processes at once."""
 
 import errno
+import gzip
 import io
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -273,6 +275,74 @@ def test_a_bomb_writes_no_more_than_is_allowed(suffix, tmp_path, monkeypatch):
     # Not an image, it is not written; to go past it would take as long.
     if suffix != ".zip":
         outcome(tar_of(archive, {"big.bin": big}, mode=f"w:{suffix[5:]}"), "too large")
+
+
+def test_what_a_disk_holds_in_blocks_is_counted_in_blocks(tmp_path, monkeypatch):
+    """Folders and files of a byte take a block each, and ten thousand of them are a small archive."""
+    monkeypatch.setattr(archives, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(archives, "MAX_RATIO", 1)
+    image = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(image, "PNG")
+    many = [(f"a/{i}.png", image.getvalue()) for i in range(400)]
+    deep = [("/".join([f"{i}", *30 * "d"]) + "/x.png", image.getvalue()) for i in range(20)]
+    for name, members in (("many", many), ("deep", deep)):
+        path = tmp_path / f"{name}.tar"
+        with tarfile.open(path, "w") as tar:
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        with pytest.raises(UserError, match=r"more than the .* allowed"):
+            load_dataset(str(path), data_dir=tmp_path / name)
+        assert not list((tmp_path / name / "unpacked").iterdir())
+    folders = tmp_path / "folders.tar"
+    with tarfile.open(folders, "w") as tar:
+        for i in range(2000):
+            info = tarfile.TarInfo(f"{i}/" + "b/" * 25)
+            info.type = tarfile.DIRTYPE
+            tar.addfile(info)
+    with pytest.raises(UserError, match="it holds no images"):
+        load_dataset(str(folders), data_dir=tmp_path / "folders")
+
+
+def test_what_is_passed_over_is_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_BYTES", 1 << 20)
+    with tarfile.open(tmp_path / "x.tar.bz2", "w:bz2") as tar:
+        for i in range(20):
+            info = tarfile.TarInfo(f"{i}.txt")
+            info.size = 1 << 17
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    with pytest.raises(UserError, match=r"8\.txt in it is too large, or there is too much that is no image"):
+        load_dataset(str(tmp_path / "x.tar.bz2"), data_dir=tmp_path / "data")
+
+
+def test_global_headers_do_not_pile_up(tmp_path):
+    """Each of them may hold a megabyte, and their sum is what a tar reader keeps."""
+    content = bytearray()
+    for i in range(60):
+        info = tarfile.TarInfo(f"a/{i}.txt")
+        content += tarfile.TarInfo.create_pax_global_header({f"key{i}": "v" * 900_000}) + info.tobuf()
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(bytes(content) + bytes(1024)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="it holds no images"):
+            load_dataset(str(path), data_dir=tmp_path / "data")
+        assert tracemalloc.get_traced_memory()[1] < 30e6, "of 54 MB where they pile up"
+    finally:
+        tracemalloc.stop()
+
+
+def test_want_of_memory_is_not_called_damage(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a"))
+
+    def greedy(path, target):
+        raise MemoryError
+
+    monkeypatch.setattr(archives, "_untar", greedy)
+    with pytest.raises(UserError, match="not enough memory"):
+        load_dataset(str(tmp_path / "x.tar"), data_dir=tmp_path / "data")
 
 
 def test_too_many_members_are_refused(tmp_path, monkeypatch):

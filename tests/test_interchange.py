@@ -362,6 +362,53 @@ def test_numpy_numbers_of_older_numpy_are_read_and_torchscript_is_not(tmp_path):
         import_checkpoint(tmp_path / "script.pt", tmp_path / "run")
 
 
+class Forged:
+    """Pickles as NumPy's number does, of a dtype whose state names a byte order that there is none of."""
+
+    def __init__(self, code, order, content):
+        self.code, self.order, self.content = code, order, content
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (ForgedDtype(self.code, self.order), self.content)
+
+
+class ForgedDtype(Forged):
+    def __init__(self, code, order):
+        self.code, self.order = code, order
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), (3, self.order, None, None, None, -1, -1, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "order", "content"),
+    [
+        ("f8", "\x06\x00\x00", bytes(8)),  # NumPy's own unpickling ends the process here
+        ("f8", "<", bytes(7)), ("O", "|", bytes(8)), ("O8", "|", bytes(8)), ("V8", "|", bytes(8)), ("f8", 7, bytes(8)),
+        ("f8", "<", "text"), (7, "<", bytes(8)), ("f8,f8", "<", bytes(16)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_forged_numpy_number_is_one_line(code, order, content, zipped, tmp_path):
+    state = {"state_dict": Wide().state_dict(), "acc": Forged(code, order, content)}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="cannot be read"):
+        import_checkpoint(tmp_path / "x.pt", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.1), np.float16(0.5), np.int32(-7), np.bool_(True), np.float64("nan")])
+def test_a_numpy_number_is_read(number, tmp_path):
+    from fastarat.interchange.numbers import numpy_numbers
+
+    torch.save({"acc": number}, tmp_path / "x.pt")
+    with torch.serialization.safe_globals(numpy_numbers()):
+        found = torch.load(tmp_path / "x.pt", weights_only=True)["acc"]
+    assert found == number or (np.isnan(number) and np.isnan(found))
+    assert isinstance(found, (bool, int, float))
+
+
 def changed(**entries):
     """A state dict of Wide with entries replaced, or removed (None); __ in a name stands for a dot."""
     state = Wide().state_dict()

@@ -20,7 +20,7 @@ import fastarat
 from fastarat import training
 from fastarat.cli import main
 from fastarat.compare import compare
-from fastarat.config import Config, SwaConfig, from_dict
+from fastarat.config import Config, OptimConfig, SwaConfig, from_dict
 from fastarat.data import default_augment, load_dataset, make_loader, prepare
 from fastarat.engine.step import TrainStep
 from fastarat.files import load_checkpoint
@@ -138,12 +138,85 @@ def test_a_second_signal_ends_at_once_and_leaves_the_checkpoint_before(unbroken,
         raise AssertionError("the second signal was not heard")
 
     monkeypatch.setattr(Run, "save_unfinished", again)
+    monkeypatch.setattr("fastarat.interrupts.APART_S", 0.0)
     with ended(8, match="at once by a second SIGINT"):
         trained(tmp_path / "run", **FULL)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
     train(resume=tmp_path / "run", progress=False)
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_one_signal_that_comes_twice_is_one(unbroken, tmp_path, monkeypatch):
+    """A terminal that is closed sends SIGHUP twice, and a group's end reaches a process from several sides."""
+
+    def twice():
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+
+    after(monkeypatch, 8, twice)
+    with pytest.raises(Interrupted, match="ended by SIGHUP after step 3 of 5 in epoch 2"):
+        trained(tmp_path / "run", **FULL)
+    monkeypatch.undo()
+    train(resume=tmp_path / "run", progress=False)
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_signal_while_the_last_epoch_is_saved_finds_nothing_left_to_do(tmp_path, monkeypatch):
+    save = Run.save
+
+    def signalled(self, which, state, meta):
+        save(self, which, state, meta)
+        if which == "last" and state["epoch"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save", signalled)
+    with pytest.raises(Interrupted, match="ended by SIGTERM when all was done"):
+        trained(tmp_path / "run")
+    assert finished(Run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "a"}, {"steps": -3}, {"steps": 10**9}, {"wall_s": "a"}, {"wall_s": float("nan")}, {"images": None},
+        {"meter": 3}, {"rng": torch.zeros(3)}, {"generator": None}, {"device": 5, "meter": {}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_forged_place_within_an_epoch_is_one_line(change, tmp_path, capsys):
+    with ended(7):
+        trained(tmp_path / "run")
+    file = tmp_path / "run" / "unfinished.pt"
+    state = load_checkpoint(file)
+    state["within"] |= change
+    torch.save(state, file)
+    code = main(["train", "--resume", str(tmp_path / "run"), "--quiet"])
+    said = capsys.readouterr().err
+    if "device" in change:  # another kind of device: a stream of its own
+        assert code == 0
+        return
+    assert code == 2
+    assert "is not of this run, or damaged" in said
+    assert said.count("\n") == 1
+
+
+def test_the_checkpoint_before_is_kept_across_processes(tmp_path):
+    """Runs that end within every epoch, as on machines that are taken away, keep the last two all the same."""
+    with ended(6):
+        trained(tmp_path / "run", epochs=4)
+    for _ in range(2):
+        with ended(6):
+            train(resume=tmp_path / "run", progress=False)
+    last, previous = (load_checkpoint(tmp_path / "run" / f"{name}.pt")["epoch"] for name in ("last", "previous"))
+    assert (last, previous) == (3, 2)
+
+
+def test_a_kill_while_the_config_was_written_leaves_a_folder_that_may_be_used(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.99.partial").write_text("half")
+    trained(tmp_path / "run", epochs=1)
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_caller_s_own_handler_is_called_after_the_checkpoint(tmp_path, monkeypatch):
@@ -340,7 +413,16 @@ def lrs(run) -> list[float]:
     return [row["lr"] for row in metrics(run)]
 
 
-@pytest.mark.parametrize("options", [FULL, {"defense": fastarat.TRADES()}], ids=["full", "trades"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        FULL,
+        {"defense": fastarat.TRADES()},
+        {"optim": OptimConfig(warmup=0)},
+        {"optim": OptimConfig(recipe="rice", warmup=2)},
+    ],
+    ids=["full", "trades", "no warm-up", "per step"],
+)
 def test_an_extended_run_is_what_its_config_says(options, tmp_path, capsys):
     run = trained(tmp_path / "run", **options)
     train(resume=run, overrides={"epochs": 5})
@@ -355,6 +437,11 @@ def test_an_extended_run_is_what_its_config_says(options, tmp_path, capsys):
     assert len(metrics(run)) == 5
     assert_same_run(run, trained(tmp_path / "at-once", **{**options, "epochs": 5, "extended": (3,)}))
     assert lrs(run)[:3] == lrs(trained(tmp_path / "short", **options))
+    first, last = re.findall(r"\(lr (\S+) to (\S+)\)", said)[0]
+    assert float(last) == pytest.approx(lrs(run)[2], rel=1e-3)
+    # What is logged is an epoch's last rate, and in a warm-up its first of five steps has a fifth of that.
+    warms = "optim" in options and options["optim"].warmup
+    assert float(first) == pytest.approx(lrs(run)[0] / (5 if warms else 1), rel=1e-3)
     assert lrs(run)[3:] == lrs(trained(tmp_path / "long", **{**options, "epochs": 5}))[3:]
 
 

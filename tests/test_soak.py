@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import soak
+import soak_watched
 import torch
 
 from fastarat.data import load_dataset, make_loader, prepare
-from tools import soak
 
 
 def held() -> tuple[int, float]:
@@ -57,9 +58,9 @@ def test_a_minute_of_make_soak(tmp_path):
 
 def test_the_soak_sees_what_it_looks_for(tmp_path):
     wave = [0.5 * math.sin(epoch) for epoch in range(400)]
-    slope, error = soak.slope_of([(epoch, 600 + 0.08 * epoch + wave[epoch]) for epoch in range(400)])
+    slope, error = soak_watched.slope_of([(epoch, 600 + 0.08 * epoch + wave[epoch]) for epoch in range(400)])
     assert abs(slope - 8) < 2 * error < 0.5
-    slope, error = soak.slope_of([(epoch, 600 + wave[epoch]) for epoch in range(400)])
+    slope, error = soak_watched.slope_of([(epoch, 600 + wave[epoch]) for epoch in range(400)])
     assert abs(slope) < 2 * error < 0.5
 
     weights = {"w": torch.zeros(3), "n": torch.tensor(1)}

@@ -103,7 +103,14 @@ def changed_zip(data: bytes, rng: random.Random) -> bytes:
         # The pickle says how everything else is read.
         at = next((i for i, (n, _) in enumerate(members) if n.endswith("data.pkl") and rng.random() < 0.7), at)
         members[at] = members[at][0], changed_bytes(members[at][1], rng)
-    return zipped(members)
+    archive = zipped(members)
+    if kind == 3 and members:  # a size in the directory, or beside the content, that is another's
+        content = bytearray(archive)
+        start = content.rfind(b"PK\1\2") if rng.random() < 0.5 else content.find(b"PK\3\4")
+        place = start + rng.choice((20, 24) if content[start + 2] == 1 else (18, 22))
+        content[place : place + 4] = rng.choice((0, 1, 2**16, 2**31, 2**32 - 1)).to_bytes(4, "little")
+        return bytes(content)
+    return archive
 
 
 def zipped(members: list[tuple[str, bytes]]) -> bytes:
@@ -133,7 +140,9 @@ def changed_tar(data: bytes, rng: random.Random) -> bytes:
     except Exception:
         return changed_bytes(data, rng)
     member, content = members[at]
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
+    if kind == 6:
+        return _lying(members, at, rng)
     if kind == 0:
         member.name = rng.choice(_NAMES)
     elif kind == 1:
@@ -153,6 +162,18 @@ def changed_tar(data: bytes, rng: random.Random) -> bytes:
         return tarred(members)
     except (ValueError, UnicodeError):  # a name that this writer cannot write
         return changed_bytes(data, rng)
+
+
+def _lying(members: list[tuple[tarfile.TarInfo, bytes]], at: int, rng: random.Random) -> bytes:
+    """Return the archive with a size in one header that its content does not have; `addfile` would refuse to."""
+    out = b""
+    for i, (member, content) in enumerate(members):
+        member.size = len(content)
+        if i == at:
+            member.size = rng.choice((0, 1, len(content) + 1, len(content) + 512, 2**31, 2**35, 2**62))
+        out += member.tobuf(rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)))
+        out += content + bytes(-len(content) % tarfile.BLOCKSIZE)
+    return out + bytes(2 * tarfile.BLOCKSIZE)
 
 
 def tarred(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:

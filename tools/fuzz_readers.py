@@ -232,6 +232,9 @@ class ArchiveReader(Reader):
             raise AssertionError(f"written outside its folder: {there}")
         if extra := set(os.listdir(box)) - {"data"} - {p.name for p in box.glob("x.*")}:
             raise AssertionError(f"written outside its folder: {extra}")
+        blocks = sum(path.lstat().st_blocks for path in (box / "data").rglob("*"))
+        if blocks > 100_000:  # of 512 bytes; the inputs themselves are a megabyte at most
+            raise AssertionError(f"wrote {blocks} blocks")
         for path in (box / "data").rglob("*"):
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise AssertionError(f"left a link or a device: {path}")

@@ -66,8 +66,8 @@ def main(block: str, *rest: str) -> None:
     elif block == "digits":
         put(README, "digits", digits())
     elif block == "reliability":
-        sys.path.insert(0, str(ROOT))
-        from tools import fuzz, soak
+        import fuzz
+        import soak
 
         put(DOCS / "reliability.md", "soak", soak.in_words(json.loads((DOCS / "results" / "soak.json").read_text())))
         results = json.loads((DOCS / "results" / "fuzz.json").read_text())

@@ -34,6 +34,7 @@ _MAX_HEADER = 1 << 20  # bytes of one tar member before its content, long names 
 _MAX_DIRECTORY = 256 << 20  # of a zip archive; read as a whole
 _MAX_DEPTH, _MAX_PATH, _MAX_PART = 32, 1024, 255
 _CHUNK = 1 << 20
+_BLOCK = 4096  # bytes that a file or folder takes at least, however little is in it
 _SPARE = 64 << 20  # free bytes that are left on the disk
 
 
@@ -100,6 +101,8 @@ def _unpack(path: Path, folder: Path) -> None:
     private = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(private, ignore_errors=True)
+        if os.path.lexists(private):
+            raise UserError(f"{private} is in the way and cannot be removed: delete it")
         with _told(private, path):
             private.mkdir(mode=0o700)
         room = min(max(MAX_BYTES, MAX_RATIO * path.stat().st_size), shutil.disk_usage(private).free - _SPARE)
@@ -112,6 +115,8 @@ def _unpack(path: Path, folder: Path) -> None:
         raise
     except _Refused as error:
         raise UserError(f"cannot unpack {path}: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"cannot unpack {path}: not enough memory") from error
     except Exception as error:  # tarfile and zipfile raise many kinds for what is damaged, KeyError among them
         why = shown(f"{type(error).__name__}: {error}")[:200]
         raise UserError(f"cannot unpack {path} ({why}): it is damaged or cut short; get it again") from error
@@ -134,7 +139,7 @@ def _told(place: Path, archive: Path, needed: int = 0) -> Iterator[None]:
 
 @dataclass
 class _Target:
-    """The folder that an archive's images go to. room: bytes that may be written."""
+    """The folder that an archive's images go to. room: bytes that may be written, and that may be passed over."""
 
     folder: Path
     archive: Path
@@ -142,6 +147,7 @@ class _Target:
     members: int = 0
     files: int = 0
     written: int = 0
+    passed: int = 0
     made: set[tuple[str, ...]] = field(default_factory=set)
 
     def count(self, size: int, name: str) -> None:
@@ -153,6 +159,12 @@ class _Target:
             raise _Refused(f"{shown(name)} has a size below zero: it is damaged")
         self.bound(size)
 
+    def pass_over(self, size: int, name: str) -> None:
+        """Count a member that is not written: what is compressed has to be decompressed all the same."""
+        self.passed += max(size, 0)
+        if self.passed > self.room:
+            raise _Refused(f"{shown(name)} in it is too large, or there is too much that is no image")
+
     def bound(self, more: int) -> None:
         if self.written + more > self.room:
             raise _Refused(
@@ -160,11 +172,16 @@ class _Target:
                 f"GiB or {MAX_RATIO} times its size, and no more than is free): make room, or give a folder of images"
             )
 
+    def take(self, size: int) -> None:
+        self.bound(size)
+        self.written += size
+
     def add_folder(self, parts: tuple[str, ...]) -> None:
         for depth in range(len(parts) + 1):
             if parts[:depth] not in self.made:
                 place = self.folder.joinpath(*parts[:depth])
                 try:
+                    self.take(_BLOCK)
                     with _told(place, self.archive, self.written):
                         place.mkdir()
                 except UserError as error:
@@ -176,6 +193,7 @@ class _Target:
     def add_file(self, parts: tuple[str, ...], size: int, content: Any) -> None:
         """Write `size` bytes of a reader. What is written is counted: declared sizes may lie."""
         self.add_folder(parts[:-1])
+        self.take(_BLOCK)
         place = self.folder.joinpath(*parts)
         try:
             descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -188,8 +206,7 @@ class _Target:
         with open(descriptor, "wb", buffering=0) as file:
             while chunk := content.read(_CHUNK):
                 got += len(chunk)
-                self.bound(len(chunk))
-                self.written += len(chunk)
+                self.take(len(chunk))
                 with _told(place, self.archive, self.written + size):
                     while chunk := chunk[file.write(chunk) :]:
                         pass
@@ -271,20 +288,19 @@ def _untar(path: Path, target: _Target) -> None:
         with tarfile.open(fileobj=opened, mode="r:", encoding="utf-8") as tar:
             held: Any = tar
             for member in tar:
-                held.members = []  # or millions would be
+                held.members, held.pax_headers = [], {}  # or millions would be
                 # Before anything else: an archive of links is refused even where they have no image's name.
                 if member.issparse() or not (member.isreg() or member.isdir()):
                     raise _Refused(f"{shown(member.name)} in it is neither a plain file nor a folder")
                 parts = _parts(member.name)
                 image = member.isreg() and _wanted(parts) and member.name.lower().endswith(IMAGE_SUFFIXES)
                 target.count(member.size if image else min(member.size, 0), member.name)
-                if not image and member.size > target.room:  # to be skipped it would be decompressed
-                    raise _Refused(f"{shown(member.name)} in it is too large")
+                # Folders are made as their images come: an empty one is no class.
                 if image:
                     bounded.allow(member.size)
                     target.add_file(parts, member.size, tar.extractfile(member))
-                elif member.isdir() and _wanted(parts):
-                    target.add_folder(parts)
+                else:
+                    target.pass_over(member.size, member.name)
                 bounded.allow(0)
             # Tarfile takes a damaged header, and an archive cut at one, for the end.
             if bounded.header != bytes(tarfile.BLOCKSIZE):
@@ -312,15 +328,10 @@ def _unzip(path: Path, target: _Target) -> None:
                 folder = name.endswith("/")
                 image = not folder and _wanted(parts) and name.lower().endswith(IMAGE_SUFFIXES)
                 target.count(member.file_size if image else 0, name)
-                if _wanted(parts) and (image or folder):
-                    members.append((member, parts, image))
-            total = sum(member.file_size for member, _, image in members if image)
-            target.bound(total)
-            for member, parts, image in members:
-                bounded.allow(0)
-                if not image:
-                    target.add_folder(parts)
-                    continue
+                if image:
+                    members.append((member, parts))
+            target.bound(sum(member.file_size for member, _ in members))
+            for member, parts in members:
                 bounded.allow(member.compress_size)
                 with archive.open(member) as content:  # reading to the end compares the checksum
                     target.add_file(parts, member.file_size, content)

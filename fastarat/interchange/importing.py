@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from fastarat.errors import UserError, nearest
 from fastarat.files import check_kind, load_tensors, write_text
+from fastarat.interchange.numbers import numpy_numbers
 from fastarat.nets.batchnorm import split_batchnorm
 from fastarat.nets.models import build_model
 from fastarat.runs import Run
@@ -144,18 +143,11 @@ def _read(path: Path) -> Any:
             check_kind(path)
             return load_file(path)
         # Inside the block only: an allowance that stayed would weaken every later torch.load of the process.
-        with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(numpy_numbers()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load_tensors(path)
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read: it is corrupt or no safetensors file ({str(error)[:200]})") from error
-
-
-def _numpy_numbers() -> list:
-    """Names that plain NumPy numbers (an accuracy beside the weights) need; none of them runs code of the file."""
-    multiarray = importlib.import_module("numpy._core.multiarray")
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
-    return [multiarray.scalar, (multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
 
 
 def _unwrap(content: Any, path: Path, prefer: str, notes: list[str]) -> dict[str, Tensor]:
