@@ -19,7 +19,7 @@ from fastarat.config import Config, defense_key, from_dict, read_yaml, to_dict
 from fastarat.data import Dataset, load_dataset
 from fastarat.defenses import Defense
 from fastarat.errors import UserError
-from fastarat.evaluation import wilson
+from fastarat.evaluation import check_record
 from fastarat.files import (
     FORMAT,
     append_text,
@@ -269,11 +269,8 @@ class Run:
             return None
         try:
             found = parse_json(file.read_bytes())
-            settings, accuracy, count = found["settings"], found["accuracy"], int(found["num_images"])
-            for key in {*accuracy, *settings.get("attacks", {}).values()}:
-                wilson(float(accuracy[key]), count)
-            # What the report and the export will read, tried here, where the file's name is at hand for the error.
-            _ = str(settings["norm"]), float(settings["epsilon"])
+            # Here, and not where a report reads it, because the file's name is at hand for the error.
+            check_record(found)
             if found.get("sha256", seal(found)) != seal(found):
                 raise ValueError("its checksum does not hold: it was edited, or is damaged")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

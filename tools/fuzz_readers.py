@@ -325,11 +325,8 @@ class BetonReader(Reader):
         text = json.dumps(told)
         text = text.replace('"auto"', f'"{hashlib.sha256(content).hexdigest()}"')
         self.clean("x")
-        (
-            self.put("x/train.beton", bytes(content)),
-            self.put("x/test.beton", test),
-            self.put("x/dataset.json", text.encode()),
-        )
+        for name, data in (("train.beton", content), ("test.beton", test), ("dataset.json", text.encode())):
+            self.put(f"x/{name}", bytes(data))
         dataset = load_dataset(self.folder / "x", data_dir=self.folder / "data")
         loader = make_loader(dataset.train, batch_size=4, device="cpu", kind="ffcv")
         for batch in loader.epoch(0):

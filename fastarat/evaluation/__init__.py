@@ -7,6 +7,7 @@ from fastarat.evaluation.checks import NonFinite
 from fastarat.evaluation.evaluate import (
     Evaluation,
     adversarial_examples,
+    check_record,
     check_writable,
     data_hash,
     evaluate,
@@ -20,6 +21,7 @@ __all__ = [
     "NonFinite",
     "adversarial_examples",
     "attack_title",
+    "check_record",
     "check_writable",
     "collect",
     "data_hash",

@@ -298,6 +298,32 @@ def data_hash(data: Any, limit: int | None = None) -> str:
     return tensors_hash({"images": images, "labels": labels})
 
 
+def check_record(record: Any) -> None:
+    """Raise ValueError, TypeError or LookupError for what is not of the form that `Evaluation.to_json` gives.
+
+    A seal proves nothing of who set it. What earlier versions did not write may be missing.
+    """
+    settings, accuracy, count = record["settings"], record["accuracy"], record["num_images"]
+    attacks = settings.get("attacks", {})
+    for key in {*accuracy, *attacks.values()}:
+        if type(accuracy[key]) not in (int, float) or type(count) is not int:
+            raise TypeError(f"the accuracy {key} is no number")
+        wilson(accuracy[key], count)
+    if not (isinstance(settings["norm"], str) and type(settings["epsilon"]) in (int, float)):
+        raise TypeError("its budget is none")
+    if not all(isinstance(name, str) for name in (*attacks, *accuracy)):
+        raise TypeError("an attack's name is no text")
+    for key in ("autoattack", "max_perturbation", "wall_s"):
+        if not all(type(value) in (int, float) for value in dict(record.get(key, {})).values()):
+            raise TypeError(f"{key} holds what is no number")
+    found = record.get("warnings", [])
+    if not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
+        raise TypeError("its warnings are no texts")
+    classes = settings.get("num_classes", 2)
+    if type(classes) is not int or classes < 1:
+        raise TypeError("num_classes is no number of classes")
+
+
 def saved_evaluation(file: Path, asked: dict[str, Any], *, weights: str, data: str) -> dict[str, Any] | None:
     """Return the evaluation in a file if it is whole, of these weights and images, and of the settings `asked`.
 
@@ -306,9 +332,12 @@ def saved_evaluation(file: Path, asked: dict[str, Any], *, weights: str, data: s
     try:
         saved = parse_json(file.read_bytes())
         why = "" if saved["sha256"] == seal(saved) else "was edited, or is damaged"
+        check_record(saved)
         found = {**saved["settings"], "attacks": list(saved["settings"]["attacks"])}
-        for value in saved["accuracy"].values():
-            wilson(float(value), int(saved["num_images"]))
+        # What the table reads besides.
+        if {*saved["accuracy"]} != {*saved["settings"]["attacks"].values()}:
+            raise LookupError
+        _ = saved["warnings"], saved["wall_s"], found["num_classes"]
     except KeyError as error:
         why, saved, found = f"is damaged, or of an earlier version (it has no {error})", {}, {}
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
