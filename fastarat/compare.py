@@ -386,6 +386,9 @@ class _Runner:
         found = self.children.map(
             lambda p: self._saved(p, attack, limit, data) or self._evaluate(p, attack, limit), plans
         )
+        for run, which in [(plan.run, plan.which) for plan in plans]:
+            if not is_current(run, which):  # for `fastarat report`, and after a kill between the two, too
+                write_text(run.evaluation(which), run.compared(which).read_text(encoding="utf-8"))
         return {plan.name: evaluation for plan, evaluation in zip(plans, found, strict=True)}
 
     def _saved(self, plan: Plan, attack: str, limit: int | None, data: str) -> dict[str, Any] | None:
@@ -412,10 +415,7 @@ class _Runner:
             result.save(file)
             if self.progress:
                 print(result.table(), flush=True)
-        text = file.read_text(encoding="utf-8")
-        if not is_current(run, which):
-            write_text(run.evaluation(which), text)  # for `fastarat report`
-        return json.loads(text)
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def _evaluate_here(self, plan: Plan, attack: str, limit: int | None) -> Evaluation:
         model, meta, _ = load_network(plan.run.path, plan.which)

@@ -94,8 +94,12 @@ def test_compare_evaluates_other_test_images_anew(tmp_path, capsys):
     base = {"dataset": str(folder), "epochs": 1, "batch_size": 10, "attack": {"num_steps": 1}, "augment": False}
     options = {"base": {**base, "data_dir": str(tmp_path), "eval": {"val_images": 4}}, "attack": "clean"}
     compare(["at"], [0], out=tmp_path / "out", progress=False, **options)
+    shown = Run(tmp_path / "out" / "at-seed0").evaluation()
+    text = shown.read_text()
+    shown.unlink()  # as a kill leaves it that comes between the evaluation and its copy for reports
     compare(["at"], [0], out=tmp_path / "out", progress=False, **options)
     assert "evaluated anew" not in capsys.readouterr().err
+    assert shown.read_text() == text
     cats = sorted((folder / "test" / "cat").iterdir())
     cats[0].write_bytes(next((folder / "train" / "dog").iterdir()).read_bytes())
     compare(["at"], [0], out=tmp_path / "out", progress=False, **options)
