@@ -160,7 +160,7 @@ def changed_tar(data: bytes, rng: random.Random) -> bytes:
         del members[at]
     try:
         return tarred(members)
-    except (ValueError, UnicodeError):  # a name that this writer cannot write
+    except (ValueError, UnicodeError, OSError):  # a name or size that this writer cannot write
         return changed_bytes(data, rng)
 
 
