@@ -9,6 +9,7 @@ import torch
 
 from fastarat.config import Config
 from fastarat.data import Dataset, Loader
+from fastarat.diagnostics import Diagnostics
 from fastarat.engine.step import TrainStep
 from fastarat.evaluation import attack_title, in_pixels
 from fastarat.kernels import why_not_triton
@@ -41,11 +42,12 @@ def card(
     steps_per_epoch: int,
     precision_note: str,
     swa_plan: tuple[int, int],
+    diagnostics: Diagnostics | None = None,
 ) -> str:
     """Return the card of a run, one aligned line per fact.
 
     config: resolved. step: built of it. precision_note: what it computes in, and why. swa_plan: first epoch and steps
-    between snapshots.
+    between snapshots. diagnostics: what it measures of itself.
     """
     on, off = fast_paths(step)
     paths = {"fast paths on": ", ".join(on), "fast paths off": "; ".join(off)}
@@ -56,6 +58,7 @@ def card(
         "precision": precision_note + ("; the attack's first step float32" if step.starts_exactly else ""),
         "device": _device_name(step.device) + f", torch {torch.__version__}",
         **_averages(config, swa_plan),
+        **({} if diagnostics is None else {"diagnostics": diagnostics.describe()}),
         **card_rows(
             config,
             min(dataset.shape[1:]),

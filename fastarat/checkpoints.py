@@ -14,6 +14,7 @@ from fastarat.averages import MovingAverage, WeightAverage
 from fastarat.card import best_by
 from fastarat.config import Config, to_dict
 from fastarat.data import derive_seed
+from fastarat.diagnostics import Diagnostics
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.files import load_into
@@ -48,8 +49,9 @@ class Checkpoints:
         average: WeightAverage | None,
         ema: MovingAverage | None,
         meta: dict[str, Any],
+        diagnostics: Diagnostics | None = None,
     ) -> None:
-        self.folder, self.config, self.meta = folder, config, meta
+        self.folder, self.config, self.meta, self.diagnostics = folder, config, meta, diagnostics
         self.step, self.average, self.ema = step, average, ema
         self.epoch, self.other_rule = 0, ""
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
@@ -82,6 +84,7 @@ class Checkpoints:
             "generator": generator.get_state(),
             "rng": torch.get_rng_state(),
             "device": device.type,
+            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
             "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
         self.folder.save_unfinished({**self._state(place.epoch - 1), "within": within}, self.meta)
@@ -131,6 +134,8 @@ class Checkpoints:
         with self._of_this_run():
             self.step.meter.load_state_dict(within["meter"])
             torch.set_rng_state(within["rng"].cpu())
+            if self.diagnostics is not None and within.get("diagnostics"):
+                self.diagnostics.load_state_dict(within["diagnostics"])
             if within["device"] != device.type:  # another kind of generator: a stream of its own
                 seed = derive_seed(self.config.seed, "attack", self.epoch + 1, within["steps"])
                 self.step.generator.manual_seed(seed)

@@ -28,6 +28,7 @@ _INTERRUPTED = {
     "train": "nothing was begun, and the same command starts again",
     "eval": "AutoAttack's finished batches are kept, and the same command goes on after them; nothing else was written",
     "compare": "finished and begun runs are kept: the same command goes on from there",
+    "ablate": "finished and begun runs are kept: the same command goes on from there",
     "report": "the report was not finished; the same command writes it anew",
     "import": "the same command starts again, once the folder it may have begun (--out) is deleted",
     "bench": "defenses that were finished are in the file named with --out; the same command starts again",
@@ -74,6 +75,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": (_train, "train a network (default: AR-AT on digits)"),
         "eval": (_eval, "clean, PGD and AutoAttack accuracy of a run or checkpoint"),
         "compare": (_compare, "train and evaluate several defenses and seeds, and write one table"),
+        "ablate": (_ablate, "AR-AT's stop-gradient and split BatchNorm on and off, with gradient similarity"),
         "report": (_report, "curves, example images and tables of runs, as HTML with PNGs"),
         "import": (_import, "turn a released checkpoint (AR-AT, TRADES, MART, ...) into a run folder"),
         "export": (_export, "write one BatchNorm branch of a run as an ordinary network, checked against the run"),
@@ -93,7 +95,7 @@ def _dispatch(argv: list[str]) -> int:
 
         one_process()
     parser = Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + ".")
-    if name in ("train", "compare"):  # they end where nothing is lost, and say so themselves
+    if name in ("train", "compare", "ablate"):  # they end where nothing is lost, and say so themselves
         return run(parser, rest)
     from fastarat.children import terminable
 
@@ -263,6 +265,36 @@ def _compare(parser: Parser, argv: list[str]) -> int:
         [d.strip() for d in args.defenses.split(",")], seeds, base=base, out=out or "runs/compare",
         attack=args.test_attack, limit=args.limit, parallel=args.parallel, tune=parse_tune(args.tune),
         tune_seeds=tune_seeds,
+    )  # fmt: skip
+    print("\n" + table.markdown())
+    print(f"saved: {table.out}/table.md, .tex, .csv, .json")
+    return 0
+
+
+def _ablate(parser: Parser, argv: list[str]) -> int:
+    from fastarat import config as c
+    from fastarat.ablation import FACTORS, ablate
+    from fastarat.defenses import ARAT
+    from fastarat.values import coerce
+
+    parser.add_argument("--factors", default="stop-gradient,split-bn", help=f"comma-separated, of {', '.join(FACTORS)} "
+                        "(default: %(default)s, the paper's)")  # fmt: skip
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--test-attack", default="clean,pgd-20,autoattack", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, help="evaluate on this many test images")
+    parser.add_argument("--parallel", type=int, default=1, help="trainings and evaluations at once (default: 1)")
+    parser.add_argument("--config", metavar="FILE", help="YAML common to all runs; flags win over it")
+    args, flags = parser.parse_fields(argv, c.Config, ARAT)
+    if "seed" in flags:
+        raise UserError("ablate takes --seeds, a comma-separated list")
+    base = c.merge(c.read_yaml(args.config) if args.config else {}, c.nest(flags))
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: expected 1 or more")
+    out = coerce(base.pop("out", None), str | None, "out", args.config or "flags")
+    table = ablate(
+        [coerce(seed, int, "--seeds", "flags") for seed in args.seeds.split(",")], base=base, attack=args.test_attack,
+        factors=[name.strip() for name in args.factors.split(",")], out=out or "runs/ablate", limit=args.limit,
+        parallel=args.parallel,
     )  # fmt: skip
     print("\n" + table.markdown())
     print(f"saved: {table.out}/table.md, .tex, .csv, .json")

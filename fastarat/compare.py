@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastarat.child import PARTING_S
 from fastarat.children import Children, last_line, terminable
 from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
 from fastarat.device import pick_device, threads
+from fastarat.diagnostics import in_short
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, data_hash, evaluate, parse_attacks, saved_evaluation
 from fastarat.files import make_writable, write_text
@@ -82,6 +84,7 @@ def compare(
     tune_seeds: Sequence[int] = (100, 101, 102),
     parallel: int = 1,
     progress: bool = True,
+    rows: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Comparison:
     """Train each defense with each seed, evaluate, and tabulate.
 
@@ -103,15 +106,18 @@ def compare(
             images are not looked at. tune.md and tune.json list everything that was tried.
         tune_seeds: seeds for tuning, none of them in `seeds`.
         parallel: trainings, and evaluations, at once, each a process of its own (several seeds share a GPU).
+        rows: what names in `defenses` stand for that are no defense's: {"ar-at, shared BN": {"defense": "ar-at",
+            "defense.split_bn": False}}, so that one defense can have several rows.
     Returns: Comparison, already saved. A seed that diverges is counted in its row, not in its means.
     Raises: UserError before any training for a mistake, or a folder of other settings; after the others are done for
         runs that failed.
     """
-    defenses, tune = [_row_name(d) for d in defenses], dict(tune or {})
+    rows = dict(rows or {})
+    defenses, tune = [d if d in rows else _row_name(d) for d in defenses], dict(tune or {})
     _check_asked(defenses, seeds, base or {}, tune, tune_seeds, parallel)
     parse_attacks(attack)
     with terminable(_KEPT), held(out, "fastarat compare"):
-        runner = _Runner(Path(out), dict(base or {}), parallel, progress)
+        runner = _Runner(Path(out), dict(base or {}), parallel, progress, rows)
         grids = tuning.grids_of(defenses, tune)
         runner.check(grids, seeds[0])
         precision = runner.settle_precision(defenses, seeds[0])
@@ -124,8 +130,11 @@ def compare(
         failed = runner.train(plans)
         evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
         _check_done(failed, len(plans), bool(evaluations))
-        rows = {row: _row([p for p in plans if p.defense == row], evaluations, chosen[row]) for row in defenses}
-        comparison = tabulate(rows, tune_seeds, runner.dataset.name, runner.out, precision=precision)
+        done = {
+            row: _row([p for p in plans if p.defense == row], evaluations, chosen[row], runner.own(row))
+            for row in defenses
+        }
+        comparison = tabulate(done, tune_seeds, runner.dataset.name, runner.out, precision=precision)
         comparison.save()
         return comparison
 
@@ -169,7 +178,7 @@ def _check_done(failed: dict[str, Failure], count: int, any_evaluated: bool) -> 
         raise UserError(f"every run diverged ({next(iter(failed.values())).why}): lower --optim.lr, or tune it")
 
 
-def _row(plans: Sequence[Plan], evaluations: Mapping[str, dict[str, Any]], choice: Choice) -> Row:
+def _row(plans: Sequence[Plan], evaluations: Mapping[str, dict[str, Any]], choice: Choice, own: Settings) -> Row:
     done = [p for p in plans if p.name in evaluations]
     return Row(
         config=plans[0].config,
@@ -177,7 +186,8 @@ def _row(plans: Sequence[Plan], evaluations: Mapping[str, dict[str, Any]], choic
         evaluations={p.seed: evaluations[p.name] for p in done},
         robust={p.seed: p.run.last_validation().get("robust_acc") for p in done if p.config.defense.attacks},
         epochs_s=[m["wall_s"] for p in done for m in p.run.metrics() if isinstance(m.get("wall_s"), int | float)],
-        settings=choice.settings,
+        settings={**own, **choice.settings},
+        diagnostics={p.seed: found for p in done if (found := in_short(p.run.metrics()))},
         tried=len(choice.tried),
     )
 
@@ -185,7 +195,10 @@ def _row(plans: Sequence[Plan], evaluations: Mapping[str, dict[str, Any]], choic
 class _Runner:
     """Plans, trains and evaluates the runs of one comparison."""
 
-    def __init__(self, out: Path, base: dict[str, Any], parallel: int, progress: bool) -> None:
+    def __init__(
+        self, out: Path, base: dict[str, Any], parallel: int, progress: bool, rows: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.rows = rows
         self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
         # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
@@ -233,12 +246,14 @@ class _Runner:
 
     def plan(self, row: str, seed: int, settings: Settings, folder: Path, tag: str = "") -> Plan:
         """Return the run of `row` with `seed`. Raises: UserError for settings that are not a Config."""
-        bare, plus, addon = row.partition("+")
+        own, (bare, plus, addon) = self.own(row), self._named(row)
         if plus and addon != "swa":
             raise UserError(f"unknown add-on {addon!r} in {row!r}: only +swa")
         kind = resolve_defense(bare)
         path, _, cls = bare.partition(":")
         label = f"{f'{Path(path).stem}-{cls}' if cls else bare}{plus}{addon}"
+        if row in self.rows:
+            label = re.sub(r"[^A-Za-z0-9._+-]+", "-", row).strip("-.") or "row"
         name = f"{label}{tag}-seed{seed}"
         needs = self.plan("standard", seed, self.standard, self.out) if kind.starts_from else None
         defense: dict[str, Any] = {"name": bare}
@@ -246,11 +261,20 @@ class _Runner:
             # One `standard` run per seed, for all rows that need one: they start from the very same weights.
             defense[kind.starts_from] = str(needs.config.out)
         values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": bool(plus)}
+        settings = {**own, **settings}
         source = "compare" if not settings else f"compare, {row} with {settings}"
         config = from_dict(merge(values, nest(settings)), source=source)
         if kind.starts_from and f"defense.{kind.starts_from}" in settings:
             raise UserError(f"tune: {row}: defense.{kind.starts_from} is the standard run that compare trains for it")
         return Plan(name, row, seed, resolve(config, self.dataset), needs)
+
+    def _named(self, row: str) -> tuple[str, str, str]:
+        """The defense that a row trains, and what is added to it: ("trades", "+", "swa")."""
+        return str(self.rows.get(row, {}).get("defense", row)).partition("+")
+
+    def own(self, row: str) -> Settings:
+        """What a row that is no defense's name was given, beside its defense."""
+        return {key: value for key, value in self.rows.get(row, {}).items() if key != "defense"}
 
     def state(self, plan: Plan) -> str:
         """Return "new", "started", "finished" or "diverged". Raises: UserError for a folder of other settings."""
@@ -273,7 +297,7 @@ class _Runner:
 
     def tuned(self, grids: Mapping[str, list[Settings]], seeds: Sequence[int]) -> dict[str, Choice]:
         """Choose each row's settings on validation images, rows that others start from first."""
-        first = [row for row in grids if not resolve_defense(row.partition("+")[0]).starts_from]
+        first = [row for row in grids if not resolve_defense(self._named(row)[0]).starts_from]
         chosen: dict[str, Choice] = {}
         for rows in (first, [row for row in grids if row not in first]):
             chosen |= tuning.choose({row: grids[row] for row in rows}, seeds, self._scored)

@@ -138,6 +138,9 @@ class Config(Fast):
         "no more (default: at each epoch's end, and when a signal ends the run)",
     )
     tensorboard: bool = setting(True, "write TensorBoard events")
+    diagnostics: bool = setting(
+        False, "measure gradient similarity, BatchNorm statistics and representation distance; changes no other number"
+    )
     attack: Attack = field(default_factory=Attack)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

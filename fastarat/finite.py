@@ -22,6 +22,22 @@ class Diverged(UserError):
     exit_code = 1
 
 
+def diverged(what: str, epoch: int, step: int | None, *, steps: int, last: str, lr: float) -> Diverged:
+    """Build the error that `what` is not finite at `step` of `epoch`, None for after its last one.
+
+    steps: in an epoch. last: what the last good checkpoint is, in words. lr: the learning rate that may be too high.
+    """
+    when = f"at epoch {epoch}, step {step} of {steps}"
+    if step == 0:
+        when = f"before the first step of epoch {epoch}"
+    elif step is None:
+        when = f"by the end of epoch {epoch} ({steps} steps)"
+    return Diverged(
+        f"training stopped: {what} became NaN or infinite {when}; {last}. The usual mend is an --optim.lr below "
+        f"{lr:g}, with another --out"
+    )
+
+
 def tensors_of(module: nn.Module, owner: str = "") -> list[tuple[str, Tensor]]:
     """Return everything a network consists of, with names for people."""
     named: list[tuple[str, Tensor]] = [(f"weight {name!r}{owner}", p) for name, p in module.named_parameters()]

@@ -40,7 +40,9 @@ from fastarat.nets.models import build_model
 
 WEIGHTS = ("last", "best", "swa", "ema")
 """What a run may leave weights of: the last epoch, the best one on validation images, two averages."""
-MAY_DIFFER = ("device", "threads", "data_dir", "loader", "log_every", "checkpoint_every", "tensorboard", "out")
+MAY_DIFFER = (
+    "device", "threads", "data_dir", "loader", "log_every", "checkpoint_every", "tensorboard", "diagnostics", "out"
+)  # fmt: skip
 """Settings that leave a run the same run: they may change when it is resumed, or looked for by `compare`."""
 
 

@@ -91,6 +91,8 @@ class Comparison:
             line = {"defense": row["defense"], "seeds": len(row["seeds"]), "images": self.settings["num_images"]}
             for key in (*self.settings["keys"], "sum", "nrr"):
                 line |= {f"{key}_{part}": (row.get(key) or {}).get(part) for part in ("mean", "std")}
+            for key in dict.fromkeys(key for r in self.rows for key in r["diagnostics"]):
+                line |= {f"{key}_{part}": (row["diagnostics"].get(key) or {}).get(part) for part in ("mean", "std")}
             line |= {"epoch_s": row["epoch_s"], "schedule": row["schedule"], "settings": _in_words(row["settings"])}
             line |= {"tried": row["tried"], **{k: " ".join(map(str, row[k])) for k in ("collapsed", "diverged")}}
             names = {"clean": "published_clean", "autoattack": "published_aa", "source": "published_source"}
@@ -134,6 +136,7 @@ class Comparison:
                 "Collapsed: a seed that diverged, or whose last PGD accuracy on validation images is no better than "
                 "chance or under half of its row's best seed's; counted in the means unless it diverged."
             )
+        lines += s.get("notes", [])
         return lines + [f"Warning: {text}" for text in s["warnings"]]
 
     def _sums(self) -> bool:
@@ -150,6 +153,11 @@ class Comparison:
         """Return the titles of the columns, and the cells of every row."""
         shown = {key: attack_title(key) for key in self.settings["keys"]}
         shown |= {"sum": "Sum", "nrr": "NRR"} if self._sums() else {}
+        measured = {
+            key: title
+            for key, title in (("grad_sim", "Grad-sim"), ("grad_conflict", "conflict ratio"))
+            if any(key in row["diagnostics"] for row in self.rows)
+        }
         optional = {
             "collapsed": self._shows_collapsed(),
             "schedule": len({row["schedule"] for row in self.rows}) > 1,
@@ -163,6 +171,10 @@ class Comparison:
                 value = row.get(key)
                 spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
                 cells[title] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
+            for key, title in measured.items():
+                value = row["diagnostics"].get(key)
+                spread = "" if value is None or value["std"] is None else f" {plus_minus} {value['std']:.3f}"
+                cells[title] = empty if value is None else f"{value['mean']:.3f}{spread}"
             cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"
             bad = len({*row["collapsed"], *row["diverged"]})
             cells["collapsed"] = f"{bad} of {len(row['seeds'])}" if bad else "0"
@@ -171,7 +183,7 @@ class Comparison:
             cells["settings"] = f"{_in_words(row['settings'])}{tried}" or empty
             p = row["published"]
             cells["published clean / AutoAttack"] = (
-                f"{p['clean']:.2f} / {p['autoattack']:.2f} ({p['source']})" if p else empty
+                f"{p['clean']:.2f} / {p['autoattack']:.2f}{_grad_sim(p)} ({p['source']})" if p else empty
             )
             body.append({title: cell for title, cell in cells.items() if optional.get(title, True)})
         return list(body[0]), [list(cells.values()) for cells in body]
@@ -184,6 +196,10 @@ class Comparison:
         return self.out / "table.md"
 
 
+def _grad_sim(published: Mapping[str, Any]) -> str:
+    return f", Grad-sim {published['grad_sim']:.2f}" if "grad_sim" in published else ""
+
+
 def _in_words(settings: dict[str, Any]) -> str:
     """`{"optim.lr": 0.03, "defense.gamma": 5}` as `lr 0.03, gamma 5`."""
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items())
@@ -193,7 +209,7 @@ class Row(NamedTuple):
     """What the runs of one row gave. config: of its first seed. robust: PGD accuracy on validation images at the end.
 
     evaluations, robust: by seed, of those that did not diverge. epochs_s: seconds of every epoch of all of them.
-    settings: chosen or given; tried: how many they were chosen among, 0 for none.
+    settings: chosen or given; tried: how many they were chosen among, 0 for none. diagnostics: by seed, of a run each.
     """
 
     config: Config
@@ -203,6 +219,7 @@ class Row(NamedTuple):
     epochs_s: list[float]
     settings: dict[str, Any]
     tried: int
+    diagnostics: dict[int, dict[str, float]] = {}
 
 
 def tabulate(
@@ -251,6 +268,10 @@ def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dic
         "epoch_s": statistics.median(row.epochs_s) if row.epochs_s else None,
         "published": published._asdict() if published and same_budget else None,
         "settings": row.settings,
+        "diagnostics": {
+            key: _spread([found[key] for found in row.diagnostics.values() if key in found])
+            for key in dict.fromkeys(key for found in row.diagnostics.values() for key in found)
+        },
         "schedule": _schedule(config, row.settings),
         "tried": row.tried,
         "collapsed": collapsed(row.robust, num_classes),

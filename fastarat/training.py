@@ -9,9 +9,7 @@ import math
 import os
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +28,14 @@ from fastarat.config import Config
 from fastarat.data import default_augment, derive_seed, limited, make_loader
 from fastarat.defenses import Defense
 from fastarat.device import OutOfMemory, backend_flags, enough_memory, pick_device, seeded_apart, threads
+from fastarat.diagnostics import Diagnostics
 from fastarat.errors import UserError
 from fastarat.evaluation import NonFinite, evaluate
 from fastarat.files import write_text
-from fastarat.finite import Diverged, Watch, probe, tensors_of
+from fastarat.finite import Diverged, Watch, diverged, probe, tensors_of
 from fastarat.interrupts import Interrupted, Pace, Signals
 from fastarat.locks import held
+from fastarat.logs import in_short, line, logging
 from fastarat.nets.batchnorm import branches_of
 from fastarat.released import resolve
 from fastarat.resuming import config_to_resume, newest
@@ -160,6 +160,9 @@ class Trainer:
             seed=derive_seed(config.seed, "order"),
             augment=default_augment(dataset) if config.augment else None,
         )
+        self.diagnostics = None
+        if config.diagnostics:
+            self.diagnostics = Diagnostics(self.step, dataset.val, self.steps_per_epoch, self.epochs, size)
         self.average = WeightAverage(self.step.model) if config.swa else None
         self.ema = None if config.ema is None else MovingAverage(self.step.model, config.ema)
         self.card = card(
@@ -170,12 +173,13 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             precision_note=note,
             swa_plan=self.swa_plan,
+            diagnostics=self.diagnostics,
         )
         self.meta = meta_of(config, dataset, branches_of(self.step.model), precision=(self.precision, note))
         self.folder = Run.resume(out) if resume else Run.create(out)
         self.folder.last_is_whole = found.last_is_whole
         self.watch = Watch(self.step, self.average, self.ema)
-        self.kept = Checkpoints(self.folder, config, self.step, self.average, self.ema, self.meta)
+        self.kept = Checkpoints(self.folder, config, self.step, self.average, self.ema, self.meta, self.diagnostics)
         self.signals, self.pace = signals or Signals(), Pace(config.checkpoint_every)
         self.start = Place(1) if saved is None else self.kept.load(saved, self.steps_per_epoch)
         self.resumed, self.within = resume, saved and saved.get("within")
@@ -195,7 +199,7 @@ class Trainer:
         hidden = not (self.progress and sys.stderr.isatty())
         with (
             tqdm(total=total, initial=self.start.steps, unit="step", disable=hidden, smoothing=0.05) as bar,
-            _logging(folder, config.tensorboard, purge_step=first if self.resumed else None) as log,
+            logging(folder, config.tensorboard, purge_step=first if self.resumed else None) as log,
         ):
             for epoch in range(first, self.epochs + 1):
                 row = self._epoch(self.start if epoch == first else Place(epoch), bar)
@@ -203,7 +207,7 @@ class Trainer:
                 self.kept.save(epoch, row)
                 self.pace.restart()
                 if self.progress:
-                    tqdm.write(_line(row, self.epochs), file=sys.stdout)
+                    tqdm.write(line(row, self.epochs), file=sys.stdout)
                     sys.stdout.flush()
                 if self.signals.received is not None and not (epoch == self.epochs and self.average is None):
                     self._stop(Place(epoch + 1))
@@ -232,7 +236,8 @@ class Trainer:
                 step.set_momentum(momentum_at(epoch, index, **where))
             done = (epoch - 1) * steps + index
             step.at(epoch=epoch, progress=done / (where["epochs"] * steps))
-            step(batch.images, batch.labels)
+            with contextlib.nullcontext() if self.diagnostics is None else self.diagnostics.around(epoch, index, batch):
+                step(batch.images, batch.labels)
             snapshots, every = self.swa_plan
             if self.average is not None and epoch >= snapshots and (epoch * steps + index) % every == 0:
                 self.average.update(step.model)
@@ -244,7 +249,7 @@ class Trainer:
                 if bad := self.watch.terms():
                     raise self._diverged(bad[0], epoch, step=bad[1])
                 means = step.meter.read()
-                shown = {k: _loss(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
+                shown = {k: in_short(means[k]) for k in ("loss", "clean_acc", "robust_acc") if k in means}
                 bar.set_description(f"epoch {epoch}/{self.epochs}", refresh=False)
                 rate = place.images / (time.perf_counter() - started)
                 bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
@@ -265,7 +270,7 @@ class Trainer:
                     row |= self._validate(epoch)
             except Interrupted:
                 self._keep_within(place, images)
-        return row
+        return row if self.diagnostics is None else row | self.diagnostics.row(epoch)
 
     def _begin(self, place: Place) -> None:
         """Set the random streams and the meter to where `place` is."""
@@ -278,6 +283,8 @@ class Trainer:
         step.generator.manual_seed(derive_seed(config.seed, "attack", epoch))
         config.defense.before_epoch(step.companions, lambda name, count: self._probe(name, count, epoch), epoch)
         step.meter.reset()
+        if self.diagnostics is not None:
+            self.diagnostics.begin()
 
     def _keep_within(self, place: Place, images: Tensor) -> None:
         """Keep the run as it is within an epoch; end it if a signal said so. images: of the last step."""
@@ -333,19 +340,10 @@ class Trainer:
         return accuracy
 
     def _diverged(self, what: str, epoch: int, step: int | None = None) -> Diverged:
-        """Build the error that `what` is not finite at `step` of `epoch`, by default after its last one."""
         last = "no checkpoint was written yet"
         if self.kept.epoch:
             last = f"the last good checkpoint is {self.folder.checkpoint()} (epoch {self.kept.epoch})"
-        when = f"at epoch {epoch}, step {step} of {self.steps_per_epoch}"
-        if step == 0:
-            when = f"before the first step of epoch {epoch}"
-        elif step is None:
-            when = f"by the end of epoch {epoch} ({self.steps_per_epoch} steps)"
-        return Diverged(
-            f"training stopped: {what} became NaN or infinite {when}; {last}. The usual mend is an --optim.lr below "
-            f"{self.config.optim.lr:g}, with another --out"
-        )
+        return diverged(what, epoch, step, steps=self.steps_per_epoch, last=last, lr=known(self.config.optim.lr))
 
     def _finish_swa(self, average: WeightAverage) -> None:
         config, step = self.config, self.step
@@ -360,70 +358,6 @@ class Trainer:
         if bad := self.watch.bad(tensors_of(model)):
             raise self._diverged(f"{bad} of the averaged network (SWA)", self.epochs)
         self.folder.save_weights("swa", model.state_dict(), {**self.meta, "epoch": self.epochs, "swa": True})
-
-
-@contextlib.contextmanager
-def _logging(folder: Run, tensorboard: bool, purge_step: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that appends an epoch's row to metrics.jsonl, and to TensorBoard's events where they are wanted."""
-    if not tensorboard:
-        yield folder.append_metrics
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    @contextlib.contextmanager
-    def told() -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # its own thread writes: what that could not is raised at a later call
-            where, why = folder.tensorboard_dir, error.strerror or error
-            raise UserError(
-                f"cannot write {where}: {why}. Free space, or leave it out with --no-tensorboard"
-            ) from error
-
-    def log(row: dict[str, Any]) -> None:
-        folder.append_metrics(row)
-        with told():
-            for key, value in row.items():
-                if key != "epoch":
-                    writer.add_scalar(key, value, row["epoch"])
-
-    def quiet(args: threading.ExceptHookArgs) -> None:
-        if not isinstance(args.exc_value, OSError):
-            hook(args)
-
-    hook, threading.excepthook = threading.excepthook, quiet  # or the thread's traceback would be printed besides
-    try:
-        with told():
-            writer = SummaryWriter(str(folder.tensorboard_dir), purge_step=purge_step)
-        try:
-            yield log
-        finally:
-            with told():
-                writer.close()
-    finally:
-        threading.excepthook = hook
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"lr {row['lr']:.4g}", f"loss {_loss(row['train/loss'])}"]
-    train = [
-        f"{short} {row[f'train/{key}']:.1%}"
-        for key, short in (("clean_acc", "clean"), ("robust_acc", "attacked"))
-        if f"train/{key}" in row
-    ]
-    parts.append("train " + ", ".join(train))
-    val = [
-        f"{key.removeprefix('val/').replace('_acc', '').replace('robust_', '')} {value:.1%}"
-        for key, value in row.items()
-        if key.startswith("val/")
-    ]
-    if val:
-        parts.append("val " + ", ".join(val))
-    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", f"{row['wall_s']:.1f} s"])
 
 
 def _announce(card: str, run: Trainer) -> None:

@@ -28,13 +28,14 @@ LAYERS = [
     {"defenses"},
     {"config", "engine", "flags"},
     {"evaluation"},
-    {"runs", "averages", "released"},
-    {"card", "finite", "building", "resuming"},
+    {"runs", "averages", "released", "diagnostics"},
+    {"card", "finite", "building", "resuming", "logs"},
     {"checkpoints"},
     {"training"},
     {"report", "interchange", "tuning", "bench"},
     {"table"},
     {"compare"},
+    {"ablation"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -64,6 +64,7 @@ class ARAT(Defense):
     attack_bn: ClassVar[str] = "train"
     under_l2: ClassVar[str] = ""
     needs_clean: ClassVar[bool] = True
+    regularizers: ClassVar[tuple[str, ...]] = ("invariance",)
 
     gamma: float | None = field(
         default=None,

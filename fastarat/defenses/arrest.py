@@ -57,6 +57,7 @@ class ARREST(Defense):
 
     name: ClassVar[str] = "arrest"
     starts_from: ClassVar[str] = "teacher"
+    regularizers: ClassVar[tuple[str, ...]] = ("angle",)
     formula: ClassVar[str] = "CE(f(x^), y) + lam angle(z(x^), sg z_std(x)), x^ = x' or (noisy replay) x + noise"
 
     teacher: str | None = field(

@@ -180,6 +180,8 @@ class Defense:
     needs_clean: ClassVar[bool] = False
     """The training forward takes [clean; adv] rather than adv alone."""
     counts_kappa: ClassVar[bool] = False
+    regularizers: ClassVar[tuple[str, ...]] = ()
+    """Names of the loss terms that pull adversarial outputs or features to clean ones; the others classify."""
     formula: ClassVar[str] = ""
     """The loss in one line, for the run card."""
     updates: ClassVar[tuple[str, ...] | None] = None

@@ -119,6 +119,7 @@ class CURE(Defense):
         "CE(f(x), y) + beta KL(p(x) || p(x')) + gamma [KL(p_rev(x) || p(x)) + KL(p_rev(x') || p(x'))], gradients masked"
     )
     objective: ClassVar[str] = "kl"
+    regularizers: ClassVar[tuple[str, ...]] = ("kl", "consistency")
     start: ClassVar[str] = "gaussian"
     recipe: ClassVar[str] = "cure"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)

@@ -26,6 +26,7 @@ class MART(Defense):
     formula: ClassVar[str] = "BCE(p(x'), y) + lam (1 - p_y(x)) KL(p(x) || p(x'))"
     start: ClassVar[str] = "gaussian"
     needs_clean: ClassVar[bool] = True
+    regularizers: ClassVar[tuple[str, ...]] = ("kl",)
     recipe: ClassVar[str] = "mart"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
 

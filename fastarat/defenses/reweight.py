@@ -32,6 +32,7 @@ class VIR(Defense):
     recipe: ClassVar[str] = "vir"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
     also_released: ClassVar[dict[str, tuple]] = {"defense.mode": ("trades",)}
+    regularizers: ClassVar[tuple[str, ...]] = ("kl",)
 
     mode: Literal["at", "trades"] = field(default="at", metadata={"help": "which loss is weighted"})
     scale: float | None = field(

@@ -27,6 +27,7 @@ class TRADES(Defense):
     objective: ClassVar[str] = "kl"
     start: ClassVar[str] = "gaussian"
     needs_clean: ClassVar[bool] = True
+    regularizers: ClassVar[tuple[str, ...]] = ("kl",)
     recipe: ClassVar[str] = "trades"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
     under_l2: ClassVar[str] = ""

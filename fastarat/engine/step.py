@@ -96,10 +96,10 @@ class TrainStep:
         kernels = checked_backend("kernels", fast.kernels, self.device)
         if defense.splits and not branches_of(model):
             model = split_batchnorm(model)
-        self.model = self._laid_out(grouped_batchnorm(model), kernels)
+        self.model = _laid_out(grouped_batchnorm(model), kernels, self.memory_format)
         self.num_classes = count_classes(self.model, example.shape[1:], self.memory_format)
         companions = defense.companions(self.model, torch.rand_like(example[:2], device=self.device))
-        self.companions = self._laid_out(companions.to(self.device), kernels).train()
+        self.companions = _laid_out(companions.to(self.device), kernels, self.memory_format).train()
         self._check = BatchCheck(self.model, self.companions, example.shape[1], self.num_classes, defense)
         self.parameters = [p for m in (self.model, self.companions) for p in m.parameters() if p.requires_grad]
         self.optimizer = (optimizer or default_sgd)(self.parameters)
@@ -125,17 +125,7 @@ class TrainStep:
         self._run: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._step
         if mode is not None:
             self._run = PerShape(self._step, mode, generators=(self.generator,), around=self._undone)
-            self._keep_lr_on_device()
-
-    def _laid_out(self, module: _Module, kernels: str) -> _Module:
-        set_kernels(module, kernels)
-        # torch's stubs of Module.to forget memory_format.
-        return module.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
-
-    def _keep_lr_on_device(self) -> None:
-        """A Python number would freeze into the graph."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device).clone()
+            _keep_lr_on(self.device, self.optimizer)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         self._check(images, labels)
@@ -146,19 +136,12 @@ class TrainStep:
         self.mark("start")
         # First, so that the last step's gradients do not take up memory beside this one's activations.
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
-        # Once a step, so that a layer put in place of another between two steps is routed as well.
-        self.forward.route, self.attacker.fresh = route_of(self.model), False
-        spec, defense = self.spec, self.defense
-        # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
-        images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
-        attacked = self.attack(images, labels) if defense.attacks else None
-        self.forward.weights = self.attacker.lend if _stand_still(defense, self.perturbation) else None
+        images, attacked = self._attacked(images, labels)
         self.mark("attack")
+        defense = self.defense
 
         def terms_by(forward: Forward) -> tuple[dict[str, Tensor], Views]:
-            views = defense.forward(forward, self.companions, images, labels, attacked)
-            terms = (loss or self.loss)(views)
+            terms, views = self._terms(forward, images, labels, attacked, loss or self.loss)
             if not self.meter.started:  # the first terms are told of the rest; no value is read
                 check_terms(terms, f"{where(defense)}.loss")
             return terms, views
@@ -185,6 +168,39 @@ class TrainStep:
         self.meter.add(terms, views, {} if objective is None else {"the attack's objective": objective})
         self.mark("metrics")
         return terms
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Attacked | None]:
+        """The defense's clean batch and its adversarial twin; what forwards need is set for the training one."""
+        self.model.train()
+        # Once a step, so that a layer put in place of another between two steps is routed as well.
+        self.forward.route, self.attacker.fresh = route_of(self.model), False
+        spec, defense = self.spec, self.defense
+        # From here on the clean batch is the defense's: AR-AT's released code perturbs it.
+        images = defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=self.generator)
+        attacked = self.attack(images, labels) if defense.attacks else None
+        self.forward.weights = self.attacker.lend if _stand_still(defense, self.perturbation) else None
+        return images, attacked
+
+    def _terms(
+        self, forward: Forward, images: Tensor, labels: Tensor, attacked: Attacked | None, loss: Callable
+    ) -> tuple[dict[str, Tensor], Views]:
+        views = self.defense.forward(forward, self.companions, images, labels, attacked)
+        return loss(views), views
+
+    @contextlib.contextmanager
+    def probe(self, images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Lend a batch's loss terms, with their graph, as its step will have them; nothing else will have moved.
+
+        Attack and forward are the step's, run eagerly; weight perturbation (`awp`), which comes after, is not in them.
+        """
+
+        def moved() -> list[Tensor]:
+            return [b for m in (self.model, self.companions) for b in m.buffers()]
+
+        with preserved(moved, self.device, [self.generator]):
+            batch, attacked = self._attacked(images.to(memory_format=self.memory_format), labels)
+            terms, _ = self._terms(self.forward, batch, labels, attacked, self.eager_loss)
+            yield {name: self.scaler.scale(term) for name, term in terms.items()}
 
     def eager_loss(self, views: Views) -> dict[str, Tensor]:
         """The defense's terms; `loss` is this, or its compiled twin."""
@@ -281,8 +297,20 @@ class TrainStep:
         lay_out_state(self.optimizer)
         self.steps.copy_(state["steps"])
         if isinstance(self._run, PerShape):
-            self._keep_lr_on_device()
+            _keep_lr_on(self.device, self.optimizer)
             self._run.clear()  # loading replaced the optimiser's tensors
+
+
+def _laid_out(module: _Module, kernels: str, memory_format: torch.memory_format) -> _Module:
+    set_kernels(module, kernels)
+    # torch's stubs of Module.to forget memory_format.
+    return module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+
+
+def _keep_lr_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+    """A Python number would freeze into the graph."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone()
 
 
 def _stand_still(defense: Defense, perturbation: WeightPerturbation | None) -> bool:
