@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastarat import attacks as attacks, losses as losses
+    from fastarat.ablation import ablate as ablate
     from fastarat.config import Config as Config
     from fastarat.defenses import (
         ARAT as ARAT,
@@ -44,6 +45,7 @@ else:  # out of a type checker's sight, which would take any name for one that `
     from importlib import import_module
 
     _NAMES = {
+        "ablation": "ablate",
         "config": "Config",
         "defenses": "ARAT ARREST AT CAAT CURE DEFENSES DONE FAT GAIRAT GAIRFAT LBGAT MART TRADES VIR Defense Standard "
         "Views",

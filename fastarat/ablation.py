@@ -14,7 +14,7 @@ from typing import Any
 from fastarat.compare import compare
 from fastarat.defenses import ARAT
 from fastarat.errors import UserError, unknown
-from fastarat.table import Comparison
+from fastarat.table import Comparison, settings_in_words
 
 FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "stop-gradient": ("align", {"no": "x->y,y->x", "yes": "x->y"}),
@@ -119,11 +119,12 @@ def with_published(comparison: Comparison, factors: Sequence[str]) -> Comparison
         found = None if words else PUBLISHED[model].get(key)
         numbers = None if found is None else dict(zip(("clean", "autoattack", "grad_sim"), found, strict=True))
         rows.append({**row, "settings": {}, "published": numbers and {**numbers, "source": _SOURCE}})
-    common = {key.removeprefix("defense."): value for key, value in one.items() if key != "defense"}
+    switched = {f"defense.{FACTORS[name][0]}" for name in factors}
+    common = {key: value for key, value in comparison.rows[0]["settings"].items() if key not in switched}
     notes = [
-        "Every row: AR-AT with " + ", ".join(f"{key} {value}" for key, value in common.items()) + ".",
+        f"Every row is AR-AT with {settings_in_words(common)}.",
         "Grad-sim: cosine between the gradients of the classification terms and the invariance term by the weights of "
-        "convolutions and linear layers, mean over the measurements of a run."
+        "convolutions and linear layers, mean over the measurements of a run.",
     ]
     if any(row["published"] for row in rows) and not same:
         notes.append(

@@ -51,13 +51,20 @@ class Diagnostics:
         val: images to compare representations on, of which NUM_IMAGES at most are taken, at even distances.
         steps_per_epoch, epochs: of the run.
         num_train: training images; with the rest they say how often comparing representations is cheap enough.
-        every: steps between two measurements of gradients.
+        every: steps between two measurements of gradients (default: EVERY).
     """
 
     def __init__(
-        self, step: TrainStep, val: Split, steps_per_epoch: int, epochs: int, num_train: int, *, every: int = EVERY
+        self,
+        step: TrainStep,
+        val: Split,
+        steps_per_epoch: int,
+        epochs: int,
+        num_train: int,
+        *,
+        every: int | None = None,
     ) -> None:
-        self.step, self.every, self.steps_per_epoch, self.epochs = step, every, steps_per_epoch, epochs
+        self.step, self.every, self.steps_per_epoch, self.epochs = step, every or EVERY, steps_per_epoch, epochs
         self.layers = getattr(step.defense, "layers", None) or tap_names(step.model)
         work = num_train * (2 * step.spec.num_steps * step.defense.attacks + 6)
         # So few images, or so seldom, that they take a hundredth of the time.

@@ -93,7 +93,11 @@ class Comparison:
                 line |= {f"{key}_{part}": (row.get(key) or {}).get(part) for part in ("mean", "std")}
             for key in dict.fromkeys(key for r in self.rows for key in r["diagnostics"]):
                 line |= {f"{key}_{part}": (row["diagnostics"].get(key) or {}).get(part) for part in ("mean", "std")}
-            line |= {"epoch_s": row["epoch_s"], "schedule": row["schedule"], "settings": _in_words(row["settings"])}
+            line |= {
+                "epoch_s": row["epoch_s"],
+                "schedule": row["schedule"],
+                "settings": settings_in_words(row["settings"]),
+            }
             line |= {"tried": row["tried"], **{k: " ".join(map(str, row[k])) for k in ("collapsed", "diverged")}}
             names = {"clean": "published_clean", "autoattack": "published_aa", "source": "published_source"}
             line |= {name: (row["published"] or {}).get(part) for part, name in names.items()}
@@ -180,7 +184,7 @@ class Comparison:
             cells["collapsed"] = f"{bad} of {len(row['seeds'])}" if bad else "0"
             cells["schedule"] = row["schedule"]
             tried = f" (of {row['tried']})" if row["tried"] else ""
-            cells["settings"] = f"{_in_words(row['settings'])}{tried}" or empty
+            cells["settings"] = f"{settings_in_words(row['settings'])}{tried}" or empty
             p = row["published"]
             cells["published clean / AutoAttack"] = (
                 f"{p['clean']:.2f} / {p['autoattack']:.2f}{_grad_sim(p)} ({p['source']})" if p else empty
@@ -200,9 +204,15 @@ def _grad_sim(published: Mapping[str, Any]) -> str:
     return f", Grad-sim {published['grad_sim']:.2f}" if "grad_sim" in published else ""
 
 
-def _in_words(settings: dict[str, Any]) -> str:
-    """`{"optim.lr": 0.03, "defense.gamma": 5}` as `lr 0.03, gamma 5`."""
-    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items())
+def settings_in_words(settings: Mapping[str, Any]) -> str:
+    """`{"optim.lr": 0.03, "defense.predictor_adv": False}` as `lr 0.03, predictor adv off`."""
+    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {_word(value)}" for key, value in settings.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class Row(NamedTuple):

@@ -29,13 +29,14 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
-COMMANDS = ("train", "eval", "compare", "report", "import", "export", "data", "bench", "doctor")
+COMMANDS = ("train", "eval", "compare", "ablate", "report", "import", "export", "data", "bench", "doctor")
 SHORT = ["--epochs", "1", "--limit-train", "16", "--batch-size", "8", "--attack.num-steps", "1", "--eval.num-steps", "1",
          "--eval.val-images", "10"]  # fmt: skip
 # What makes a command short, whatever the page says; flags that come later win.
 EXTRA = {
     "train": SHORT,
     "compare": [*SHORT, "--limit", "6"],
+    "ablate": [*SHORT, "--limit", "6", "--seeds", "0", "--test-attack", "clean,pgd-2"],
     "eval": ["--limit", "6"],
     "bench": ["--repeats", "1", "--steps", "1", "--attack.num-steps", "1"],
 }

@@ -3,6 +3,7 @@
 python tools/readme.py demo runs/demo       the printed tables into docs/results.md, the report's pictures into docs/
 python tools/readme.py compare runs/table   table.md into docs/results.md, table.json and tune.json into docs/results/,
                                             tune.md as docs/tuning.md, and the README's table
+python tools/readme.py ablation runs/ablate table.md into docs/diagnostics.md, table.json into docs/results/
 python tools/readme.py card runs/mine       its run card into docs/run-card.md
 python tools/readme.py reliability           what make soak and make fuzz found into docs/reliability.md
 python tools/readme.py digits               the README's table from docs/results/digits-30.json
@@ -61,6 +62,9 @@ def main(block: str, *rest: str) -> None:
         shutil.copy(folder / "tune.json", DOCS / "results" / "digits-30-tuning.json")
         (DOCS / "tuning.md").write_text(TUNING_TITLE + (folder / "tune.md").read_text())
         put(README, "digits", digits())
+    elif block == "ablation":
+        put(DOCS / "diagnostics.md", "ablation", (folder / "table.md").read_text())
+        shutil.copy(folder / "table.json", DOCS / "results" / "ablation.json")
     elif block == "card":
         put(DOCS / "run-card.md", "card", f"```text\n{(folder / 'card.txt').read_text().strip()}\n```")
     elif block == "digits":
@@ -75,7 +79,7 @@ def main(block: str, *rest: str) -> None:
     elif block == "pairs":
         pairs(folder, *rest[1:])
     else:
-        sys.exit(f"unknown block {block!r}: demo, compare, card, digits, reliability or pairs")
+        sys.exit(f"unknown block {block!r}: demo, compare, ablation, card, digits, reliability or pairs")
 
 
 if __name__ == "__main__":
