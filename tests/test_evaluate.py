@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm.notebook import tqdm_notebook
 from fastarat.attacks import pgd
 from fastarat.data import Split, make_loader
 from fastarat.errors import UserError
-from fastarat.evaluation import Evaluation, adversarial_examples, collect, evaluate, parse_attacks, wilson
+from fastarat.evaluation import Evaluation, adversarial_examples, collect, crafted, evaluate, parse_attacks, wilson
 from fastarat.evaluation.autoattack import build_ensemble
 from fastarat.evaluation.task import Task, share
 from fastarat.nets.batchnorm import SplitBatchNorm2d
@@ -354,7 +353,7 @@ def test_masked_gradients_are_noted_and_autoattack_logs_nothing_of_its_own(quick
 def test_an_attack_that_leaves_the_ball_is_caught(monkeypatch):
     model, images, labels = linear(3)
     far = lambda *a, **k: pgd(*a, **{**k, "epsilon": 0.03})  # noqa: E731
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "pgd", far)
+    monkeypatch.setattr(crafted, "pgd", far)
     with pytest.raises(AssertionError, match=r"exceeds epsilon 0\.02"):
         evaluate(model, (images, labels), "pgd-20", epsilon=0.02)
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"card", "finite", "building", "resuming"},
     {"checkpoints"},
     {"training"},
-    {"report", "interchange", "tuning", "bench"},
+    {"report", "interchange", "tuning", "bench", "evaluating"},
     {"table"},
     {"compare"},
     {"cli"},
