@@ -43,7 +43,7 @@ def run(parser: Parser, argv: list[str]) -> int:
     result = evaluation.evaluate(
         model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
         seed=args.seed, branch=args.branch, state_dir=state, tf32=args.tf32, source=source, curves=args.curves,
-        corruptions_dir=args.corruptions_dir,
+        corruptions_dir=args.corruptions_dir, confirm=args.confirm,
     )  # fmt: skip
     told = {"weights": args.weights, "epoch": meta["epoch"]}
     told |= {"trained_epsilon": meta["epsilon"], "trained_norm": meta["norm"]}
@@ -65,6 +65,8 @@ def _eval_flags(parser: Parser, argv: list[str]) -> argparse.Namespace:
                         "cw-N, cw-N-R, autoattack, autoattack-fast, apgd-ce, apgd-t, fab-t, square, transfer (with "
                         "--from), worst (of the list, per image), corruptions (default: %(default)s)")  # fmt: skip
     parser.add_argument("--from", dest="source", metavar="RUN", help="transfer: craft PGD-20 images on this run")
+    parser.add_argument("--no-confirm", dest="confirm", action="store_false", help="autoattack-fast: leave out the "
+                        "float32 run on what its searches left (labelled unconfirmed)")  # fmt: skip
     parser.add_argument("--curves", action="store_true", help="accuracy along epsilon and PGD steps, too (260 steps)")
     parser.add_argument("--corruptions-dir", metavar="DIR", help="prepared corruptions, as CIFAR-10-C's .npy files")
     parser.add_argument("--weights", default="last", choices=WEIGHTS, help="of a run folder (default: last)")

@@ -495,12 +495,13 @@ def test_wilson_interval():
     assert wilson(0.0, 10)[0] == 0.0
 
 
-@pytest.mark.parametrize(("kind", "progress", "hidden"), [(tqdm, True, None), (tqdm_notebook, True, False),
+@pytest.mark.parametrize(("kind", "progress", "hidden"), [(tqdm, True, False), (tqdm_notebook, True, False),
                                                            (tqdm_notebook, False, True)])  # fmt: skip
 def test_a_bar_is_shown_on_a_terminal_and_in_a_notebook(kind, progress, hidden, monkeypatch):
     seen = {}
     bar = type("Bar", (kind,), {"__init__": lambda self, **options: seen.update(options), "__del__": lambda self: None})
     monkeypatch.setattr("fastarat.evaluation.task.tqdm", bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     model, images, labels = linear(2)
     Task(model, images, labels, checked_budget(0.1), 10, 0, "adv", False, torch.device("cpu"), progress).bar("x", 32)
     assert seen == {"desc": "x", "total": 4, "unit": "batch", "leave": False, "disable": hidden}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
@@ -153,6 +156,32 @@ def collect(
     return torch.cat([b.images.contiguous() for b in batches]), split.labels
 
 
+class LineBar(plain_tqdm):
+    """Progress for a pipe or a log file: a line at most every `EVERY_S` seconds, and none before that."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, **options: Any) -> None:
+        self._said = time.monotonic()
+        # Fixed, because the adaptive number of ticks between looks at the clock would outlast a member's slow part.
+        super().__init__(**options, disable=False, mininterval=min(1.0, self.EVERY_S), miniters=1, file=sys.stderr)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the line, where one is due."""
+        now = time.monotonic()
+        if msg == "" or now - self._said < self.EVERY_S:
+            return False
+        self._said = now
+        print(str(self), file=sys.stderr, flush=True)
+        return True
+
+    def close(self) -> None:
+        """End without the escape sequences that clear a bar on a terminal."""
+        self.leave = False
+        self.display = lambda *args, **options: False  # type: ignore[method-assign]
+        super().close()
+
+
 @dataclass(frozen=True)
 class Task:
     """A network, what it is measured on, and how; the doubts that come up are gathered in `found`.
@@ -187,12 +216,16 @@ class Task:
         for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             yield x.to(self.device), y.to(self.device)
 
-    def bar(self, title: str, count: int) -> tqdm:
-        """Return a progress bar over the batches of `count` images."""
-        # None: shown on a terminal, silent in a log file. A notebook is no terminal, and shows it all the same.
-        hidden = True if not self.progress else False if issubclass(tqdm, tqdm_notebook) else None
-        total = math.ceil(count / self.batch_size)
-        return tqdm(total=total, desc=title, unit="batch", leave=False, disable=hidden)
+    def bar(self, title: str, count: int, *, each: int = 1, unit: str = "batch") -> tqdm:
+        """Return a progress bar over the batches of `count` images, `each` ticks a batch.
+
+        On a terminal and in a notebook it moves; elsewhere it is a line every 10 seconds.
+        """
+        options = {"total": math.ceil(count / self.batch_size) * each, "desc": title, "unit": unit, "leave": False}
+        # A notebook is no terminal, and shows it all the same.
+        if self.progress and not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty():
+            return LineBar(**options)
+        return tqdm(**options, disable=not self.progress)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
