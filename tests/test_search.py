@@ -10,7 +10,7 @@ import torch
 
 import fastarat
 from fastarat.data import load_dataset
-from fastarat.evaluation import autoattack, evaluate
+from fastarat.evaluation import autoattack, collect, evaluate
 from fastarat.evaluation.autoattack import AutoAttackRun
 from fastarat.evaluation.search import SEARCH, quick_forward
 from fastarat.evaluation.task import STANDARD, Task
@@ -45,12 +45,12 @@ def digits():
         epsilon=EPSILON,
         num_steps=2,
     )
-    images, labels = fastarat.evaluation.collect(data.train, limit=640)
+    images, labels = collect(data.train, limit=640)
     for epoch in range(3):
         step.set_lr(0.05)
         for rows in torch.randperm(640, generator=torch.Generator().manual_seed(epoch)).split(64):
             step(images[rows], labels[rows])
-    return step.model, fastarat.evaluation.collect(data.test, limit=24)
+    return step.model, collect(data.test, limit=24)
 
 
 def run_of(digits, members, **options):

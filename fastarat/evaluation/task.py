@@ -216,7 +216,7 @@ class Task:
         for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             yield x.to(self.device), y.to(self.device)
 
-    def bar(self, title: str, count: int, *, each: int = 1, unit: str = "batch") -> tqdm:
+    def bar(self, title: str, count: int, *, each: int = 1, unit: str = "batch") -> plain_tqdm:
         """Return a progress bar over the batches of `count` images, `each` ticks a batch.
 
         On a terminal and in a notebook it moves; elsewhere it is a line every 10 seconds.
