@@ -45,9 +45,9 @@ class _Asked(NamedTuple):
     source: nn.Module | None
     curves: bool
     alarms: bool
+    confirm: bool
     prepared: Path | None
     rows: Tensor | None
-    confirm: bool = True
 
 
 def evaluate(
@@ -100,18 +100,16 @@ def evaluate(
         corruptions_dir: prepared files of the whole test set, as CIFAR-10-C has them; default: made here.
         alarms: where PGD is the strongest attack of the list, try FGSM and CW-PGD-10 on some images that withstood it,
             for at most 8 % of its steps (but 128 images), and warn of masked gradients.
-        confirm: `autoattack-fast` (AutoAttack's searches in the machine's fastest precision, every example verified in
-            float32) attacks what is left with the standard version in float32; False leaves it labelled unconfirmed.
+        confirm: `autoattack-fast` attacks what its searches leave in float32, too; False labels it unconfirmed.
     Raises: UserError for an unknown attack, a budget outside (0, 1], images outside [0, 1], labels outside [0, K), and
         a model that does not return finite float32 logits; all before the first attack.
     """
     entries = _entries(attack, source, corruptions_dir)
-    budget = checked_budget(epsilon, step_size, norm)
-    curves, alarms, confirm = _flags(curves=curves, alarms=alarms, confirm=confirm)
+    budget, flags = checked_budget(epsilon, step_size, norm), _flags(curves=curves, alarms=alarms, confirm=confirm)
     task = _task(model, data, limit, budget, entries, batch_size, seed, branch, tf32, device, progress, source)
     prepared, rows = _prepared(task, entries, corruptions_dir, limit)
     with task.lent(), enough_memory(batch_size):
-        return _measured(task, entries, _Asked(limit, state_dir, source, curves, alarms, prepared, rows, confirm))
+        return _measured(task, entries, _Asked(limit, state_dir, source, *flags, prepared, rows))
 
 
 def _entries(attack: str, source: nn.Module | None, corruptions_dir: str | Path | None) -> list[Entry]:
