@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
-import os
 import shlex
 import sys
 import warnings
@@ -20,8 +18,7 @@ from fastarat.interrupts import Interrupted
 from fastarat.texts import any_encoding, printable
 
 if TYPE_CHECKING:
-    from fastarat.config import Config
-    from fastarat.data import Dataset
+    pass
 
 # What an interrupted command leaves, and how to go on.
 _INTERRUPTED = {
@@ -155,80 +152,9 @@ def _train(parser: Parser, argv: list[str]) -> int:
 
 
 def _eval(parser: Parser, argv: list[str]) -> int:
-    from fastarat.card import accuracy_name
-    from fastarat.device import pick_device
-    from fastarat.evaluation import check_writable, evaluate, parse_attacks
-    from fastarat.runs import WEIGHTS, Run, check_branch, load_network
-    from fastarat.values import checked_budget, checked_seed
+    from fastarat.evaluating import run
 
-    parser.add_argument("run", help="run folder or checkpoint (.safetensors, .pt)")
-    parser.add_argument("--attack", default="clean,pgd-20", help="comma-separated: clean, pgd-N, pgd-N-R (R restarts), "
-                        "autoattack, apgd-ce, apgd-t, fab-t, square (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--weights", default="last", choices=WEIGHTS, help="of a run folder (default: last)")
-    parser.add_argument("--epsilon", help="pixel units, such as 8/255 (default: the run's)")
-    parser.add_argument("--step-size", help="of PGD, pixel units (default: epsilon / 4)")
-    parser.add_argument("--norm", help="linf or l2 (default: the run's)")
-    parser.add_argument("--limit", type=int, help="evaluate this many test images, evenly through the set")
-    parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
-    parser.add_argument("--branch", default="adv", help="BatchNorm branch (default: adv, as published numbers)")
-    parser.add_argument("--dataset", help="default: the run's")
-    parser.add_argument("--data-dir", help="default: the run's")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--tf32", action="store_true", help="allow TF32 (recorded with the result)")
-    parser.add_argument("--out", help="JSON to write (default: eval.json in the run folder)")
-    args = parser.parse(argv)
-    for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: expected 1 or more")
-    checked_seed(args.seed)
-    parse_attacks(args.attack)
-    device = pick_device(args.device)
-    model, meta, config = load_network(args.run, args.weights)
-    check_branch(args.run, meta, args.branch, args.weights if Path(args.run).is_dir() else "")
-    epsilon = meta["epsilon"] if args.epsilon is None else args.epsilon
-    budget = checked_budget(epsilon, args.step_size, meta["norm"] if args.norm is None else args.norm, where="--")
-    dataset = _data_to_evaluate(args, meta, config)
-    if args.limit is not None and args.limit > len(dataset.test):
-        print(f"note: --limit {args.limit} is above the {len(dataset.test):,} test images: all of them are evaluated")
-    run = Run.holding(args.run)
-    where = Path(args.out) if args.out else run.evaluation(args.weights)
-    check_writable(where)  # before the evaluation, which may take hours
-    # A run on a read-only disk is evaluated with --out elsewhere, and AutoAttack's batches are kept beside that.
-    state = run.state_dir if os.access(run.path, os.W_OK) else where.with_name(f"{where.stem}-state")
-    result = evaluate(
-        model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
-        seed=args.seed, branch=args.branch, state_dir=state, tf32=args.tf32,
-    )  # fmt: skip
-    result = dataclasses.replace(result, settings={**result.settings, "weights": args.weights, "epoch": meta["epoch"]})
-    result.save(where)
-    best = meta.get("best")
-    chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
-    of = f"{args.weights}, epoch {meta['epoch']}{chosen}"
-    print(printable(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set"))
-    print(result.table())
-    print(f"saved: {where}")
-    return 0
-
-
-def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Config | None) -> Dataset:
-    from fastarat.data import load_dataset
-
-    name = args.dataset or (config.dataset if config else None)
-    if not name:
-        raise UserError(f"{args.run} has no config.yaml beside it: name the data set with --dataset")
-    dataset = load_dataset(
-        name,
-        data_dir=args.data_dir or (config.data_dir if config else "data"),
-        val_images=config.eval.val_images if config and not args.dataset else None,
-        image_size=config.image_size if config else None,
-    )
-    if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
-        raise UserError(
-            f"{args.run} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s); "
-            f"{dataset.name} has {len(dataset.classes)} and {dataset.shape[0]}"
-        )
-    return dataset
+    return run(parser, argv)
 
 
 def _compare(parser: Parser, argv: list[str]) -> int:

@@ -431,7 +431,8 @@ class _Runner:
         if self.progress:
             print(f"{plan.name}: evaluating", flush=True)
         if self.parallel > 1:
-            flags = ["--attack", attack, "--weights", which, "--device", plan.config.device, "--out", file]
+            flags = ["--attack", attack, "--weights", which, "--device", plan.config.device]
+            flags += ["--out", file, "--overwrite"]  # what is there was found to be of other weights, and is said
             if self._call(["eval", run.path, *flags, *(["--limit", str(limit)] if limit else [])], log):
                 raise UserError(f"evaluating {run.path} failed: {last_line(log)} (log: {log})")
         else:

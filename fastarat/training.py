@@ -320,6 +320,7 @@ class Trainer:
                 batch_size=max(256, self.config.batch_size),
                 device=self.device,
                 progress=False,
+                alarms=False,
             )
         except OutOfMemory as error:
             raise UserError(

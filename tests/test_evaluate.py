@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm.notebook import tqdm_notebook
 from fastarat.attacks import pgd
 from fastarat.data import Split, make_loader
 from fastarat.errors import UserError
-from fastarat.evaluation import Evaluation, adversarial_examples, collect, evaluate, parse_attacks, wilson
+from fastarat.evaluation import Evaluation, adversarial_examples, collect, crafted, evaluate, parse_attacks, wilson
 from fastarat.evaluation.autoattack import build_ensemble
 from fastarat.evaluation.task import Task, share
 from fastarat.nets.batchnorm import SplitBatchNorm2d
@@ -354,7 +353,7 @@ def test_masked_gradients_are_noted_and_autoattack_logs_nothing_of_its_own(quick
 def test_an_attack_that_leaves_the_ball_is_caught(monkeypatch):
     model, images, labels = linear(3)
     far = lambda *a, **k: pgd(*a, **{**k, "epsilon": 0.03})  # noqa: E731
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "pgd", far)
+    monkeypatch.setattr(crafted, "pgd", far)
     with pytest.raises(AssertionError, match=r"exceeds epsilon 0\.02"):
         evaluate(model, (images, labels), "pgd-20", epsilon=0.02)
 
@@ -496,12 +495,13 @@ def test_wilson_interval():
     assert wilson(0.0, 10)[0] == 0.0
 
 
-@pytest.mark.parametrize(("kind", "progress", "hidden"), [(tqdm, True, None), (tqdm_notebook, True, False),
+@pytest.mark.parametrize(("kind", "progress", "hidden"), [(tqdm, True, False), (tqdm_notebook, True, False),
                                                            (tqdm_notebook, False, True)])  # fmt: skip
 def test_a_bar_is_shown_on_a_terminal_and_in_a_notebook(kind, progress, hidden, monkeypatch):
     seen = {}
     bar = type("Bar", (kind,), {"__init__": lambda self, **options: seen.update(options), "__del__": lambda self: None})
     monkeypatch.setattr("fastarat.evaluation.task.tqdm", bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     model, images, labels = linear(2)
     Task(model, images, labels, checked_budget(0.1), 10, 0, "adv", False, torch.device("cpu"), progress).bar("x", 32)
     assert seen == {"desc": "x", "total": 4, "unit": "batch", "leave": False, "disable": hidden}

@@ -32,7 +32,7 @@ LAYERS = [
     {"card", "finite", "building", "resuming", "logs"},
     {"checkpoints"},
     {"training"},
-    {"report", "interchange", "tuning", "bench"},
+    {"report", "interchange", "tuning", "bench", "evaluating"},
     {"table"},
     {"compare"},
     {"ablation"},

@@ -4,13 +4,12 @@ Every number is measured in eval mode and float32 with frozen parameters, around
 """
 
 from fastarat.evaluation.checks import NonFinite
-from fastarat.evaluation.evaluate import (
+from fastarat.evaluation.evaluate import adversarial_examples, data_hash, evaluate
+from fastarat.evaluation.result import (
     Evaluation,
-    adversarial_examples,
     check_record,
+    check_replaceable,
     check_writable,
-    data_hash,
-    evaluate,
     saved_evaluation,
     wilson,
 )
@@ -22,6 +21,7 @@ __all__ = [
     "adversarial_examples",
     "attack_title",
     "check_record",
+    "check_replaceable",
     "check_writable",
     "collect",
     "data_hash",

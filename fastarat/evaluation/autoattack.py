@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from fastarat.device import switched
 from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
+from fastarat.evaluation.search import SEARCH, quick_forward
 from fastarat.evaluation.task import Entry, Task, share
 from fastarat.files import parse_json, seal, tensors_hash, write_text
 
@@ -51,7 +52,10 @@ class AutoAttackRun:
     """The official evaluation loop, cut into batches that can be saved and continued.
 
     Each member attacks only the images that are still robust when it begins, in batches of `batch_size`, and
-    seeds itself again for each batch, exactly as in `AutoAttack.run_standard_evaluation`.
+    seeds itself again for each batch, exactly as in `AutoAttack.run_standard_evaluation`. A member named "search M"
+    is the same attack M on `quick_forward`: an example counts once `task.forward` is wrong about it, and images whose
+    examples it denies are attacked again with M on `task.forward`. So a search only ever takes away images for
+    which a verified example exists, and members after it, if any, attack what is left in float32.
 
     robust: bool [N], at first the images classified correctly without perturbation.
     done: by member, the accuracy it left, its largest perturbation, its seconds; `partial`: of the current member.
@@ -72,35 +76,53 @@ class AutoAttackRun:
 
     def play(self) -> None:
         """Run what is left to run."""
-        ensemble = build_ensemble(self.package, self.task, self.num_classes)
+        left = [member for member in self.members if member not in self.done]
         # Survivors come in every batch size: cuDNN would time all its algorithms again for each of them.
         with switched(torch.backends.cudnn, benchmark=False), _heard(self.task.found), torch.no_grad():
-            for member in self.members:
-                if member not in self.done:
-                    self._play_one(ensemble, member)
+            quick = quick_forward(self.task) if any(member.startswith(SEARCH) for member in left) else None
+            for member in left:
+                self._play_one(member, quick)
 
-    def _play_one(self, ensemble: Any, member: str) -> None:
+    def _play_one(self, member: str, quick: Callable[[Tensor], Tensor] | None) -> None:
         task = self.task
         if self.pending is None:
             self.pending = self.robust.nonzero().squeeze(1).tolist()
             self.partial = {"wall_s": 0.0, "max_perturbation": 0.0}
         title = member if len(self.members) == 1 else f"{self.name} {member}"
-        with task.bar(title, len(self.pending)) as bar:
-            bar.set_postfix_str(f"robust {share(self.robust):.2%}")
+        # Forwards one batch takes where no image falls: with most of them gone the last ones come quickly.
+        calls = _calls(build_ensemble(self.package, task, self.num_classes), member.removeprefix(SEARCH))
+        with task.bar(title, len(self.pending), each=calls, unit="forward") as bar:
+            bar.set_postfix_str(f"robust {share(self.robust):.2%}", refresh=False)
+            finished = 0
+
+            def counted(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+                def call(images: Tensor) -> Tensor:
+                    if bar.n < finished + calls:
+                        bar.update()
+                    return forward(images)
+
+                return call
+
+            exact = build_ensemble(self.package, task, self.num_classes, counted(task.forward))
+            fast = quick and build_ensemble(self.package, task, self.num_classes, counted(quick))
             while self.pending:
                 began = time.perf_counter()
                 rows = torch.tensor(self.pending[: task.batch_size])
                 x, y = task.images[rows].to(task.device), task.labels[rows].to(task.device)
                 # Copies: the distance below must be from images that no attack has had in its hands.
-                points = _perturb(ensemble, member, x.clone(), y.clone())
+                if quick is not None and member.startswith(SEARCH):
+                    points = _search(task, fast, exact, quick, member.removeprefix(SEARCH), x, y)
+                else:
+                    points = _perturb(exact, member, x.clone(), y.clone())
                 distance = furthest(points, x, task.budget)
                 self.robust[rows] = (task.forward(points).argmax(1) == y).cpu()
                 self.pending = self.pending[task.batch_size :]
                 self.partial["wall_s"] += time.perf_counter() - began
                 self.partial["max_perturbation"] = max(self.partial["max_perturbation"], distance)
                 self._save()
-                bar.update()
-                bar.set_postfix_str(f"robust {share(self.robust):.2%}")
+                finished += calls
+                bar.set_postfix_str(f"robust {share(self.robust):.2%}", refresh=False)
+                bar.update(finished - bar.n)
         self.done[member] = {"accuracy": share(self.robust), **self.partial}
         self.pending = None
         self._save()
@@ -125,7 +147,7 @@ class AutoAttackRun:
         digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{self.name}-{digest}.json"
-        for other in sorted(folder.glob(f"{self.name}-*.json")):
+        for other in sorted(folder.glob(f"{self.name}-{'[0-9a-f]' * 12}.json")):
             if other != self.path:
                 task.found.extend(_passed_over(other, self.fingerprint))
         if not self.path.exists():
@@ -170,12 +192,17 @@ def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:
     return tuple(m for m in entry.members if m != "apgd-t")
 
 
-def build_ensemble(package: ModuleType, task: Task, num_classes: int) -> Any:
-    """Return the official standard ensemble with everything its defaults would guess stated."""
+def build_ensemble(
+    package: ModuleType, task: Task, num_classes: int, forward: Callable[[Tensor], Tensor] | None = None
+) -> Any:
+    """Return the official standard ensemble with everything its defaults would guess stated.
+
+    forward: what it attacks, in place of `task.forward`.
+    """
     # The original prints at every batch unless told; its successor has no such argument and logs instead.
     silent = {"verbose": False} if package.__name__ == "autoattack" else {}
     ensemble = package.AutoAttack(
-        task.forward,
+        task.forward if forward is None else forward,
         norm={"linf": "Linf", "l2": "L2"}[task.budget.norm],
         eps=task.budget.epsilon,
         seed=task.seed,
@@ -201,6 +228,30 @@ def _perturb(ensemble: Any, member: str, x: Tensor, y: Tensor) -> Tensor:
     else:
         attack = ensemble.square
     return attack.perturb(x, y).detach()
+
+
+def _search(
+    task: Task, fast: Any, exact: Any, quick: Callable[[Tensor], Tensor], member: str, x: Tensor, y: Tensor
+) -> Tensor:
+    """Return what `member` finds on the quick network, or on the exact one where that denies what was found."""
+    points = _perturb(fast, member, x.clone(), y.clone())
+    # Among them images that the quick network gets wrong as they are, which the authors' code would not attack.
+    denied = (quick(points).argmax(1) != y) & (task.forward(points).argmax(1) == y)
+    if bool(denied.any()):
+        points = points.clone()
+        points[denied] = _perturb(exact, member, x[denied].clone(), y[denied].clone())
+    return points
+
+
+def _calls(ensemble: Any, member: str) -> int:
+    """Return how many forwards a member makes of a batch, at most."""
+    if member in ("apgd-ce", "apgd-dlr"):
+        return ensemble.apgd.n_iter + 2
+    if member == "apgd-t":
+        return 1 + ensemble.apgd_targeted.n_target_classes * (ensemble.apgd_targeted.n_iter + 2)
+    if member == "fab-t":
+        return 1 + ensemble.fab.n_target_classes * (2 * ensemble.fab.n_iter + 3)
+    return ensemble.square.n_queries + 3
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
@@ -25,55 +28,88 @@ from fastarat.values import Budget, coerce, whole
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Members of AutoAttack's standard version, in their order."""
-_KEYS = {"clean": "clean_acc", "autoattack": "robust_acc_aa"} | {
-    member: "robust_acc_" + member.replace("-", "_") for member in STANDARD
+_KEYS = {
+    "clean": "clean_acc",
+    "autoattack": "robust_acc_aa",
+    "autoattack-fast": "robust_acc_aa_fast",
+    "transfer": "robust_acc_transfer",
+    "worst": "robust_acc_worst",
+    "corruptions": "corruption_acc",
+} | {member: "robust_acc_" + member.replace("-", "_") for member in STANDARD}
+_TITLES = {
+    "clean_acc": "clean",
+    "corruption_acc": "corruptions",
+    "aa": "AutoAttack",
+    "aa_fast": "AutoAttack-fast",
+    "apgd_ce": "APGD-CE",
+    "apgd_t": "APGD-T",
+    "fab_t": "FAB-T",
+    "worst": "worst of all attacks",
 }
 
 
 class Entry(NamedTuple):
-    """One entry of an attack list: its name, the key of its accuracy, and for PGD its steps and restarts."""
+    """One entry of an attack list: its name, the key of its accuracy, and for PGD its steps, restarts and objective.
+
+    objective: "ce", or "cw", the margin of Carlini and Wagner.
+    """
 
     name: str
     key: str
     num_steps: int = 0
     num_restarts: int = 1
+    objective: str = "ce"
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The AutoAttack members this entry runs, in order; empty for clean and PGD."""
-        return STANDARD if self.name == "autoattack" else (self.name,) if self.name in STANDARD else ()
+        """The AutoAttack members this entry runs, in order; empty for everything else."""
+        if self.name in ("autoattack", "autoattack-fast"):
+            return STANDARD
+        return (self.name,) if self.name in STANDARD else ()
+
+    @property
+    def attacks(self) -> bool:
+        """Whether it looks for points within epsilon itself: neither the clean images, nor corruptions, nor `worst`."""
+        return bool(self.members or self.num_steps)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it takes gradients of the network that is measured."""
+        return self.attacks and self.name not in ("square", "transfer")
 
 
 def parse_attacks(attack: str) -> list[Entry]:
     """Parse a comma-separated attack list into entries, each once.
 
-    Raises: UserError for an unknown name, naming the nearest one, or a step or restart count below 1.
+    Raises: UserError for an unknown name, naming the nearest one, a step or restart count below 1, or `worst` without
+        an attack.
     """
     entries: dict[str, Entry] = {}
     for name in (part.strip().lower() for part in coerce(attack, tuple[str, ...], "attack")):
         if name in _KEYS:
-            entry = Entry(name, _KEYS[name])
-        elif counts := re.fullmatch(r"pgd-(\d+)(?:-(\d+))?", name):
-            steps, restarts = int(counts[1]), int(counts[2] or 1)
+            entry = Entry(name, _KEYS[name], num_steps=20 if name == "transfer" else 0)
+        elif counts := re.fullmatch(r"(pgd|cw)-(\d+)(?:-(\d+))?", name):
+            kind, steps, restarts = counts[1], int(counts[2]), int(counts[3] or 1)
             if steps < 1 or restarts < 1:
-                raise UserError(f"attack {name!r}: steps and restarts start at 1; write pgd-20 or pgd-20-5")
-            name, key = f"pgd-{steps}", f"robust_acc_pgd{steps}"
+                raise UserError(f"attack {name!r}: steps and restarts start at 1; write {kind}-20 or {kind}-20-5")
+            name, key = f"{kind}-{steps}", f"robust_acc_{kind}{steps}"
             if restarts > 1:
                 name, key = f"{name}-{restarts}", f"{key}_r{restarts}"
-            entry = Entry(name, key, steps, restarts)
+            entry = Entry(name, key, steps, restarts, "cw" if kind == "cw" else "ce")
         else:
-            raise unknown("attack", name, ["clean", "pgd-20", "pgd-20-5", "autoattack", *STANDARD])
+            raise unknown("attack", name, ["pgd-20", "pgd-20-5", "cw-20", "cw-20-5", *_KEYS])
         entries[entry.name] = entry
+    if "worst" in entries and not any(entry.attacks for entry in entries.values()):
+        raise UserError("attack 'worst' is the worst of the attacks beside it: name some, as in pgd-20,cw-20,worst")
     return list(entries.values())
 
 
 def attack_title(key: str) -> str:
     """Name what an accuracy was measured under: robust_acc_pgd20_r5 -> PGD-20 x5 restarts, val/clean_acc -> clean."""
     name = key.removeprefix("val/").removeprefix("robust_acc_")
-    if found := re.fullmatch(r"pgd(\d+)(?:_r(\d+))?", name):
-        return f"PGD-{found[1]}" + (f" x{found[2]} restarts" if found[2] else "")
-    titles = {"clean_acc": "clean", "aa": "AutoAttack", "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab_t": "FAB-T"}
-    return titles.get(name, name.capitalize())
+    if found := re.fullmatch(r"(pgd|cw)(\d+)(?:_r(\d+))?", name):
+        return f"{found[1].upper()}-{found[2]}" + (f" x{found[3]} restarts" if found[3] else "")
+    return _TITLES.get(name, name.capitalize())
 
 
 def in_pixels(value: float) -> str:
@@ -120,6 +156,32 @@ def collect(
     return torch.cat([b.images.contiguous() for b in batches]), split.labels
 
 
+class LineBar(plain_tqdm):
+    """Progress for a pipe or a log file: a line at most every `EVERY_S` seconds, and none before that."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, **options: Any) -> None:
+        self._said = time.monotonic()
+        # Fixed, because the adaptive number of ticks between looks at the clock would outlast a member's slow part.
+        super().__init__(**options, disable=False, mininterval=min(1.0, self.EVERY_S), miniters=1, file=sys.stderr)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the line, where one is due."""
+        now = time.monotonic()
+        if msg == "" or now - self._said < self.EVERY_S:
+            return False
+        self._said = now
+        print(str(self), file=sys.stderr, flush=True)
+        return True
+
+    def close(self) -> None:
+        """End without the escape sequences that clear a bar on a terminal."""
+        self.leave = False
+        self.display = lambda *args, **options: False  # type: ignore[method-assign]
+        super().close()
+
+
 @dataclass(frozen=True)
 class Task:
     """A network, what it is measured on, and how; the doubts that come up are gathered in `found`.
@@ -154,12 +216,16 @@ class Task:
         for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             yield x.to(self.device), y.to(self.device)
 
-    def bar(self, title: str, count: int) -> tqdm:
-        """Return a progress bar over the batches of `count` images."""
-        # None: shown on a terminal, silent in a log file. A notebook is no terminal, and shows it all the same.
-        hidden = True if not self.progress else False if issubclass(tqdm, tqdm_notebook) else None
-        total = math.ceil(count / self.batch_size)
-        return tqdm(total=total, desc=title, unit="batch", leave=False, disable=hidden)
+    def bar(self, title: str, count: int, *, each: int = 1, unit: str = "batch") -> plain_tqdm:
+        """Return a progress bar over the batches of `count` images, `each` ticks a batch.
+
+        On a terminal and in a notebook it moves; elsewhere it is a line every 10 seconds.
+        """
+        options = {"total": math.ceil(count / self.batch_size) * each, "desc": title, "unit": unit, "leave": False}
+        # A notebook is no terminal, and shows it all the same.
+        if self.progress and not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty():
+            return LineBar(**options)
+        return tqdm(**options, disable=not self.progress)
 
     @contextmanager
     def lent(self) -> Iterator[None]:

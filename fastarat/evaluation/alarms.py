@@ -1,0 +1,182 @@
+"""Masked gradients: what shows that a network hides its gradients rather than withstands an attack.
+
+Source: Athalye et al., ICML 2018 (the signs); Carlini et al., 2019 (what an evaluation should check).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastarat.evaluation.crafted import Outcome, classes_of, generator_of, perturb, start_of
+from fastarat.evaluation.task import Entry, Task
+
+# Trained robust networks lose 2 to 5 points from PGD-20 to AutoAttack; from 2 on PGD alone misleads.
+PGD_GAP = 0.02
+# From the cross-entropy to the margin they lose 1 to 3 points, GAIRAT 15 and more.
+CW_GAP = 0.05
+SQUARE_GAP = 0.002  # the limit of the official `check_square_sr`
+# What another random start, or another hundred images, moves by itself.
+NOISE = 0.01
+FEWEST = 3  # images, below which a share says nothing
+_PROBED_STEPS = 10
+_PROBED_SHARE = 0.08
+_PROBED_FLOOR = 128
+
+
+class Probe(NamedTuple):
+    """What two cheap attacks found among `count` images that withstood PGD: `fgsm` and `cw` fell under each.
+
+    standing: the share of all images that withstood it, which turns shares of them into points of accuracy.
+    """
+
+    against: str
+    count: int
+    standing: float
+    fgsm: int
+    cw: int
+
+
+def probed(task: Task, entries: Sequence[Entry], outcomes: Mapping[str, Outcome]) -> Probe | None:
+    """Try FGSM (one step of epsilon from the image) and CW-PGD-10 on some images that withstood the list's PGD.
+
+    Their number is such that this takes at most 8 % of the steps that PGD took, but 128 where that is fewer. Nothing is
+    done where there is no PGD of ten steps and more, or where the list has a CW-PGD or AutoAttack, which say more.
+    """
+    longest = max((e for e in entries if _is_pgd(e) and e.num_steps >= 10), key=lambda e: e.num_steps, default=None)
+    if longest is None or any(e.members or e.objective == "cw" for e in entries):
+        return None
+    robust = outcomes[longest.name].robust
+    rows = robust.nonzero().squeeze(1)
+    wanted = max(_PROBED_FLOOR, int(_PROBED_SHARE * len(robust) * longest.num_steps / (_PROBED_STEPS + 1)))
+    if len(rows) < FEWEST:
+        return None
+    rows = rows[torch.arange(min(wanted, len(rows))) * len(rows) // min(wanted, len(rows))]
+    fgsm, cw, generator = 0, 0, generator_of(task)
+    one_step = task.budget._replace(step_size=task.budget.epsilon)
+    for part in rows.split(task.batch_size):
+        x, y = task.images[part].to(task.device), task.labels[part].to(task.device)
+        fgsm += _fallen(task, perturb(task, x, y, x.clone(), 1, budget=one_step), y)
+        start = start_of(task, x, generator)
+        cw += _fallen(task, perturb(task, x, y, start, _PROBED_STEPS, objective="cw"), y)
+    return Probe(longest.name, len(rows), len(robust.nonzero()) / len(robust), fgsm, cw)
+
+
+def _fallen(task: Task, points: Tensor, labels: Tensor) -> int:
+    return int((classes_of(task, points) != labels).sum())
+
+
+def _is_pgd(entry: Entry) -> bool:
+    return entry.num_steps > 0 and entry.objective == "ce" and entry.name != "transfer"
+
+
+def doubts(
+    entries: Sequence[Entry],
+    accuracy: Mapping[str, float],
+    members: Mapping[str, float],
+    clean: float,
+    *,
+    num_images: int,
+    probe: Probe | None = None,
+    curves: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return the notes that compare attacks with each other.
+
+    accuracy: by key. members: left after each member of AutoAttack. clean: accuracy. curves: as `crafted.curves`.
+    """
+    values = {e: accuracy[e.key] for e in entries if e.num_steps and e.name != "transfer"}
+    notes = [
+        f"accuracy under {entry.name} ({value:.2%}) is above clean accuracy ({clean:.2%}): masked gradients"
+        for entry, value in values.items()
+        if value > clean
+    ]
+    pgds = {e: value for e, value in values.items() if _is_pgd(e)}
+    notes += _more_steps(pgds, curves, num_images)
+    if pgds:
+        weakest, value = min(pgds.items(), key=lambda item: item[1])
+        notes += _beside_pgd(weakest.name, value, values, accuracy, num_images)
+    if probe is not None:
+        notes += _of_probe(probe)
+    if "square" in members:
+        # Members run in turn on what is left, so what square took is the drop from the lowest of the others.
+        gap = min(v for k, v in members.items() if k != "square") - members["square"]
+        if gap > SQUARE_GAP:
+            notes.append(
+                f"Square, which sees no gradient, took {100 * gap:.1f} points more: "
+                "masked gradients, and AutoAttack itself may be an overestimate"
+            )
+    return notes
+
+
+def _above(gap: float, limit: float, num_images: int) -> bool:
+    """Whether a gap is above a limit, and more than a few images."""
+    return gap > limit and round(gap * num_images) >= FEWEST
+
+
+def _more_steps(pgds: Mapping[Entry, float], curves: Mapping[str, Any] | None, num_images: int) -> list[str]:
+    """Steps and restarts can only find more; one step that finds more than many is the same sign at its clearest."""
+    notes = []
+    for few, low in pgds.items():
+        for many, high in pgds.items():
+            more = many.num_steps > few.num_steps and many.num_restarts >= few.num_restarts
+            if more and _above(high - low, NOISE, num_images):
+                what = "single-step PGD beats it" if few.num_steps == 1 else "more steps find less"
+                notes.append(
+                    f"robust accuracy is {100 * (high - low):.1f} points higher under {many.name} ({high:.2%}) than "
+                    f"under {few.name} ({low:.2%}): {what}, so gradients are masked"
+                )
+    if curves:
+        steps, found = curves["steps"]["values"], curves["steps"]["accuracy"]
+        rises = [(found[j] - found[i], i, j) for j in range(len(found)) for i in range(j)]
+        rise, i, j = max(rises)
+        if _above(rise, NOISE, num_images):
+            notes.append(
+                f"along one attack, robust accuracy rises by {100 * rise:.1f} points from {steps[i]} PGD steps "
+                f"({found[i]:.2%}) to {steps[j]} ({found[j]:.2%}): masked gradients"
+            )
+    return notes
+
+
+def _beside_pgd(
+    name: str, value: float, values: Mapping[Entry, float], accuracy: Mapping[str, float], num_images: int
+) -> list[str]:
+    """Hold the weakest accuracy under PGD, `value`, against what other attacks leave."""
+    notes = []
+    for key, title in (("robust_acc_aa", "AutoAttack"), ("robust_acc_aa_fast", "AutoAttack-fast")):
+        gap = value - accuracy.get(key, value)
+        if gap > PGD_GAP:
+            notes.append(
+                f"{title} is {100 * gap:.1f} points below {name}: report {title}; beyond about 5 "
+                "points the defense probably masks gradients"
+            )
+    margins = {entry.name: low for entry, low in values.items() if entry.objective == "cw"}
+    if margins:
+        cw, low = min(margins.items(), key=lambda item: item[1])
+        if _above(value - low, CW_GAP, num_images):
+            notes.append(
+                f"{cw}, on the margin, is {100 * (value - low):.1f} points below {name}: the cross-entropy's gradients "
+                "are masked; report AutoAttack"
+            )
+    if "robust_acc_transfer" in accuracy:
+        gap = value - accuracy["robust_acc_transfer"]
+        if _above(gap, NOISE, num_images):
+            notes.append(
+                f"images crafted on another network leave {accuracy['robust_acc_transfer']:.2%}, {100 * gap:.1f} "
+                f"points below {name} on this one ({value:.2%}): masked gradients"
+            )
+    return notes
+
+
+def _of_probe(probe: Probe) -> list[str]:
+    notes = []
+    for fallen, title, limit in ((probe.fgsm, "one step of FGSM", NOISE), (probe.cw, "CW-PGD-10", CW_GAP)):
+        gap = fallen / probe.count * probe.standing
+        if fallen >= FEWEST and gap > limit:
+            notes.append(
+                f"{title} broke {fallen} of {probe.count} images that withstood {probe.against}, about "
+                f"{100 * gap:.1f} points of accuracy: masked gradients; report AutoAttack"
+            )
+    return notes
