@@ -125,8 +125,10 @@ def _say_what_is_unusual(args: argparse.Namespace, meta: dict[str, Any], config:
     if args.limit is not None and args.limit > total:
         print(f"note: --limit {args.limit} is above the {total:,} test images: all of them are evaluated")
     # Of `best` and the averages the epoch says nothing of how far the run has come.
-    if config is not None and args.weights == "last" and not meta.get("best") and meta["epoch"] < config.epochs:
-        print(f"note: the run has {meta['epoch']} of {config.epochs} epochs: it is unfinished, and so are its weights")
+    # An imported run's config names no number of epochs.
+    planned = config.epochs if config is not None and args.weights == "last" and not meta.get("best") else None
+    if planned is not None and meta["epoch"] < planned:
+        print(f"note: the run has {meta['epoch']} of {planned} epochs: it is unfinished, and so are its weights")
 
 
 def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Config | None) -> Dataset:

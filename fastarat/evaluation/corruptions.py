@@ -161,12 +161,13 @@ def _impulse_noise(x: np.ndarray, severity: int, rng: Generator) -> np.ndarray:
 
 def _defocus_blur(x: np.ndarray, severity: int, rng: Generator) -> np.ndarray:
     radius, soft = _pick(severity, (0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))
-    radius *= _scale(x)
+    larger = max(1.0, _scale(x))  # shrunk below a pixel the kernel would blur nothing
+    radius *= larger
     reach = int(np.ceil(radius)) + 2
     at = np.arange(-reach, reach + 1)
     disk = (at[:, None] ** 2 + at**2 <= radius**2).astype(float)
     # The softening is a Gaussian of three pixels, whatever its width: that of the published kernel.
-    near = np.exp(-(np.arange(-1, 2) ** 2) / (2 * (soft * _scale(x)) ** 2))
+    near = np.exp(-(np.arange(-1, 2) ** 2) / (2 * (soft * larger) ** 2))
     kernel = ndimage.convolve(disk / disk.sum(), np.outer(near, near) / near.sum() ** 2)
     return ndimage.convolve(x, kernel[..., None], mode="mirror")
 
