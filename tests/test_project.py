@@ -33,7 +33,8 @@ LAYERS = [
     {"checkpoints"},
     {"training"},
     {"report", "interchange", "tuning", "bench"},
-    {"table"},
+    {"table", "plans"},
+    {"live"},
     {"compare"},
     {"cli"},
 ]
