@@ -66,7 +66,9 @@ class _Line:
     before: int = 0  # epochs that were finished when this call began to train
     tested: bool = False
     took: float | None = None  # seconds of the evaluation
+    first: tuple[int, float] | None = None  # epochs and wall clock when one of this call was first seen finished
     pace: float | None = None  # seconds per epoch of this call, what lies between epochs included
+    begin_s: float | None = None  # seconds before the first step: a process starts, data are read
     seen: Seen = field(default_factory=lambda: Seen())
     stamp: tuple[int, int] | None = None
 
@@ -121,9 +123,14 @@ class Board:
                 line.stamp, line.seen = (found.st_mtime_ns, found.st_size), _seen(line.plan, found.st_mtime)
         except OSError:  # none yet
             return
-        here = line.seen.epochs - line.before
-        if line.phase == "training" and here > 0:
-            line.pace = max((line.seen.at - line.since) / here, line.seen.epoch_s or 0.0)
+        seen, here = line.seen, line.seen.epochs - line.before
+        if line.phase != "training" or here < 1 or seen.epoch_s is None:
+            return
+        if line.first is None:
+            line.first, line.pace = (seen.epochs, seen.at), seen.epoch_s
+            line.begin_s = max(0.0, seen.at - line.since - here * seen.epoch_s)
+        elif seen.epochs > line.first[0]:
+            line.pace = (seen.at - line.first[1]) / (seen.epochs - line.first[0])
 
     # --- how long it takes
 
@@ -149,8 +156,12 @@ class Board:
         if pace is None or line.phase not in _OPEN[:2]:
             return None if line.phase in _OPEN[:2] else 0.0
         epochs = max(0, (plan.config.epochs or 0) - line.seen.epochs)
+        begins = [other.begin_s for other in self._lines.values() if other.begin_s is not None]
+        begin_s = statistics.fmean(begins) if begins else 0.0
         if line.phase == "waiting":
-            return epochs * pace
+            return begin_s + epochs * pace
+        if line.first is None:
+            return max(0.0, begin_s + epochs * pace - (self._clock() - line.since))
         # Of the epoch that runs, at most one epoch's time has passed.
         passed = min(pace, self._clock() - max(line.since, line.seen.at))
         return max(0.0, epochs * pace - passed)
@@ -199,10 +210,7 @@ class Board:
                 return ""
             told = [f"{printable(line.plan.name)} {self._state(line)}" for line in running[:3]]
             told += [f"and {len(running) - 3} more"] * (len(running) > 3)
-            failed = sum(line.phase in _FAILED for line in lines)
-            done = sum(line.phase not in _OPEN or (line.phase == "trained" and not line.tested) for line in lines)
-            ended = f"{done} of {len(lines)} runs done" + (f" ({failed} failed)" if failed else "")
-            return f"{ended}; {', '.join(told)}; {self.left()}"
+            return f"{self._counts()}; {', '.join(told)}; {self.left()}"
 
     def table(self, most: int = 10**6) -> tuple[list[tuple[str, ...]], str]:
         """Rows of run, state, clean and robust validation accuracy, images/s, time left; and a line about all runs.
@@ -217,13 +225,17 @@ class Board:
             rows = [self._row(line) for line in lines if any(line is other for other in shown)]
             if len(shown) < len(lines):
                 rows.append((f"and {len(lines) - len(shown)} more", *[""] * (len(_COLUMNS) - 1)))
-            done = sum(
-                line.phase in ("done", "kept") or (line.phase == "trained" and not line.tested) for line in lines
-            )
-            failed = sum(line.phase in _FAILED for line in lines)
-            text = f"{done} of {len(lines)} runs done" + f", {failed} failed" * bool(failed)
-            open_ = any(line.phase in _OPEN[:2] or (line.tested and line.phase in _OPEN) for line in lines)
-            return rows, f"{text}; {self.left()}" if open_ or self.more else text
+            still = any(line.phase in _OPEN[:2] or (line.tested and line.phase in _OPEN) for line in lines)
+            return rows, f"{self._counts()}; {self.left()}" if still or self.more else self._counts()
+
+    def _counts(self) -> str:
+        lines = list(self._lines.values())
+        trained, evaluated, failed = (
+            sum(line.phase in phases for line in lines)
+            for phases in (("trained", "evaluating", "done", "kept"), ("done", "kept"), _FAILED)
+        )
+        text = f"{trained} of {len(lines)} runs trained"
+        return text + f", {evaluated} evaluated" * bool(evaluated) + f", {failed} failed" * bool(failed)
 
     def _row(self, line: _Line) -> tuple[str, ...]:
         seen = line.seen
@@ -242,7 +254,7 @@ class Board:
         epochs = line.plan.config.epochs or 0
         if line.phase == "training":
             begun = line.seen.epochs + 1
-            return f"epoch {begun} of {epochs}" if begun <= epochs else "averaging weights"
+            return f"epoch {begun} of {epochs}" if begun <= epochs else "ending"
         if line.phase == "evaluating":
             return f"evaluating {_evaluating(line.plan, line.since)}".rstrip()
         if line.phase in _FAILED:
@@ -296,7 +308,8 @@ def _evaluating(plan: Plan, since: float) -> str:
         if states:
             return _autoattack(max(states)[1])
         if plan.eval_log.stat().st_mtime >= since - 1:
-            return printable(last_line(plan.eval_log))
+            text = last_line(plan.eval_log)
+            return "" if text.startswith("saved: ") else printable(text)  # its last words
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # as somebody else wrote it
         pass
     return ""
