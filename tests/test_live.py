@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -174,29 +175,53 @@ def test_a_pipe_is_told_what_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
-def test_a_terminal_shows_a_table_and_is_left_as_it_was(term, tmp_path):
+def test_a_terminal_shows_a_table_and_is_left_as_it_was(term, tmp_path, monkeypatch):
+    for name, value in {"TERM": term, "NO_COLOR": "1", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(live, "LINE_S", 0.1)
+    monkeypatch.setattr(live, "REDRAW_S", 0.1)
     main, own = pty.openpty()
-    env = {"TERM": term, "NO_COLOR": "1", "COLUMNS": "80", "LINES": "24"}
-    process = run_in(tmp_path, stdin=own, stdout=own, stderr=own, env=env)
-    os.close(own)
-    said = b""
-    while True:
-        try:
-            more = os.read(main, 65536)
-        except OSError:  # its other end is closed
-            break
-        if not more:
-            break
-        said += more
+    board, plan = Board(2), plan_of(tmp_path)
+    board.expect([plan, plan_of(tmp_path, seed=1)], tested=False)
+    board.set(plan, "training")
+    with open(own, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        with pytest.raises(KeyboardInterrupt), live.shown(board, drawn=True):
+            time.sleep(0.3)
+            print("said meanwhile")
+            wrote(plan, 3, at=time.time())
+            time.sleep(0.3)
+            raise KeyboardInterrupt
+        assert (sys.stdout, sys.stderr) == (terminal, terminal)
+        text = os.read(main, 65536).decode()
     os.close(main)
-    assert process.wait(60) == 0
-    text = said.decode()
+    assert "said meanwhile" in text
     if term == "dumb":
         assert "\x1b" not in text
-        assert "time left unknown yet" in text
+        assert "at-seed0 epoch 1 of 10; time left unknown yet" in text
         return
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is shown again"
     assert "\x1b[1A" in text, "it is redrawn in place"
-    assert not re.search(r"\x1b\[\d*(;\d+)*3\dm", text), "NO_COLOR"
-    assert re.search(r"at-seed0 +epoch 1 of 2", text)
-    assert re.search(r"2 of 2 runs trained, 2 evaluated", text)
+    assert not re.search(r"\x1b\[(\d+;)*3\dm", text), "NO_COLOR"
+    assert re.search(r"at-seed0 +epoch 1 of 10", text)
+    assert re.search(r"at-seed0 +epoch 4 of 10 +50\.0% +25\.0%", text)
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", None])
+def test_an_output_that_cannot_be_written_ends_the_saying_alone(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "LINE_S", 0.05)
+    board, plan = Board(2), plan_of(tmp_path)
+    board.set(plan, "training")
+    # Neither buffer nor newline of its own keeps what cannot be written for the end.
+    file = None if stream is None else os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    if file is not None and stream == "closed":
+        file.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        patch.setattr(sys, "stderr", file)
+        with live.shown(board, drawn=True):
+            time.sleep(0.2)
+    if stream == "full":
+        with pytest.raises(OSError, match="No space"):
+            file.close()
