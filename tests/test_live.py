@@ -19,7 +19,7 @@ from fastarat.live import Board, duration, makespan
 from fastarat.plans import Failure, Plan
 
 COMPARE = [
-    "compare", "--defenses", "standard,at", "--seeds", "0", "--limit-train", "64", "--batch-size", "32", "--epochs", "2",
+    "compare", "--defenses", "at", "--seeds", "0", "--limit-train", "64", "--batch-size", "32", "--epochs", "2",
     "--no-tensorboard", "--attack.epsilon", "0.1", "--attack.num-steps", "1", "--eval.val-images", "20",
     "--eval.num-steps", "1", "--test-attack", "clean,pgd-2", "--limit", "20", "--threads", "1", "--parallel", "2",
 ]  # fmt: skip
@@ -168,10 +168,19 @@ def test_a_pipe_is_told_what_goes_on(tmp_path):
     out, err = done.communicate(timeout=120)
     assert (done.returncode, err) == (0, "")
     told = [line for line in out.splitlines() if re.match(r"\[\d\d:\d\d:\d\d\] ", line)]
-    assert any("standard-seed0 epoch 1 of 2, at-seed0 epoch 1 of 2; time left unknown yet" in line for line in told)
+    assert any("at-seed0 epoch 1 of 2; time left unknown yet" in line for line in told)
     assert any("evaluating" in line for line in told)
     assert "\x1b" not in out
     assert "| at |" in out
+
+
+def interrupted(board: Board, plan: Plan) -> None:
+    with live.shown(board, drawn=True):
+        time.sleep(0.3)
+        print("said meanwhile")
+        wrote(plan, 3, at=time.time())
+        time.sleep(0.3)
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
@@ -187,12 +196,8 @@ def test_a_terminal_shows_a_table_and_is_left_as_it_was(term, tmp_path, monkeypa
     with open(own, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)
-        with pytest.raises(KeyboardInterrupt), live.shown(board, drawn=True):
-            time.sleep(0.3)
-            print("said meanwhile")
-            wrote(plan, 3, at=time.time())
-            time.sleep(0.3)
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(board, plan)
         assert (sys.stdout, sys.stderr) == (terminal, terminal)
         text = os.read(main, 65536).decode()
     os.close(main)
