@@ -11,7 +11,7 @@ from small import metrics, small_config, trained
 
 import fastarat
 from fastarat.cli import main
-from fastarat.report import watch as module
+from fastarat.report import report, watch as module
 from fastarat.report.page import refresh_line
 from fastarat.report.watch import watch
 from fastarat.training import Trainer
@@ -117,7 +117,7 @@ def test_ctrl_c_leaves_a_whole_page_that_stands_still(tmp_path, done, monkeypatc
 
 
 def test_the_page_reloads_itself_while_it_is_asked_to(done):
-    page = fastarat.report.report([done], num_images=2, refresh_s=30).read_text()
+    page = report([done], num_images=2, refresh_s=30).read_text()
     assert page.count('<meta http-equiv="refresh" content="30">') == 1
 
 
