@@ -1,5 +1,6 @@
 """What a comparison says while it runs: states, time left by hand, a pipe, a terminal."""
 
+import contextlib
 import json
 import os
 import pty
@@ -174,6 +175,16 @@ def test_a_pipe_is_told_what_goes_on(tmp_path):
     assert "| at |" in out
 
 
+def everything(terminal: int) -> str:
+    """What was written to a terminal whose other end is closed; closes it."""
+    said = b""
+    with contextlib.suppress(OSError):
+        while more := os.read(terminal, 4096):
+            said += more
+    os.close(terminal)
+    return said.decode()
+
+
 def interrupted(board: Board, plan: Plan) -> None:
     with live.shown(board, drawn=True):
         time.sleep(0.3)
@@ -199,8 +210,7 @@ def test_a_terminal_shows_a_table_and_is_left_as_it_was(term, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             interrupted(board, plan)
         assert (sys.stdout, sys.stderr) == (terminal, terminal)
-        text = os.read(main, 65536).decode()
-    os.close(main)
+    text = everything(main)
     assert "said meanwhile" in text
     if term == "dumb":
         assert "\x1b" not in text
