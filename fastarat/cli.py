@@ -26,7 +26,7 @@ _INTERRUPTED = {
     "eval": "AutoAttack's finished batches are kept, and the same command goes on after them; nothing else was written",
     "compare": "finished and begun runs are kept: the same command goes on from there",
     "ablate": "finished and begun runs are kept: the same command goes on from there",
-    "report": "the report was not finished; the same command writes it anew",
+    "report": "a page that was finished before stays; the same command writes it anew",
     "import": "the same command starts again, once the folder it may have begun (--out) is deleted",
     "bench": "defenses that were finished are in the file named with --out; the same command starts again",
 }
@@ -229,15 +229,25 @@ def _ablate(parser: Parser, argv: list[str]) -> int:
 
 def _report(parser: Parser, argv: list[str]) -> int:
     from fastarat.report import report
+    from fastarat.report.watch import watch
 
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", help="folder to write (default: report/ in the first run)")
     parser.add_argument("--images", type=int, default=8, help="test images in the grid (default: 8)")
     parser.add_argument("--data-dir", help="default: the run's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--watch", action="store_true", help="write it again as the runs go on, until they are finished"
+    )
+    parser.add_argument("--every", type=float, help="with --watch: seconds between two looks (default: 30)")
     args = parser.parse(argv)
-    where = report(args.runs, args.out, num_images=args.images, device=args.device, data_dir=args.data_dir)
-    print(f"wrote {where}")
+    options = {"num_images": args.images, "device": args.device, "data_dir": args.data_dir}
+    if args.watch:
+        watch(args.runs, args.out, every=30.0 if args.every is None else args.every, **options)
+        return 0
+    if args.every is not None:
+        raise UserError("--every is of --watch, which was not asked: add it, or leave --every out")
+    print(f"wrote {report(args.runs, args.out, **options)}")
     return 0
 
 

@@ -12,25 +12,28 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastarat import tuning
 from fastarat.bench.bench import forwards_of
 from fastarat.building import choose_precision, shared_precision
 from fastarat.child import PARTING_S
 from fastarat.children import Children, last_line, terminable
-from fastarat.config import DEFENSES, Config, defense_key, from_dict, merge, nest, resolve_defense, to_dict, write_yaml
+from fastarat.config import DEFENSES, from_dict, merge, nest, resolve_defense, to_dict
 from fastarat.device import pick_device, threads
 from fastarat.diagnostics import in_short
 from fastarat.errors import UserError
 from fastarat.evaluation import Evaluation, data_hash, evaluate, parse_attacks, saved_evaluation
 from fastarat.files import make_writable, write_text
 from fastarat.finite import Diverged
+from fastarat.live import Board, shown
 from fastarat.locks import held
+from fastarat.plans import Failure, Plan, evaluate_apart, train_apart
 from fastarat.resuming import finished
-from fastarat.runs import Run, dataset_of, is_current, load_network
+from fastarat.runs import dataset_of, is_current, load_network
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import resolve, train
 from fastarat.tuning import Choice, Settings
@@ -40,36 +43,6 @@ _ROWS_OWN = {"seed": "seeds", "defense": "defenses", "swa": "a row named NAME+sw
 _KEPT = "finished and begun runs are kept: the same command goes on from there"
 _ORPHANS_S = 3 * PARTING_S
 """Seconds to wait for the trainings of a comparison that was killed a moment ago: they are ending."""
-
-
-class Plan(NamedTuple):
-    """One run of the comparison. config: resolved. needs: the run whose weights it starts from, or None."""
-
-    name: str
-    defense: str
-    seed: int
-    config: Config
-    needs: Plan | None
-
-    @property
-    def run(self) -> Run:
-        return Run(str(self.config.out))
-
-    @property
-    def which(self) -> str:
-        """The weights that are evaluated."""
-        return "swa" if self.config.swa else "last"
-
-    def beside(self, suffix: str) -> Path:
-        """A file beside the run's folder: .yaml (what was asked), .log, .diverged (why it has no final network)."""
-        return self.run.path.with_name(self.run.path.name + suffix)
-
-
-class Failure(NamedTuple):
-    """Why a run has no final network. diverged: by itself, rather than for a mistake or an interruption."""
-
-    why: str
-    diverged: bool
 
 
 def compare(
@@ -121,14 +94,15 @@ def compare(
         grids = tuning.grids_of(defenses, tune)
         runner.check(grids, seeds[0])
         precision = runner.settle_precision(defenses, seeds[0])
-        chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
-        plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
-        if progress:
-            print(
-                f"{len(plans)} runs, {sum(runner.state(p) == 'finished' for p in plans)} finished already", flush=True
-            )
-        failed = runner.train(plans)
-        evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
+        with runner.shown():
+            chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
+            plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
+            if progress:
+                there = sum(runner.state(p) == "finished" for p in plans)
+                print(f"{len(plans)} runs, {there} finished already", flush=True)
+            runner.board.expect(plans, tested=True)
+            failed = runner.train(plans)
+            evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
         _check_done(failed, len(plans), bool(evaluations))
         done = {
             row: _row([p for p in plans if p.defense == row], evaluations, chosen[row], runner.own(row))
@@ -202,11 +176,15 @@ class _Runner:
         self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
         # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
-        self.children = Children(parallel)
+        self.children, self.board = Children(parallel), Board(parallel)
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
         self.standard: Settings = {}
         self.finished: set[Path] = set()
         self.dataset = dataset_of(from_dict(base, source="compare", code=False))
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Say what the runs are doing while a block runs; one run alone draws bars of its own on a terminal."""
+        return shown(self.board, drawn=self.parallel > 1) if self.progress else nullcontext()
 
     def check(self, grids: Mapping[str, list[Settings]], seed: int) -> None:
         """Find every mistake before any training."""
@@ -299,10 +277,12 @@ class _Runner:
         """Choose each row's settings on validation images, rows that others start from first."""
         first = [row for row in grids if not resolve_defense(self._named(row)[0]).starts_from]
         chosen: dict[str, Choice] = {}
+        self.board.more = True
         for rows in (first, [row for row in grids if row not in first]):
             chosen |= tuning.choose({row: grids[row] for row in rows}, seeds, self._scored)
             if "standard" in chosen:
                 self.standard = chosen["standard"].settings
+        self.board.more = False
         tuning.save(self.out, chosen, seeds)
         for row, choice in chosen.items() if self.progress else ():
             how = "chosen" if choice.tried else "given"
@@ -343,17 +323,22 @@ class _Runner:
         needed = {p.needs.name: p.needs for p in plans if p.needs is not None}
         first = [*needed.values(), *(p for p in plans if p.needs is None and p.name not in needed)]
         failed: dict[str, Failure] = {}
+        self.board.expect([*first, *plans], tested=False)
         for run in {p.run.path for p in (*first, *plans) if p.run.path.exists()}:
             with held(run, "fastarat compare", patience=_ORPHANS_S):
                 pass
         for wave in (first, [p for p in plans if p.needs is not None]):
             pending = [(p, state) for p in wave if (state := self.state(p)) != "finished"]
+            for plan in wave:
+                if plan not in [p for p, _ in pending]:
+                    self.board.set(plan, "trained")
             failures = self.children.map(lambda job: self._train(*job, failed), pending)
             failed.update({p.name: why for (p, _), why in zip(pending, failures, strict=True) if why is not None})
         return failed
 
     def _train(self, plan: Plan, state: str, failed: Mapping[str, Failure]) -> Failure | None:
         failure = self._outcome(plan, state, failed)
+        self.board.ended(plan, failure)
         if self.progress and self.parallel > 1:
             print(f"{plan.name}: {failure.why if failure else 'done'}", flush=True)
         return failure
@@ -365,15 +350,19 @@ class _Runner:
         note = plan.beside(".diverged")
         if state == "diverged":
             return Failure(last_line(note) or f"{note} says so", True)
-        failure = (self._in_a_process if self.parallel > 1 else self._here)(plan, state)
+        if self.parallel == 1 and self.progress:
+            print(f"\n--- {self.board.heading(plan)}", flush=True)
+        self.board.set(plan, "training")
+        if self.parallel > 1:
+            failure = train_apart(plan, self._call, begun=state == "started")
+        else:
+            failure = self._here(plan, state)
         if failure is not None and failure.diverged:
             make_writable(note.parent)
             write_text(note, failure.why + "\n")
         return failure
 
     def _here(self, plan: Plan, state: str) -> Failure | None:
-        if self.progress:
-            print(f"\n--- {plan.name}", flush=True)
         try:
             if state == "new":
                 train(plan.config, progress=self.progress)
@@ -382,24 +371,6 @@ class _Runner:
         except UserError as error:
             return Failure(str(error), isinstance(error, Diverged))
         return None
-
-    def _in_a_process(self, plan: Plan, state: str) -> Failure | None:
-        asked, log = plan.beside(".yaml"), plan.beside(".log")
-        make_writable(log.parent)
-        if state == "new":
-            write_yaml(plan.config, asked)
-        begins = ["--config", asked] if state == "new" else ["--resume", plan.run.path]
-        # Code is run only where a person named it on a command line: here --defenses, passed on.
-        own = [] if type(plan.config.defense) in DEFENSES.values() else ["--defense", defense_key(plan.config.defense)]
-        code = self._call(["train", *begins, *own], log)
-        if code == 0:
-            return None
-        why = last_line(log) or f"exit code {code}"
-        if code < 0:
-            why = f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
-        # The exit code alone does not tell: 1 is every stop while running, a full disk among them.
-        diverged = code == 1 and why.startswith("training stopped")
-        return Failure(why if diverged else f"{why} (log: {log})", diverged)
 
     def _call(self, command: list[str | Path], log: Path) -> int:
         return self.children.call(command, log, {"OMP_NUM_THREADS": str(self.threads)})
@@ -423,23 +394,24 @@ class _Runner:
         meta = plan.run.meta(plan.which)
         asked = {key: meta[key] for key in ("epoch", "epsilon", "norm")}
         asked |= {"attacks": [a.name for a in parse_attacks(attack)], "limit": limit}
-        return saved_evaluation(file, asked, weights=meta["sha256"], data=data)
+        found = saved_evaluation(file, asked, weights=meta["sha256"], data=data)
+        if found is not None:
+            self.board.set(plan, "kept")
+        return found
 
     def _evaluate(self, plan: Plan, attack: str, limit: int | None) -> dict[str, Any]:
-        run, which = plan.run, plan.which
-        file, log = run.compared(which), run.path / "eval.log"
+        file = plan.run.compared(plan.which)
         if self.progress:
             print(f"{plan.name}: evaluating", flush=True)
+        self.board.set(plan, "evaluating")
         if self.parallel > 1:
-            flags = ["--attack", attack, "--weights", which, "--device", plan.config.device]
-            flags += ["--out", file, "--overwrite"]  # what is there was found to be of other weights, and is said
-            if self._call(["eval", run.path, *flags, *(["--limit", str(limit)] if limit else [])], log):
-                raise UserError(f"evaluating {run.path} failed: {last_line(log)} (log: {log})")
+            evaluate_apart(plan, self._call, attack, limit)
         else:
             result = self._evaluate_here(plan, attack, limit)
             result.save(file)
             if self.progress:
                 print(result.table(), flush=True)
+        self.board.set(plan, "done")
         return json.loads(file.read_text(encoding="utf-8"))
 
     def _evaluate_here(self, plan: Plan, attack: str, limit: int | None) -> Evaluation:

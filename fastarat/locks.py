@@ -72,6 +72,19 @@ def held(folder: str | Path, doing: str, *, patience: float = 0.0) -> Iterator[N
                 path.rmdir()
 
 
+def holder(folder: str | Path) -> dict[str, Any] | None:
+    """Return who holds `folder` (pid, host, since, doing), or None; looking takes no lock, so it is in nobody's way.
+
+    A process of another host is taken to be alive, and one of this host by its number.
+    """
+    for name in LOCK_FILES:
+        path = Path(folder) / name
+        found = _read(path) if path.is_file() else {}
+        if found and (found.get("host") != socket.gethostname() or _alive(found.get("pid"))):
+            return found
+    return None
+
+
 def _missing(folder: Path) -> list[Path]:
     """The folders that making `folder` will make, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jinja2
 import torch
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fastarat.device import pick_device
@@ -40,6 +42,7 @@ def report(
     num_images: int = 8,
     device: torch.device | str | None = None,
     data_dir: str | Path | None = "data",
+    refresh_s: float | None = None,
 ) -> Path:
     """Write curves.png, examples.png and report.html, which embeds both, about one or more runs of one data set.
 
@@ -49,6 +52,7 @@ def report(
         num_images: test images in the grid, the first one of each class, then the second ones ...
         device: where the adversarial images are made; default: the GPU if there is one.
         data_dir: where the data set is kept; None: where the first run found it.
+        refresh_s: seconds after which the page reloads itself in a browser; None: never.
     Returns: the path of report.html.
     Raises: UserError for a folder that is no run or has no metrics or weights yet, runs of different data sets or image
         shapes, an unreadable eval.json, and a folder that cannot be written.
@@ -76,6 +80,7 @@ def report(
         write_atomic(folder / f"{name}.png", lambda p, picture=picture: p.write_bytes(picture))
     evaluations = [result for run in subjects for result in run.evaluations.values()]
     page = _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        refresh=None if refresh_s is None else Markup(refresh_line(refresh_s)),
         runs=subjects,
         dataset=dataset,
         pictures={name: base64.b64encode(picture).decode("ascii") for name, picture in pictures.items()},
@@ -89,6 +94,11 @@ def report(
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def refresh_line(refresh_s: float) -> str:
+    """The page's line that has a browser load it again."""
+    return f'<meta http-equiv="refresh" content="{math.ceil(refresh_s)}">'
 
 
 def _png(figure: Figure) -> bytes:

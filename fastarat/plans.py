@@ -1,0 +1,80 @@
+"""One run of a comparison: its files, and how it is trained and evaluated in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fastarat.children import last_line
+from fastarat.config import DEFENSES, Config, defense_key, write_yaml
+from fastarat.errors import UserError
+from fastarat.files import make_writable
+from fastarat.runs import Run
+
+Call = Callable[[list[str | Path], Path], int]
+"""Runs `fastarat ARGV`, its output added to a log, and returns the exit code, or minus the signal that killed it."""
+
+
+class Plan(NamedTuple):
+    """One run of the comparison. config: resolved. needs: the run whose weights it starts from, or None."""
+
+    name: str
+    defense: str
+    seed: int
+    config: Config
+    needs: Plan | None
+
+    @property
+    def run(self) -> Run:
+        return Run(str(self.config.out))
+
+    @property
+    def which(self) -> str:
+        """The weights that are evaluated."""
+        return "swa" if self.config.swa else "last"
+
+    @property
+    def eval_log(self) -> Path:
+        """What the evaluation says, where it is a process of its own."""
+        return self.run.path / "eval.log"
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the run's folder: .yaml (what was asked), .log, .diverged (why it has no final network)."""
+        return self.run.path.with_name(self.run.path.name + suffix)
+
+
+class Failure(NamedTuple):
+    """Why a run has no final network. diverged: by itself, rather than for a mistake or an interruption."""
+
+    why: str
+    diverged: bool
+
+
+def train_apart(plan: Plan, call: Call, *, begun: bool) -> Failure | None:
+    """Train, or go on where `begun`, in a process; return why it has no final network, or None."""
+    asked, log = plan.beside(".yaml"), plan.beside(".log")
+    make_writable(log.parent)
+    if not begun:
+        write_yaml(plan.config, asked)
+    begins = ["--resume", plan.run.path] if begun else ["--config", asked]
+    # Code is run only where a person named it on a command line: here --defenses, passed on.
+    own = [] if type(plan.config.defense) in DEFENSES.values() else ["--defense", defense_key(plan.config.defense)]
+    code = call(["train", *begins, *own], log)
+    if code == 0:
+        return None
+    why = last_line(log) or f"exit code {code}"
+    if code < 0:
+        why = f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
+    # The exit code alone does not tell: 1 is every stop while running, a full disk among them.
+    diverged = code == 1 and why.startswith("training stopped")
+    return Failure(why if diverged else f"{why} (log: {log})", diverged)
+
+
+def evaluate_apart(plan: Plan, call: Call, attack: str, limit: int | None) -> None:
+    """Evaluate in a process, into the comparison's own file. Raises: UserError where that fails."""
+    flags = ["--attack", attack, "--weights", plan.which, "--device", plan.config.device]
+    # Overwritten: what is there was found to be of other weights or settings, which has been said.
+    flags += ["--out", plan.run.compared(plan.which), "--overwrite", *(["--limit", str(limit)] if limit else [])]
+    if call(["eval", plan.run.path, *flags], plan.eval_log):
+        raise UserError(f"evaluating {plan.run.path} failed: {last_line(plan.eval_log)} (log: {plan.eval_log})")
