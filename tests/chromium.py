@@ -13,8 +13,8 @@ import websocket
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # What a person would trip over. A wide thing may scroll in a box that was made for it (data-scroll).
-LOOK = """(() => {
-  const found = [], wide = innerWidth;
+LOOK = """((wide) => {
+  const found = [];
   if (document.scrollingElement.scrollWidth > wide) found.push(`page is ${document.scrollingElement.scrollWidth} px wide`);
   for (const e of document.body.querySelectorAll("*")) {
     const box = e.getBoundingClientRect(), style = getComputedStyle(e);
@@ -29,7 +29,7 @@ LOOK = """(() => {
     if (size < 10) found.push(`letters of ${size.toFixed(1)} px: ${what}`);
   }
   return found;
-})()"""
+})"""
 
 
 class Browser:
@@ -75,8 +75,12 @@ class Browser:
     def open(self, file: Path, width: int, scheme: str = "light", media: str = "") -> None:
         """Show a file and wait until it has loaded."""
         self._events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 700)
-        self.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 700
+        )
+        self.call(
+            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
         self.call("Page.navigate", url=file.resolve().as_uri())
         until = time.monotonic() + 30
         while self.value("document.readyState + location.protocol") != "completefile:":
@@ -88,7 +92,7 @@ class Browser:
 
     def look(self, file: Path, width: int, scheme: str = "light", media: str = "") -> list[str]:
         self.open(file, width, scheme, media)
-        found = list(self.value(LOOK))
+        found = list(self.value(f"{LOOK}({width})"))
         time.sleep(0.1)  # for the last events of a page that asks for something
         self.value("0")
         for event in self._events:

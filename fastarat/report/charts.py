@@ -1,7 +1,7 @@
-"""The charts of a report's page: small line charts, accuracy by class, confusion; each as SVG for the page, SVG and PNG.
+"""The charts of a report's page: small line charts, accuracy by class, confusion; in the page, and as SVG and PNG files.
 
-A chart is `WIDTH` points wide, which is what a phone shows in pixels, so that its letters have their own size there. In the
-page its colours are CSS variables (dark mode) and every point carries its value.
+A chart is `WIDTH` points wide, which is what a phone shows in pixels, so that its letters have their own size there.
+In the page its colours are CSS variables (dark mode) and every point carries its value.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class _Hit(NamedTuple):
 def draw_lines(chart: Chart, labels: Sequence[str]) -> Drawn:
     """Draw a line chart; labels: the runs' names."""
     runs = sorted({line.run for line in chart.lines})
-    entries = [(_short(labels[run], 54), _style(run)) for run in runs]
+    entries = [(_short(labels[run], 46), _style(run)) for run in runs]
     if len(chart.kinds) > 1:
-        entries += [(_short(kind, 54), {"color": _SOFT, "linestyle": DASHES[i % len(DASHES)]})
+        entries += [(_short(kind, 46), {"color": _SOFT, "linestyle": DASHES[i % len(DASHES)]})
                     for i, kind in enumerate(chart.kinds)]  # fmt: skip
     if any(line.ring is not None for line in chart.lines):
         entries.append(("best epoch", {"color": _SOFT, "linestyle": "", "marker": "o", "markersize": 9,
@@ -98,7 +98,7 @@ def draw_lines(chart: Chart, labels: Sequence[str]) -> Drawn:
         for x, y in zip(line.x, line.y, strict=True):
             told = f"{y:.2%}" if chart.percent else f"{y:.4g}"
             point = axes.transData.transform((x, 100 * y if chart.percent else y))
-            hits.append(_Hit(*point, f"{labels[line.run]}{kind}: {told} at {_at(chart, x)}"))
+            hits.append(_Hit(point[0], point[1], f"{labels[line.run]}{kind}: {told} at {_at(chart, x)}"))
     return _drawn(chart.name, chart.title, figure, height, hits)
 
 
@@ -125,8 +125,9 @@ def draw_classes(
         if values:
             axes.plot([100 * values[c] for c in order], rows, linestyle="", marker=marker, color=styles[kind],
                       markerfacecolor=face, markersize=7)  # fmt: skip
-            hits += [_Hit(*axes.transData.transform((100 * values[c], row)), f"{classes[c]}, {kind}: {values[c]:.2%}")
-                     for row, c in zip(rows, order, strict=True)]  # fmt: skip
+            for row, c in zip(rows, order, strict=True):
+                point = axes.transData.transform((100 * values[c], row))
+                hits.append(_Hit(point[0], point[1], f"{classes[c]}, {kind}: {values[c]:.2%}"))
     _name_rows(axes, rows, [_short(classes[c], letters) for c in order])
     axes.grid(axis="x", color=_LINE, linewidth=0.8)
     axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
@@ -146,7 +147,7 @@ def draw_confusion(name: str, title: str, classes: Sequence[str], counts: Sequen
         for column in range(size) if size <= CLASSES else ():
             point = axes.transData.transform((column, row))
             told = f"{classes[row]} taken for {classes[column]}: {table[row, column]:,.0f} ({share[row, column]:.1%})"
-            hits.append(_Hit(*point, told))
+            hits.append(_Hit(point[0], point[1], told))
             if size <= 12 and table[row, column]:
                 dark = share[row, column] < 0.5
                 # Other greys than the page's ink: these lie on the shade, which dark mode leaves as it is.
@@ -158,8 +159,8 @@ def draw_confusion(name: str, title: str, classes: Sequence[str], counts: Sequen
     axes.set_xticks([])
     wide = max((len(classes[i]) for i in ticks), default=0) * _LETTER > (WIDTH - left) / max(1, len(ticks))
     for i in ticks:
-        axes.annotate(_short(classes[i], 5), (i, 0), (0, -5), xycoords=axes.get_xaxis_transform(), ha="center", va="top",
-                      textcoords="offset points", rotation=90 if wide else 0, fontsize=11, color=_SOFT,
+        axes.annotate(_short(classes[i], 5), (i, 0), (0, -5), xycoords=axes.get_xaxis_transform(), ha="center",
+                      va="top", textcoords="offset points", rotation=90 if wide else 0, fontsize=11, color=_SOFT,
                       parse_math=False)  # fmt: skip
     figure.text((left + WIDTH - 16) / 2 / WIDTH, 12 / height, "predicted class (rows: the true one)", fontsize=11,
                 color=_SOFT, ha="center", va="center")  # fmt: skip
@@ -184,7 +185,7 @@ def _style(run: int, points: int = 0) -> dict:
     }
 
 
-def _panel(title: str, entries: list, *, plot: float = 170, left: float = 46, bottom: float = 36) -> tuple:
+def _panel(title: str, entries: list, *, plot: float = 170, left: float = 46, bottom: float = 40) -> tuple:
     """Return a figure with one axes of `plot` points, the title above and the key below it; and its height."""
     lines = _columns(entries)
     key = 16 * sum(1 for _ in lines)
@@ -192,17 +193,18 @@ def _panel(title: str, entries: list, *, plot: float = 170, left: float = 46, bo
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor=_PAPER)
     axes = figure.add_axes((left / WIDTH, (bottom + key) / height, (WIDTH - left - 16) / WIDTH, plot / height))
     axes.set_facecolor(_PAPER)
-    figure.text(2 / WIDTH, 1 - 13 / height, _short(title, 56), fontsize=12, fontweight="bold", color=_INK, va="center",
+    figure.text(2 / WIDTH, 1 - 13 / height, _short(title, 44), fontsize=12, fontweight="bold", color=_INK, va="center",
                 parse_math=False)  # fmt: skip
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_SOFT)
     axes.tick_params(which="both", labelsize=11, length=3, color=_SOFT, labelcolor=_SOFT)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", which="both", length=0)
     for number, row in enumerate(lines):
         y = (key - 16 * number - 9) / height
         for x, name, style in row:
             figure.add_artist(Line2D([x / WIDTH, (x + 12) / WIDTH, (x + 24) / WIDTH], [y] * 3,
-                                     transform=figure.transFigure, **{"linewidth": 1.8, **style, "markevery": [1]}))  # fmt: skip
+                                     transform=figure.transFigure,
+                                     **{"linewidth": 1.8, **style, "markevery": [1]}))  # fmt: skip
             figure.text((x + 28) / WIDTH, y, name, fontsize=11, color=_SOFT, va="center", parse_math=False)
     return figure, axes, height
 
@@ -212,8 +214,8 @@ def _columns(entries: list) -> list[list[tuple]]:
     lines: list[list[tuple]] = []
     x = WIDTH
     for name, style in entries:
-        width = 28 + _LETTER * 1.08 * len(name) + 14
-        if x + width > WIDTH:
+        width = 28 + 6.3 * len(name) + 14
+        if x + width - 14 > WIDTH:
             lines.append([])
             x = 2
         lines[-1].append((x, name, style))
@@ -224,7 +226,7 @@ def _columns(entries: list) -> list[list[tuple]]:
 def _dress(axes: Axes, chart: Chart) -> None:
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel(chart.unit, fontsize=11, color=_SOFT, labelpad=2)
+    axes.set_xlabel(chart.unit, fontsize=11, color=_SOFT, labelpad=4)
     if chart.log_x:
         axes.set_xscale("log")
         axes.set_xticks(sorted({x for line in chart.lines for x in line.x}))
@@ -245,6 +247,8 @@ def _dress(axes: Axes, chart: Chart) -> None:
         wider = max(0.0, (10 - (high - low)) / 2)
         # Ten points at least: on a tight axis half a point of noise looks like a trend.
         axes.set_ylim(max(low - wider, -2), min(high + wider, 102))
+    # Limits are worked out when they are asked for; the places of the points need them.
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
 
 
 def _at(chart: Chart, x: float) -> str:
@@ -267,15 +271,20 @@ def _inline(svg: str, title: str, height: float, hits: list[_Hit]) -> Markup:
     for colour, variable in _VARIABLES.items():
         body = body.replace(colour, variable)
     points = "".join(
-        f'<circle class="hit" cx="{hit.x:.1f}" cy="{height - hit.y:.1f}" r="8" data-tip="{escape(printable(hit.text))}"/>'
+        f'<circle class="hit" cx="{hit.x:.1f}" cy="{height - hit.y:.1f}" r="8" '
+        f'data-tip="{escape(printable(hit.text))}"/>'
         for hit in hits
         if np.isfinite(hit.x) and np.isfinite(hit.y)
     )
     end = body.rindex("</svg>")
     head = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(printable(title))}">'
-    return Markup(head + body[:end] + points + "</svg>")  # noqa: S704
+    return Markup(head + body[:end] + points + "</svg>")
 
 
 def _short(text: str, letters: int) -> str:
+    """Shorten in the middle: names of one comparison differ at their ends, by the seed."""
     text = printable(text)
-    return text if len(text) <= letters else text[: max(letters - 1, 1)] + "…"
+    if len(text) <= letters:
+        return text
+    end = (letters - 1) // 3
+    return text[: letters - 1 - end] + "…" + text[len(text) - end :]

@@ -1,4 +1,4 @@
-"""The report's page: figures, tables and cards in one HTML file, every figure beside it, and the call that writes them."""
+"""The report's page: figures, tables and cards in one HTML file, and the call that writes it and every figure."""
 
 from __future__ import annotations
 
@@ -165,9 +165,10 @@ def _grid(run: Subject, found: Examples, dataset: Dataset) -> Grid:
     examples = []
     for i, label in enumerate(found.labels.tolist()):
         said = (int(found.clean_pred[i]), int(found.adv_pred[i]))
-        pictures = [_address(images[i]) for images in (found.clean, found.adversarial, magnified)]
+        clean, adversarial, perturbation = (_address(x[i]) for x in (found.clean, found.adversarial, magnified))
+        right = (said[0] == label, said[1] == label)
         names = (dataset.classes[said[0]], dataset.classes[said[1]])
-        examples.append(Example(*pictures, dataset.classes[label], names, (said[0] == label, said[1] == label)))
+        examples.append(Example(clean, adversarial, perturbation, dataset.classes[label], names, right))
     return Grid(run, scale, found.correct(), examples)
 
 

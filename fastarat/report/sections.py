@@ -12,7 +12,6 @@ from fastarat.evaluation import attack_title, wilson
 from fastarat.report.charts import CLASSES, Chart, Drawn, Line, draw_classes, draw_confusion, draw_lines
 from fastarat.report.subjects import Subject, budget_of
 
-
 T = TypeVar("T")
 
 
@@ -28,7 +27,10 @@ HEAD = ("run", "clean", "PGD", "AutoAttack", "Sum", "NRR", "time", "images")
 
 
 def leaderboard(runs: Sequence[Subject]) -> list[list[Cell]]:
-    """One row per run (and weights, where several were evaluated), the highest Sum first, then the highest PGD."""
+    """One row per run (and weights, where several were evaluated), the highest NRR first, then the highest PGD.
+
+    By Sum a network without any robustness would stand at the top. Source of NRR: Gowda et al., ICLR 2024.
+    """
     rows: list[tuple[tuple, list[Cell]]] = []
     counts = [result["num_images"] for run in runs for result in run.evaluations.values()]
     usual = statistics.mode(counts) if counts else 0
@@ -65,8 +67,9 @@ def _ranked(run: Subject, weights: str, result: dict, timed: Cell, usual: int) -
     if full and "clean_acc" in accuracy:
         clean, robust = accuracy["clean_acc"], accuracy[full]
         total = Cell(f"{100 * (clean + robust):.2f}")
-        nrr = Cell(f"{100 * 2 * clean * robust / (clean + robust) if clean + robust else 0:.2f}")
-        rank = (clean + robust, rank[1])
+        harmonic = 2 * clean * robust / (clean + robust) if clean + robust else 0.0
+        nrr = Cell(f"{100 * harmonic:.2f}")
+        rank = (harmonic, rank[1])
     mixed = "≠ other rows' number of images" if count != usual else ""
     return rank, [
         Cell(run.label, f"{weights} weights, {budget_of(settings)}"),
@@ -96,7 +99,7 @@ def gaps(runs: Sequence[Subject]) -> list[list[Cell]]:
             rows.append([Cell(run.label), *[MISSING] * 3])
             continue
         chosen = [row for row in measured if run.best and row["epoch"] == run.best["epoch"]]
-        best = chosen[0] if chosen else max(measured, key=lambda row: row[key])
+        best = chosen[0] if chosen else max(measured, key=lambda row, key=key: row[key])
         why = "the best checkpoint" if chosen else "the highest"
         last = measured[-1]
         points = 100 * (best[key] - last[key])
@@ -129,7 +132,8 @@ def curves(runs: Sequence[Subject], by_time: bool) -> list[Drawn]:
     robust = list(dict.fromkeys(run.robust_key for run in runs if run.robust_key))
     panels = [
         ("loss", "Training loss", ["train/loss"], ["loss"], False),
-        ("terms", "Weighted terms of the loss", terms, [f"{t.removeprefix('train/')} (weighted)" for t in terms], False),
+        ("terms", "Weighted terms of the loss", terms,
+         [f"{key.removeprefix('train/')} (weighted)" for key in terms], False),
         ("clean", "Clean accuracy", ["val/clean_acc", "train/clean_acc"], ["validation", "training batches"], True),
         ("robust", "Robust accuracy", [*robust, "train/robust_acc"],
          [*(f"validation, {attack_title(key)}" for key in robust), "training attack"], True),
@@ -164,9 +168,8 @@ def strength(runs: Sequence[Subject]) -> list[Drawn]:
     """Accuracy against epsilon and against PGD steps, of the evaluations that have `curves`."""
     lines: dict[str, list[Line]] = {"epsilon": [], "steps": []}
     for number, run in enumerate(runs):
-        found = _of(run, "curves")
-        for name in lines if found else ():
-            lines[name] += _checked(run, "curves", lambda name=name: [_against(number, found[name], name)])
+        for name in lines if (found := _of(run, "curves")) else ():
+            lines[name].append(_checked(run, "curves", lambda i=number, f=found, n=name: _against(i, f[n], n)))
     epsilon = Chart("epsilon", "Accuracy against epsilon (PGD-20)", "epsilon (of 255)", lines["epsilon"], (), True)
     steps = Chart("steps", "Accuracy against PGD steps", "steps of PGD", lines["steps"], (), True, log_x=True)
     names = [run.label for run in runs]
@@ -200,7 +203,7 @@ def _classes(run: Subject, number: int, found: dict, classes: Sequence[str]) -> 
     if any(len(values) != len(classes) for values in shares.values()):
         raise ValueError
     few = f" (the {CLASSES} least robust)" if len(classes) > CLASSES else ""
-    title = f"{run.label}: classes{few}, {attack_title(key) if key else 'clean'}"
+    title = f"{attack_title(key) if key else 'clean'} by class{few}: {run.label}"
     return draw_classes(f"classes-{number}", title, classes, shares.get("clean_acc"), shares[key] if key else None)
 
 
@@ -209,7 +212,7 @@ def _confused(run: Subject, number: int, matrices: dict, classes: Sequence[str])
     counts = matrices[key]
     if len(counts) != len(classes) or any(len(row) != len(classes) for row in counts):
         raise ValueError
-    return draw_confusion(f"confusion-{number}", f"{run.label}: confusion, {attack_title(key)}", classes, counts)
+    return draw_confusion(f"confusion-{number}", f"{attack_title(key)} confusion: {run.label}", classes, counts)
 
 
 def _strongest(found: dict) -> str | None:
