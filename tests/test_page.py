@@ -7,7 +7,7 @@ import pytest
 from small import trained
 
 from fastarat.data import load_dataset
-from fastarat.defenses import ARAT, AT
+from fastarat.defenses import ARAT
 from fastarat.evaluation import evaluate
 from fastarat.report import report
 from fastarat.runs import Run, load_network
@@ -30,11 +30,11 @@ def browser(tmp_path_factory):
 def page(tmp_path_factory):
     """Every section of the page, filled: two runs, one of a long name, with all that evaluations and metrics may hold."""
     root = tmp_path_factory.mktemp("runs")
-    small = {"epochs": 2, "limit_train": 64, "device": "cpu"}
-    runs = [
-        trained(root / "ar-at-with-a-name-that-nobody-would-want-to-type-twice-seed0", defense=ARAT(), **small),
-        trained(root / "at", defense=AT(), **small),
-    ]
+    first = root / "ar-at-with-a-name-that-nobody-would-want-to-type-twice-seed0"
+    runs = [trained(first, defense=ARAT(), epochs=2, limit_train=64, device="cpu"), root / "another-seed1"]
+    shutil.copytree(*runs)
+    card = runs[1] / "card.txt"
+    card.write_text(card.read_text().replace("AR-AT", "something else"))
     for number, run in enumerate(runs):
         model, *_ = load_network(run)
         evaluate(model, load_dataset("digits").test, "clean,pgd-20", limit=20, progress=False).save(run / "eval.json")

@@ -1,4 +1,4 @@
-"""The charts of a report's page: small line charts, accuracy by class, confusion; in the page, and as SVG and PNG files.
+"""The charts of a report's page: small line charts, accuracy by class, confusion; for the page, and as SVG and PNG.
 
 A chart is `WIDTH` points wide, which is what a phone shows in pixels, so that its letters have their own size there.
 In the page its colours are CSS variables (dark mode) and every point carries its value.

@@ -22,6 +22,7 @@ from fastarat.errors import UserError
 from fastarat.evaluation import attack_title, collect, wilson
 from fastarat.files import make_writable, write_atomic, write_text
 from fastarat.report import sections
+from fastarat.report.charts import Drawn
 from fastarat.report.figures import DPI, curves_figure, examples_figure, visible
 from fastarat.report.subjects import (
     NUM_STEPS,
@@ -107,10 +108,6 @@ def report(
         for run in subjects
         if run.model is not None
     }
-    figures = {"curves": curves_figure(subjects)}
-    if examples:
-        figures["examples"] = examples_figure(list(examples), list(examples.values()), dataset.classes)
-    files = {f"{name}.{kind}": _saved(figure, kind) for name, figure in figures.items() for kind in ("png", "svg")}
     charts = {
         "by_epoch": sections.curves(subjects, by_time=False),
         "by_time": sections.curves(subjects, by_time=True),
@@ -118,14 +115,32 @@ def report(
         "classes": sections.by_class(subjects, dataset.classes),
         "diagnostics": sections.diagnostics(subjects),
     }
-    for chart in (chart for group in charts.values() for chart in group):
-        files |= {f"figures/{chart.name}.svg": chart.svg, f"figures/{chart.name}.png": chart.png}
     make_writable(folder / "figures")
-    for name, content in files.items():
+    for name, content in _files(subjects, examples, dataset, charts).items():
         # `content` is bound now: a plain closure would see the loop's last one if it were ever called later.
         write_atomic(folder / name, lambda p, content=content: p.write_bytes(content))
+    write_text(folder / "report.html", _page(subjects, examples, dataset, charts))
+    return folder / "report.html"
+
+
+def _files(
+    subjects: list[Subject], examples: dict[Subject, Examples], dataset: Dataset, charts: dict[str, list[Drawn]]
+) -> dict[str, bytes]:
+    """Every figure by its file's name."""
+    figures = {"curves": curves_figure(subjects)}
+    if examples:
+        figures["examples"] = examples_figure(list(examples), list(examples.values()), dataset.classes)
+    files = {f"{name}.{kind}": _saved(figure, kind) for name, figure in figures.items() for kind in ("png", "svg")}
+    for chart in (chart for group in charts.values() for chart in group):
+        files |= {f"figures/{chart.name}.svg": chart.svg, f"figures/{chart.name}.png": chart.png}
+    return files
+
+
+def _page(
+    subjects: list[Subject], examples: dict[Subject, Examples], dataset: Dataset, charts: dict[str, list[Drawn]]
+) -> str:
     evaluations = [result for run in subjects for result in run.evaluations.values()]
-    page = _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         runs=subjects,
         dataset=dataset,
         charts=charts,
@@ -141,8 +156,6 @@ def report(
         attacks=sorted({attack_title(run.robust_key) for run in subjects if run.robust_key}),
         metrics=metric_rows(subjects),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def _quoted(run: Subject) -> str:
