@@ -12,12 +12,13 @@ TRAIN := --epochs 30 --batch-size 64 --attack.epsilon 0.25 --eval.val-images 287
 setup: $(VENV)/.installed
 
 # torch goes first: whatever depends on it would otherwise choose its own build.
-$(VENV)/.installed: pyproject.toml constraints.txt tools/install_ffcv.sh
+$(VENV)/.installed: pyproject.toml constraints.txt tools/install_ffcv.sh tools/install_chromium.sh
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastarat needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	sh tools/install_ffcv.sh $(BIN)/python
+	sh tools/install_chromium.sh
 	touch $@
 
 # One thread: networks this small gain little from two, and two starve each other when the machine is busy.

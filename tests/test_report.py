@@ -1,6 +1,5 @@
 """The report of runs that were really trained: what its pictures show, what its text says, what it refuses."""
 
-import base64
 import dataclasses
 import html
 import html.parser
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -23,14 +23,21 @@ from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, collect, evaluate
 from fastarat.files import load_weights
 from fastarat.nets.batchnorm import SplitBatchNorm2d, branch
-from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, page, predicted, report
+from fastarat.report import Examples, curves_figure, examples_figure, first_per_class, page, predicted, report, sections
 from fastarat.report.figures import RIGHT, WRONG, visible
-from fastarat.report.subjects import Subject, labels, read
+from fastarat.report.subjects import Subject, expanded, labels, read
 from fastarat.runs import WEIGHTS, Run, load_network
 from fastarat.specs import Attack
 from fastarat.training import train
 
 EPSILON = 0.2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A page without the charts of training, which take a second or two, for tests of other things."""
+    monkeypatch.setattr(sections, "curves", lambda *_, **__: [])
+    monkeypatch.setattr(page, "curves_figure", lambda _: Figure((1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,12 @@ def test_writes_three_files_and_the_page_stands_alone(trained, tmp_path):
     out = tmp_path / "new" / "folder"
     where = report(trained, out, num_images=5, device="cpu")
     assert where == out / "report.html"
-    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "examples.png", "report.html"]
+    beside = {f"{name}.{kind}" for name in ("curves", "examples") for kind in ("png", "svg")}
+    assert {p.name for p in out.iterdir()} == beside | {"figures", "report.html"}
+    charts = {p.name for p in (out / "figures").iterdir()}
+    names = [name + time for name in ("loss", "terms", "clean", "robust", "lr") for time in ("", "-time")]
+    assert charts == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert all(pixels_of(out / "figures" / f"{name}.png").shape[1] == 1000 for name in names)
     for name in ("curves.png", "examples.png"):
         shown = pixels_of(out / name)
         height, width, _ = shown.shape
@@ -85,10 +97,9 @@ def test_writes_three_files_and_the_page_stands_alone(trained, tmp_path):
         assert shown.std() > 10
         assert np.ptp(shown, axis=2).max() > 50, "no colour"
     text = where.read_text()
-    assert re.findall(r'src="data:image/png;base64,([^"]+)"', text) == [
-        base64.b64encode((out / name).read_bytes()).decode() for name in ("curves.png", "examples.png")
-    ]
-    assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', text)
+    assert len(re.findall(r'src="data:image/png;base64,', text)) == 2 * 5 * 3, "runs, images, versions"
+    assert text.count("<svg") == len(names)
+    assert not re.search(r'(src|href)="(?!data:|#)|@import|url\((?!#)|<script[^>]', text)
     assert "prefers-color-scheme: dark" in text
 
 
@@ -109,6 +120,7 @@ class Page(html.parser.HTMLParser):
         self.parts.append(data)
 
 
+@pytest.mark.usefixtures("quick")
 def test_page_names_attack_images_and_budget(trained, tmp_path):
     shown = Page(report(trained, tmp_path, num_images=2, device="cpu"))
     saved = json.loads((trained[0] / "eval.json").read_text())
@@ -120,7 +132,11 @@ def test_page_names_attack_images_and_budget(trained, tmp_path):
         f"{trained[0].name} last {' '.join(row)}",
         f"at not evaluated yet: fastarat eval {trained[1]}",
         "Accuracy on test images of digits, never seen in training.",
-        *(" ".join((run / "card.txt").read_text().split()) for run in trained),
+        *(
+            " ".join(line.split("  ", 1)[1].split())
+            for run in trained
+            for line in (run / "card.txt").read_text().splitlines()
+        ),
         f"{last['val/robust_acc_pgd10']:.2%} under PGD-10",
         f"train/loss {json.loads((trained[0] / 'metrics.jsonl').read_text())['train/loss']:.4g} {last['train/loss']:.4g}",
     ):
@@ -151,6 +167,7 @@ def test_text_of_run_folders_and_data_sets_is_never_markup(run, tmp_path, monkey
     assert "1337" not in shown.text
 
 
+@pytest.mark.usefixtures("quick")
 def test_evaluations_of_all_weights_are_shown(run, tmp_path):
     model, *_ = load_network(run)
     for which in WEIGHTS:
@@ -161,6 +178,7 @@ def test_evaluations_of_all_weights_are_shown(run, tmp_path):
         assert f"run {which} none (clean) 20 " in text
 
 
+@pytest.mark.usefixtures("quick")
 def test_rows_of_different_numbers_of_images_are_warned_of(run, tmp_path):
     model, *_ = load_network(run)
     test = load_dataset("digits").test
@@ -172,11 +190,13 @@ def test_rows_of_different_numbers_of_images_are_warned_of(run, tmp_path):
     assert "not all of the same" not in report([run], tmp_path / "one", num_images=1, device="cpu").read_text()
 
 
+@pytest.mark.usefixtures("quick")
 def test_default_folder_and_a_run_named_twice(run):
     assert report([run, str(run)], num_images=1, device="cpu") == run / "report" / "report.html"
     assert "<h1>fastarat report: run</h1>" in (run / "report" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("quick")
 def test_grid_shows_the_predictions_of_the_saved_model(trained, tmp_path, monkeypatch):
     drawn = []
 
@@ -286,14 +306,14 @@ def test_curves_show_every_run_in_percent_with_drops_and_best_epoch():
     best = {"epoch": 3, "by": "robust_acc_pgd10", "value": 0.5}
     figure = curves_figure([subject("_one $x$", rows, best=best), subject("two", other, epsilon=8 / 255)])
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    assert list(panels) == ["Training loss", "Terms of the loss", "Clean accuracy", "Robust accuracy"]
+    assert list(panels) == ["Training loss", "Weighted terms of the loss", "Clean accuracy", "Robust accuracy"]
 
     def curves(title):
         return [(list(line.get_xdata()), list(line.get_ydata())) for line in panels[title].lines]
 
     assert ([1, 2, 3, 4], [3.0, 2.0, 1.0, 0.0]) in curves("Training loss")
     assert ([1, 2], [1.0, 1.0]) in curves("Training loss")
-    assert ([1, 2, 3, 4], [1.0, 0.5, 0.0, -0.5]) in curves("Terms of the loss")
+    assert ([1, 2, 3, 4], [1.0, 0.5, 0.0, -0.5]) in curves("Weighted terms of the loss")
     assert ([1, 2, 3, 4], pytest.approx([0, 10, 20, 30])) in curves("Clean accuracy")
     assert ([2, 3, 4], [25, 50, 50]) in curves("Robust accuracy")
     assert ([1, 2], [30, 30]) in curves("Robust accuracy")
@@ -373,7 +393,6 @@ def remove(*names):
         (remove("metrics.jsonl"), "no metrics yet"),
         (lambda run: (run / "metrics.jsonl").write_text("damaged\n"), "damaged throughout"),
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1, "lr'), "no metrics yet"),
-        (remove("last.safetensors", "last.pt"), "no last weights"),
         (remove("config.yaml"), r"no config\.yaml"),
         (lambda run: (run / "eval.json").write_text("{}"), r"eval\.json is not an evaluation.*fastarat eval"),
         (lambda run: (run / "eval.json").write_text("{"), r"eval\.json is not an evaluation"),
@@ -393,10 +412,170 @@ def test_refused_arguments(run):
         report([])
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_in_progress_is_reported(run, tmp_path):
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"epoch": 2, "lr')
     (run / "card.txt").write_bytes(b"defense  \xff\xfe\n")
-    assert "defense  \ufffd" in report([run], tmp_path / "damaged", num_images=1, device="cpu").read_text()
+    assert (
+        '<td>defense</td><td data-label="run">\ufffd'
+        in report([run], tmp_path / "damaged", num_images=1, device="cpu").read_text()
+    )
     (run / "card.txt").unlink()
     assert "no card.txt" in report([run], num_images=1, device="cpu").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_without_weights_is_shown_without_examples(trained, run, tmp_path):
+    for name in ("last", "best"):
+        (run / f"{name}.safetensors").unlink()
+        (run / f"{name}.pt").unlink(missing_ok=True)
+    alone = report([run], tmp_path / "alone", num_images=1, device="cpu").read_text()
+    assert "run has no weights yet, so no examples." in alone
+    assert not (tmp_path / "alone" / "examples.png").exists()
+    both = report([trained[1], run], tmp_path / "both", num_images=1, device="cpu").read_text()
+    assert both.count('class="example"') == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_comparisons_folder_stands_for_its_runs(trained, tmp_path):
+    root = tmp_path / "compared"
+    for name in ("b-seed0", "a-seed0"):
+        shutil.copytree(trained[1], root / name)
+    (root / "begun").mkdir()
+    shutil.copy(trained[1] / "config.yaml", root / "begun")
+    assert expanded([root, root / "a-seed0", str(root)]) == [root / "a-seed0", root / "b-seed0"]
+    assert report([root], num_images=1, device="cpu") == root / "report" / "report.html"
+    for name in ("b-seed0", "a-seed0"):
+        (root / name / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="none of its 3 runs has finished an epoch"):
+        report([root])
+
+
+def evaluated(label, accuracy, count=100, **more):
+    settings = {"attacks": {}, "norm": "linf", "epsilon": 0.1, **more}
+    found = {"last": {"accuracy": accuracy, "settings": settings, "num_images": count}}
+    return dataclasses.replace(
+        subject(label, [{"epoch": 1, "wall_s": 90.0}, {"epoch": 2, "wall_s": 90.0}]), evaluations=found
+    )
+
+
+def test_leaderboard_says_what_the_json_says():
+    runs = [
+        evaluated("none", {"clean_acc": 0.99, "robust_acc_pgd20": 0.0, "robust_acc_aa": 0.0}),
+        evaluated("fast", {"clean_acc": 0.8, "robust_acc_aa_fast": 0.4}, confirmed={"autoattack-fast": False}),
+        evaluated("sure", {"clean_acc": 0.8, "robust_acc_aa_fast": 0.5}, confirmed={"autoattack-fast": True}),
+        evaluated("pgd", {"clean_acc": 0.7, "robust_acc_pgd7": 0.45}, count=50),
+        subject("new one", [{"epoch": 1}]),
+    ]
+    rows = {row[0].text: dict(zip(sections.HEAD, row, strict=True)) for row in sections.leaderboard(runs)}
+    assert list(rows) == ["sure", "fast", "none", "pgd", "new one"]
+    assert rows["sure"]["clean"] == ("80.00%", "71.1% to 86.7%")
+    assert rows["sure"]["AutoAttack"] == ("50.00%", "AutoAttack-fast: 40.4% to 59.6%")
+    assert rows["fast"]["AutoAttack"].note.startswith("AutoAttack-fast (unconfirmed): ")
+    assert (rows["sure"]["Sum"].text, rows["sure"]["NRR"].text) == ("130.00", "61.54")  # 2 * 0.8 * 0.5 / 1.3
+    assert (rows["none"]["Sum"].text, rows["none"]["NRR"].text) == ("99.00", "0.00")
+    assert rows["sure"]["time"] == ("90.0 s an epoch", "3.0 min in all")
+    assert rows["pgd"]["PGD"].note.startswith("PGD-7: ")
+    assert rows["pgd"]["AutoAttack"] == rows["pgd"]["Sum"] == rows["sure"]["PGD"] == ("not measured", "")
+    assert rows["pgd"]["images"] == ("50", "≠ other rows' number of images")
+    assert rows["sure"]["images"] == ("100", "")
+    assert rows["new one"]["run"].note == "not evaluated yet: fastarat eval 'new one'"
+
+
+def test_gap_between_best_and_last_epoch():
+    rows = [{"epoch": i + 1, "val/robust_acc_pgd10": value} for i, value in enumerate((0.2, 0.5, 0.375))]
+    best = {"epoch": 2, "by": "robust_acc_pgd10", "value": 0.5}
+    ((_, at_best, at_last, gap),) = sections.gaps([subject("a", rows, best=best)])
+    assert (at_best, at_last) == (("50.00%", "epoch 2, the best checkpoint"), ("37.50%", "epoch 3"))
+    assert gap.text == "+12.50 points"
+    assert sections.gaps([subject("a", [{"epoch": 1}])])[0][1] == sections.MISSING
+
+
+def tips(charts):
+    return [html.unescape(tip) for chart in charts for tip in re.findall(r'data-tip="([^"]*)"', chart.inline)]
+
+
+def test_points_of_the_charts_say_what_the_metrics_say():
+    rows = [{"epoch": i + 1, "wall_s": 60.0, "lr": 0.1, "train/loss": 2.0 - i, "train/ce": 1.25, "train/kl": 0.5,
+             "val/clean_acc": 0.5 + i / 8, "diag/grad_sim": -0.25 * i, "diag/rep_distance/layer4": 7.0} for i in range(2)]  # fmt: skip
+    runs = [subject("<a> $x$", rows)]
+    told = tips(sections.curves(runs, by_time=False))
+    for words in (
+        "loss",
+        ", ce (weighted): 1.25 at epoch 2",
+        "<a> $x$, validation: 62.50% at epoch 2",
+        "0.1 at epoch 1",
+    ):
+        assert any(words in tip for tip in told) or words == "loss", words
+    assert "<a> $x$: 2 at epoch 1" in told
+    assert any(tip.endswith("62.50% at 2 minutes of training") for tip in tips(sections.curves(runs, by_time=True)))
+    assert tips(sections.diagnostics(runs)) == ["<a> $x$: -0 at epoch 1", "<a> $x$: -0.25 at epoch 2"]
+
+
+def test_points_that_tell_lie_where_they_are_drawn():
+    rows = [
+        {"epoch": i + 1, "wall_s": 60.0, "lr": 0.1, "train/loss": 50.0 / (1 + i) ** 3, "val/clean_acc": 0.5 + i / 8}
+        for i in range(4)
+    ]
+    for chart in sections.curves([subject("a", rows)], by_time=False):
+        drawn = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--c0\)', chart.inline)
+        drawn = {(round(float(x)), round(float(y))) for x, y in drawn}
+        told = {
+            (round(float(x)), round(float(y))) for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', chart.inline)
+        }
+        assert len(told) == 4
+        assert all(min(abs(x - a) + abs(y - b) for a, b in drawn) <= 2 for x, y in told), chart.name
+
+
+def test_classes_and_strength_say_what_the_json_says():
+    run = evaluated("a", {"clean_acc": 0.5})
+    run.evaluations["last"] |= {
+        "class_counts": [4, 8],
+        "per_class": {"clean_acc": [4, 2], "robust_acc_pgd20": [1, 0]},
+        "confusion": {"clean_acc": [[4, 0], [6, 2]], "robust_acc_pgd20": [[1, 3], [8, 0]]},
+        "curves": {"epsilon": {"values": [0, 0.2], "accuracy": [0.5, 0.125]}, "steps": {"values": [1, 50], "accuracy": [0.4, 0.3]}},
+    }  # fmt: skip
+    assert tips(sections.strength([run])) == [
+        "a: 50.00% at 0 epsilon", "a: 12.50% at 51 epsilon", "a: 40.00% at 1 steps of PGD", "a: 30.00% at 50 steps of PGD",
+    ]  # fmt: skip
+    told = tips(sections.by_class([run], ["$cat$", "dog"]))
+    assert told[:4] == ["$cat$, clean: 100.00%", "dog, clean: 25.00%", "$cat$, robust: 25.00%", "dog, robust: 0.00%"]
+    assert told[4:] == [
+        "$cat$ taken for $cat$: 1 (25.0%)", "$cat$ taken for dog: 3 (75.0%)", "dog taken for $cat$: 8 (100.0%)",
+        "dog taken for dog: 0 (0.0%)",
+    ]  # fmt: skip
+    assert sections.without([run, subject("b")], "curves")[0].label == "b"
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("per_class", {"clean_acc": [1]}), ("confusion", [1]), ("confusion", {"clean_acc": [[1, 2], ["x"]]}), ("curves", {"epsilon": 3})],
+)  # fmt: skip
+def test_damaged_parts_of_an_evaluation_are_named(part, value):
+    run = evaluated("a", {"clean_acc": 0.5})
+    run.evaluations["last"] |= {"class_counts": [4, 8], part: value}
+    with pytest.raises(UserError, match=f"`{part}` of its evaluation is damaged.*fastarat eval a measures it anew"):
+        (sections.strength([run]), sections.by_class([run], ["cat", "dog"]))
+
+
+def test_many_classes_show_the_least_robust():
+    run = evaluated("a", {"clean_acc": 0.5})
+    run.evaluations["last"] |= {
+        "class_counts": [100] * 100,
+        "per_class": {"clean_acc": [90] * 100, "robust_acc_aa": list(range(100))},
+    }
+    told = tips(sections.by_class([run], [f"c{i}" for i in range(100)]))
+    assert [tip for tip in told if "robust" in tip] == [f"c{i}, robust: {i}.00%" for i in range(20)]
+
+
+def test_facts_that_differ_between_cards_are_marked():
+    runs = [
+        dataclasses.replace(subject("a"), card="seed   0\nmodel  net"),
+        dataclasses.replace(subject("b"), card="seed   1\nmodel  net\nSWA    on"),
+    ]
+    assert sections.cards(runs) == [
+        ("seed", True, ["0", "1"]),
+        ("model", False, ["net", "net"]),
+        ("SWA", True, ["", "on"]),
+    ]

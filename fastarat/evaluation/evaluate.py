@@ -109,7 +109,7 @@ def evaluate(
     task = _task(model, data, limit, budget, entries, batch_size, seed, branch, tf32, device, progress, source)
     prepared, rows = _prepared(task, entries, corruptions_dir, limit)
     with task.lent(), enough_memory(batch_size):
-        return _measured(task, entries, _Asked(limit, state_dir, source, *flags, prepared, rows))
+        return _measured(task, entries, _Asked(limit, state_dir, source, prepared=prepared, rows=rows, **flags))
 
 
 def _entries(attack: str, source: nn.Module | None, corruptions_dir: str | Path | None) -> list[Entry]:
@@ -123,8 +123,8 @@ def _entries(attack: str, source: nn.Module | None, corruptions_dir: str | Path 
     return entries
 
 
-def _flags(**given: bool) -> list[bool]:
-    return [coerce(value, bool, name) for name, value in given.items()]
+def _flags(**given: bool) -> dict[str, bool]:
+    return {name: coerce(value, bool, name) for name, value in given.items()}
 
 
 def _task(

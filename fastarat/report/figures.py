@@ -49,7 +49,7 @@ class _Curve(NamedTuple):
 
     @property
     def key_style(self) -> Style:
-        return self.style if self.panel.startswith("Terms") else {"marker": "o", **self.style}
+        return self.style if self.panel.startswith("Weighted") else {"marker": "o", **self.style}
 
 
 def curves_figure(runs: Sequence[Subject]) -> Figure:
@@ -59,7 +59,7 @@ def curves_figure(runs: Sequence[Subject]) -> Figure:
         for i in range(len(runs))
     ]
     curves = _curves(runs)
-    terms = "Terms of the loss" if any(run.terms for run in runs) else "Training loss"
+    terms = "Weighted terms of the loss" if any(run.terms for run in runs) else "Training loss"
     # Figure, not pyplot: no window system is asked for, and no global list keeps the figure alive.
     figure = Figure(figsize=(_WIDTH_IN, 6.8), facecolor="white", layout="constrained")
     panels = figure.subplot_mosaic([["Training loss", terms], ["Clean accuracy", "Robust accuracy"]])
@@ -103,7 +103,7 @@ def _curves(runs: Sequence[Subject]) -> list[_Curve]:
     solid = (_SOLID, *_OTHERS)  # dotted lines are training batches
     return [
         _Curve("Training loss", "train/loss", "loss"),
-        *(_Curve("Terms of the loss", key, key.removeprefix("train/"), dashes[i % len(dashes)])
+        *(_Curve("Weighted terms of the loss", key, key.removeprefix("train/"), dashes[i % len(dashes)])
           for i, key in enumerate(terms)),
         _Curve("Clean accuracy", "val/clean_acc", "validation"),
         _Curve("Clean accuracy", "train/clean_acc", "training batches", _DOTTED, hollow=True),

@@ -1,4 +1,4 @@
-"""The report's page: its numbers as text, and the one call that writes pictures and page."""
+"""The report's page: figures, tables and cards in one HTML file, and the call that writes it and every figure."""
 
 from __future__ import annotations
 
@@ -8,19 +8,35 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
+import matplotlib
 import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
+from fastarat.data import Dataset
 from fastarat.device import pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation import attack_title, collect, wilson
 from fastarat.files import make_writable, write_atomic, write_text
-from fastarat.report.figures import DPI, curves_figure, examples_figure
-from fastarat.report.subjects import NUM_STEPS, Subject, budget_of, first_per_class, load_data, predicted, read
+from fastarat.report import sections
+from fastarat.report.charts import Drawn
+from fastarat.report.figures import DPI, curves_figure, examples_figure, visible
+from fastarat.report.subjects import (
+    NUM_STEPS,
+    Examples,
+    Subject,
+    budget_of,
+    expanded,
+    first_per_class,
+    load_data,
+    predicted,
+    read,
+)
 from fastarat.texts import printable
 
 # What run folders and data sets say (names, notes, cards) is text, never markup.
@@ -35,6 +51,26 @@ _PAGES = jinja2.Environment(
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
+class Example(NamedTuple):
+    """One test image as the page shows it: PNGs as data addresses, names of classes, whether each answer is right."""
+
+    clean: str
+    adversarial: str
+    perturbation: str
+    label: str
+    said: tuple[str, str]
+    right: tuple[bool, bool]
+
+
+class Grid(NamedTuple):
+    """The examples of one run; scale: how much the perturbations are magnified."""
+
+    run: Subject
+    scale: str
+    correct: tuple[int, int]
+    examples: list[Example]
+
+
 def report(
     runs: Sequence[str | Path],
     out: str | Path | None = None,
@@ -44,56 +80,91 @@ def report(
     data_dir: str | Path | None = "data",
     refresh_s: float | None = None,
 ) -> Path:
-    """Write curves.png, examples.png and report.html, which embeds both, about one or more runs of one data set.
+    """Write report.html about one or more runs of one data set: a page that needs no other file and no network.
+
+    Beside it lie curves and examples (.png and .svg), and in figures/ every chart of the page as both.
 
     Args:
-        runs: run folders; a folder named twice counts once. Their last weights are shown.
-        out: folder to write into, made if missing; default: `report` in the first run.
+        runs: run folders, or folders of `fastarat compare`, which stand for the runs in them; a folder named twice
+            counts once. Their last weights are shown; a run that has none yet is shown without example images.
+        out: folder to write into, made if missing; default: `report` in the first run, or in the comparison's folder.
         num_images: test images in the grid, the first one of each class, then the second ones ...
         device: where the adversarial images are made; default: the GPU if there is one.
         data_dir: where the data set is kept; None: where the first run found it.
         refresh_s: seconds after which the page reloads itself in a browser; None: never.
     Returns: the path of report.html.
-    Raises: UserError for a folder that is no run or has no metrics or weights yet, runs of different data sets or image
-        shapes, an unreadable eval.json, and a folder that cannot be written.
+    Raises: UserError for a folder that is no run or has no metrics yet, runs of different data sets or image shapes, an
+        unreadable eval.json, and a folder that cannot be written.
     """
     if num_images < 1:
         raise UserError(f"num_images={num_images}: expected 1 or more test images in the grid")
     device = pick_device(str(device or "auto"))
-    paths = list({Path(run).resolve(): Path(run) for run in runs}.values())
-    if not paths:
+    if not runs:
         raise UserError("no run given: expected one run folder or more")
-    subjects = read(paths)
-    folder = Path(out) if out is not None else paths[0] / "report"
+    subjects = read(expanded(runs))
+    folder = Path(out) if out is not None else Path(runs[0]) / "report"
     make_writable(folder)
 
     dataset = load_data(subjects[0], data_dir)
     images, labels = collect(first_per_class(dataset.test, num_images))
-    examples = [
-        predicted(run.model, images, labels, epsilon=run.meta["epsilon"], norm=run.meta["norm"], device=device)
+    examples = {
+        run: predicted(run.model, images, labels, epsilon=run.meta["epsilon"], norm=run.meta["norm"], device=device)
         for run in subjects
-    ]
-    figures = {"curves": curves_figure(subjects), "examples": examples_figure(subjects, examples, dataset.classes)}
-    pictures = {name: _png(figure) for name, figure in figures.items()}
-    for name, picture in pictures.items():
-        # `picture` is bound now: a plain closure would see the loop's last one if it were ever called later.
-        write_atomic(folder / f"{name}.png", lambda p, picture=picture: p.write_bytes(picture))
+        if run.model is not None
+    }
+    charts = {
+        "by_epoch": sections.curves(subjects, by_time=False),
+        "by_time": sections.curves(subjects, by_time=True),
+        "strength": sections.strength(subjects),
+        "classes": sections.by_class(subjects, dataset.classes),
+        "diagnostics": sections.diagnostics(subjects),
+    }
+    make_writable(folder / "figures")
+    for name, content in _files(subjects, examples, dataset, charts).items():
+        # `content` is bound now: a plain closure would see the loop's last one if it were ever called later.
+        write_atomic(folder / name, lambda p, content=content: p.write_bytes(content))
+    write_text(folder / "report.html", _page(subjects, examples, dataset, charts, refresh_s))
+    return folder / "report.html"
+
+
+def _files(
+    subjects: list[Subject], examples: dict[Subject, Examples], dataset: Dataset, charts: dict[str, list[Drawn]]
+) -> dict[str, bytes]:
+    """Every figure by its file's name."""
+    figures = {"curves": curves_figure(subjects)}
+    if examples:
+        figures["examples"] = examples_figure(list(examples), list(examples.values()), dataset.classes)
+    files = {f"{name}.{kind}": _saved(figure, kind) for name, figure in figures.items() for kind in ("png", "svg")}
+    for chart in (chart for group in charts.values() for chart in group):
+        files |= {f"figures/{chart.name}.svg": chart.svg, f"figures/{chart.name}.png": chart.png}
+    return files
+
+
+def _page(
+    subjects: list[Subject],
+    examples: dict[Subject, Examples],
+    dataset: Dataset,
+    charts: dict[str, list[Drawn]],
+    refresh_s: float | None,
+) -> str:
     evaluations = [result for run in subjects for result in run.evaluations.values()]
-    page = _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return _PAGES.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         refresh=None if refresh_s is None else Markup(refresh_line(refresh_s)),
         runs=subjects,
         dataset=dataset,
-        pictures={name: base64.b64encode(picture).decode("ascii") for name, picture in pictures.items()},
-        predictions=[(run.label, *found.correct()) for run, found in zip(subjects, examples, strict=True)],
-        num_shown=len(labels),
+        charts=charts,
+        grids=[_grid(run, found, dataset) for run, found in examples.items()],
         num_steps=NUM_STEPS,
+        head=sections.HEAD,
+        leaders=sections.leaderboard(subjects),
+        gaps=sections.gaps(subjects),
+        cards=sections.cards(subjects),
+        lacking={name: [_quoted(run) for run in sections.without(subjects, name)] for name in ("curves", "per_class")},
         evaluation=evaluation_rows(subjects),
         counts=sorted({result["num_images"] for result in evaluations}),
         attacks=sorted({attack_title(run.robust_key) for run in subjects if run.robust_key}),
         metrics=metric_rows(subjects),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def refresh_line(refresh_s: float) -> str:
@@ -101,10 +172,39 @@ def refresh_line(refresh_s: float) -> str:
     return f'<meta http-equiv="refresh" content="{math.ceil(refresh_s)}">'
 
 
-def _png(figure: Figure) -> bytes:
+def _quoted(run: Subject) -> str:
+    return shlex.quote(str(run.path))
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # a version would change it for nothing
+    # A version or a date would change the file for nothing.
+    nothing = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastarat"}):
+        figure.savefig(file, format=kind, dpi=DPI, metadata=nothing)
     return file.getvalue()
+
+
+def _grid(run: Subject, found: Examples, dataset: Dataset) -> Grid:
+    difference = found.adversarial - found.clean
+    factor, scale = visible(difference)
+    magnified = (0.5 + factor * difference).clamp(0, 1)
+    examples = []
+    for i, label in enumerate(found.labels.tolist()):
+        said = (int(found.clean_pred[i]), int(found.adv_pred[i]))
+        clean, adversarial, perturbation = (_address(x[i]) for x in (found.clean, found.adversarial, magnified))
+        right = (said[0] == label, said[1] == label)
+        names = (dataset.classes[said[0]], dataset.classes[said[1]])
+        examples.append(Example(clean, adversarial, perturbation, dataset.classes[label], names, right))
+    return Grid(run, scale, found.correct(), examples)
+
+
+def _address(image: Tensor) -> str:
+    """Return one image [C, H, W] in [0, 1] as a data address: grey for one channel, colour for three."""
+    pixels = (image.permute(1, 2, 0) if image.shape[0] == 3 else image.mean(0)).mul(255).round().byte().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:

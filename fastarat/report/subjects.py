@@ -37,7 +37,7 @@ class Subject:
     metrics: list[dict[str, Any]]
     card: str
     evaluations: dict[str, dict[str, Any]]
-    model: nn.Module
+    model: nn.Module | None
     meta: dict[str, Any]
     config: Config
     best: dict[str, Any] | None
@@ -84,16 +84,34 @@ def budget_of(settings: dict[str, Any]) -> str:
     return f"{norm} ε = {in_pixels(settings['epsilon'])}"
 
 
+def expanded(paths: Sequence[str | Path]) -> list[Path]:
+    """Return run folders, each once: those named, and in place of a comparison's folder the runs in it.
+
+    Raises: UserError for a folder of which no run has an epoch yet. Runs of a comparison that have none are left out.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        inside = sorted(config.parent for config in path.glob("*/config.yaml"))
+        if (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file() or not inside:
+            found.setdefault(path.resolve(), path)
+            continue
+        begun = [run for run in inside if Run(run).metrics()]
+        if not begun:
+            raise UserError(f"{path}: none of its {len(inside)} runs has finished an epoch: try again when one has")
+        found.update((run.resolve(), run) for run in begun if run.resolve() not in found)
+    return list(found.values())
+
+
 def read(paths: Sequence[Path]) -> list[Subject]:
     """Read run folders to be shown side by side.
 
-    Raises: UserError for a folder that is no run or has no metrics or weights yet, an unreadable evaluation, and runs
+    Raises: UserError for a folder that is no run or has no metrics yet, an unreadable evaluation, and runs
         of different data sets, which the grid of examples cannot hold.
     """
     subjects = [_read(path, label) for path, label in zip(paths, labels(paths), strict=True)]
     first = subjects[0]
     for other in subjects[1:]:
-        if _identity(other) != _identity(first):
+        if any(a != b and None not in (a, b) for a, b in zip(_identity(other), _identity(first), strict=True)):
             a, b = _described(first), _described(other)
             raise UserError(
                 f"the example grid shows the same test images to every run, but {first.path} was trained on {a} and "
@@ -116,11 +134,13 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _identity(run: Subject) -> tuple:
-    return tuple(run.meta[key] for key in ("dataset", "classes", "in_channels", "image_size"))
+    return tuple(run.meta.get(key) for key in ("dataset", "classes", "in_channels", "image_size"))
 
 
 def _described(run: Subject) -> str:
-    meta, size = run.meta, run.meta["image_size"]
+    meta, size = run.meta, run.meta.get("image_size")
+    if size is None:
+        return meta["dataset"]
     return f"{meta['dataset']} ({meta['num_classes']} classes, {meta['in_channels']}x{size}x{size})"
 
 
@@ -134,7 +154,7 @@ def _read(path: Path, label: str) -> Subject:
             f"{path} has no metrics yet (metrics.jsonl is missing, empty or damaged throughout): expected a run folder "
             f"with one finished epoch or more; `fastarat train --resume {shlex.quote(str(path))}` continues a run"
         )
-    model, meta, config = load_network(path)
+    model, meta, config = _network(run)
     if config is None:
         raise UserError(f"{path} has no config.yaml: it says which data set the run's images come from")
     card = "(no card.txt in this run folder)"
@@ -148,6 +168,17 @@ def _read(path: Path, label: str) -> Subject:
             warnings.warn(said, stacklevel=2)
             del evaluations[which]
     return Subject(path, label, metrics, card, evaluations, model, meta, config, _best(run, metrics))
+
+
+def _network(run: Run) -> tuple[nn.Module | None, dict[str, Any], Config | None]:
+    # `last` is written after the epoch's metrics, or once in several epochs: a running run may have none yet.
+    if run.weights().is_file() or run.checkpoint().is_file():
+        return load_network(run.path)
+    config = run.read_config()
+    if config is None:
+        return None, {}, None
+    attack = config.attack
+    return None, {"dataset": config.dataset, "epsilon": attack.epsilon, "norm": attack.norm}, config
 
 
 def _best(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -165,6 +196,8 @@ def _best(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
 def load_data(run: Subject, data_dir: str | Path | None = None) -> Dataset:
     """Load the data set of a run; `data_dir` None: from where the run found it. Raises: UserError if it changed."""
     dataset, meta = dataset_of(run.config, data_dir), run.meta
+    if "num_classes" not in meta:
+        return dataset
     if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
         raise UserError(
             f"{run.path} was trained for {meta['num_classes']} classes and {meta['in_channels']} channel(s), but "
