@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 DEMO := runs/demo
 # docs/results.md says why these: the same as its table's rows, with their settings chosen on validation images.
-TRAIN := --epochs 30 --batch-size 64 --attack.epsilon 0.25 --eval.val-images 287 --optim.lr 0.1 --optim.warmup 8
+TRAIN := --epochs 30 --batch-size 64 --attack.epsilon 0.25 --eval.val-images 287 --optim.lr 0.1 --optim.warmup 8 --diagnostics
 
 .PHONY: demo test lint docs soak fuzz setup clean
 setup: $(VENV)/.installed
@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/fastarat train --defense at $(TRAIN) --out $(DEMO)/at
 	$(BIN)/fastarat train --defense ar-at --defense.center clean --defense.gamma 5 $(TRAIN) --out $(DEMO)/ar-at
 	for run in standard at ar-at; do \
-		$(BIN)/fastarat eval $(DEMO)/$$run --attack clean,pgd-20,autoattack > $(DEMO)/$$run.txt || exit; \
+		$(BIN)/fastarat eval $(DEMO)/$$run --attack clean,pgd-20,autoattack --curves > $(DEMO)/$$run.txt || exit; \
 	done
 	cd $(DEMO) && { cat standard.txt; echo; cat at.txt; echo; cat ar-at.txt; } > printed.txt
 	$(BIN)/fastarat report $(DEMO)/standard $(DEMO)/at $(DEMO)/ar-at --out $(DEMO)/report

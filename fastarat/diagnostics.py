@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastarat.data import Batch, Split
 from fastarat.engine.step import TrainStep
 from fastarat.evaluation import adversarial_examples, collect
+from fastarat.nets.attacker import HALF
 from fastarat.nets.batchnorm import BatchNorm2d, branch, branches_of
 from fastarat.nets.taps import Taps, forward_with_features, tap_names
 
@@ -26,7 +27,7 @@ NUM_IMAGES = 128
 """Validation images, at most, whose representations are compared."""
 _NUM_STEPS = 20
 _FEWEST = 32
-_SHARE = 0.01  # of an epoch's work that comparing representations may take
+_SHARE = 0.005  # of an epoch's work that comparing representations may take
 
 _Sets = dict[str, list[tuple[str, nn.BatchNorm2d]]]
 
@@ -67,8 +68,8 @@ class Diagnostics:
         self.step, self.every, self.steps_per_epoch, self.epochs = step, every or EVERY, steps_per_epoch, epochs
         self.layers = getattr(step.defense, "layers", None) or tap_names(step.model)
         work = num_train * (2 * step.spec.num_steps * step.defense.attacks + 6)
-        # So few images, or so seldom, that they take a hundredth of the time.
-        each = 2 * _NUM_STEPS
+        # So few images, or so seldom, that they take no time to speak of; in float32, which is twice as slow as bf16.
+        each = 2 * _NUM_STEPS * (2 if step.fast.precision in HALF else 1)
         count = min(NUM_IMAGES, len(val), max(_FEWEST, int(_SHARE * work / each)))
         self.images = collect(val, limit=count) if count else None
         self.period = max(1, math.ceil(count * each / (_SHARE * work)))

@@ -143,7 +143,7 @@ def _task(
 ) -> Task:
     """Check the arguments of `evaluate` and collect its images."""
     batch_size, seed = whole("batch_size", batch_size), checked_seed(seed)
-    progress, tf32 = _flags(progress=progress, tf32=tf32)
+    progress, tf32 = coerce(progress, bool, "progress"), coerce(tf32, bool, "tf32")
     for network in (model, *([] if source is None else [source])):
         check_network(network)
     # An hour of PGD should not end in the news that a package is missing.

@@ -219,7 +219,8 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
             for name, key in settings.get("attacks", {}).items():
                 value = result["accuracy"][key]
                 low, high = wilson(value, count)
-                attack = ["none (clean)", ""] if name == "clean" else [attack_title(key), budget_of(settings)]
+                unsure = " (unconfirmed)" if settings.get("confirmed", {}).get(name) is False else ""
+                attack = ["none (clean)", ""] if name == "clean" else [attack_title(key) + unsure, budget_of(settings)]
                 rows.append([run.label, weights, *attack, f"{count:,}", f"{value:.2%}", f"{low:.2%} to {high:.2%}"])
     return rows
 
