@@ -27,7 +27,7 @@ from fastarat.evaluation.crafted import (
     start_of,
 )
 from fastarat.evaluation.result import Evaluation
-from fastarat.evaluation.search import SEARCH
+from fastarat.evaluation.search import fast_members
 from fastarat.evaluation.task import Entry, Task, collect, device_of, parse_attacks, share
 from fastarat.files import tensors_hash
 from fastarat.specs import known
@@ -254,7 +254,7 @@ def _autoattack(
     """Run AutoAttack, or a member; what each member left goes into `result`. Returns the outcome and its seconds."""
     fast = entry.name == "autoattack-fast"
     if fast:
-        members = tuple(SEARCH + member for member in members) + members * asked.confirm
+        members = fast_members(members, confirm=asked.confirm)
         if not asked.confirm:
             task.found.append(
                 "autoattack-fast is unconfirmed: the standard version in float32 did not attack what its searches left"
