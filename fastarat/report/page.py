@@ -228,7 +228,8 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
 def metric_rows(runs: Sequence[Subject]) -> list[list[str]]:
     """One row per metric of the last epoch, one column per run; validation last, and then the best epoch."""
     # In the order they were logged; runs of different defenses have different terms.
-    keys = list(dict.fromkeys(key for run in runs for key in run.metrics[-1]))
+    # Not each layer's: a network has dozens of them, and metrics.jsonl has all.
+    keys = list(dict.fromkeys(key for run in runs for key in run.metrics[-1] if key.count("/") < 2))
     keys.sort(key=lambda key: key.startswith("val/"))
     rows = []
     for key in keys:
