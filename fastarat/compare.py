@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -31,7 +30,7 @@ from fastarat.files import make_writable, write_text
 from fastarat.finite import Diverged
 from fastarat.live import Board, shown
 from fastarat.locks import held
-from fastarat.plans import Failure, Plan, evaluate_apart, train_apart
+from fastarat.plans import Failure, Plan, evaluate_apart, row_spec, train_apart
 from fastarat.resuming import finished
 from fastarat.runs import dataset_of, is_current, load_network
 from fastarat.table import Comparison, Row, tabulate
@@ -68,8 +67,7 @@ def compare(
     Args:
         defenses: names, or FILE.py:CLASS; `NAME+swa` averages weights and reports the averaged network.
         seeds: one run each.
-        base: values of `Config` common to all runs (dataset, model, epochs, attack ...); a defense's own recipe fills
-            the rest.
+        base: values of `Config` common to all runs; a defense's own recipe fills the rest.
         out: holds one run folder per defense and seed, and the tables.
         attack: as in `evaluate`. limit: test images.
         tune: values to choose from, by name as in flags: {"optim.lr": [0.03, 0.1], "ar-at:defense.gamma": [5, 30]}; a
@@ -97,17 +95,12 @@ def compare(
         with runner.shown():
             chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}
             plans = [runner.plan(row, seed, chosen[row].settings, runner.out) for seed in seeds for row in defenses]
-            if progress:
-                there = sum(runner.state(p) == "finished" for p in plans)
-                print(f"{len(plans)} runs, {there} finished already", flush=True)
-            runner.board.expect(plans, tested=True)
+            runner.expect(plans)
             failed = runner.train(plans)
             evaluations = runner.evaluated([p for p in plans if p.name not in failed], attack, limit)
         _check_done(failed, len(plans), bool(evaluations))
-        done = {
-            row: _row([p for p in plans if p.defense == row], evaluations, chosen[row], runner.own(row))
-            for row in defenses
-        }
+        found = {d: [p for p in plans if p.defense == d] for d in defenses}
+        done = {d: _row(found[d], evaluations, chosen[d], row_spec(d, rows).own) for d in defenses}
         comparison = tabulate(done, tune_seeds, runner.dataset.name, runner.out, precision=precision)
         comparison.save()
         return comparison
@@ -166,14 +159,14 @@ def _row(plans: Sequence[Plan], evaluations: Mapping[str, dict[str, Any]], choic
     )
 
 
+_Rows = Mapping[str, Mapping[str, Any]]
+
+
 class _Runner:
     """Plans, trains and evaluates the runs of one comparison."""
 
-    def __init__(
-        self, out: Path, base: dict[str, Any], parallel: int, progress: bool, rows: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        self.rows = rows
-        self.out, self.base, self.parallel, self.progress = out, base, parallel, progress
+    def __init__(self, out: Path, base: dict[str, Any], parallel: int, progress: bool, rows: _Rows) -> None:
+        self.out, self.base, self.rows, self.parallel, self.progress = out, base, rows, parallel, progress
         # Each process would otherwise take every core, and PyTorch's threads would wait for each other.
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
         self.children, self.board = Children(parallel), Board(parallel)
@@ -185,6 +178,13 @@ class _Runner:
     def shown(self) -> AbstractContextManager[None]:
         """Say what the runs are doing while a block runs; one run alone draws bars of its own on a terminal."""
         return shown(self.board, drawn=self.parallel > 1) if self.progress else nullcontext()
+
+    def expect(self, plans: Sequence[Plan]) -> None:
+        """Say how many runs there are to be, and how many there are."""
+        if self.progress:
+            there = sum(self.state(p) == "finished" for p in plans)
+            print(f"{len(plans)} runs, {there} finished already", flush=True)
+        self.board.expect(plans, tested=True)
 
     def check(self, grids: Mapping[str, list[Settings]], seed: int) -> None:
         """Find every mistake before any training."""
@@ -224,35 +224,21 @@ class _Runner:
 
     def plan(self, row: str, seed: int, settings: Settings, folder: Path, tag: str = "") -> Plan:
         """Return the run of `row` with `seed`. Raises: UserError for settings that are not a Config."""
-        own, (bare, plus, addon) = self.own(row), self._named(row)
-        if plus and addon != "swa":
-            raise UserError(f"unknown add-on {addon!r} in {row!r}: only +swa")
-        kind = resolve_defense(bare)
-        path, _, cls = bare.partition(":")
-        label = f"{f'{Path(path).stem}-{cls}' if cls else bare}{plus}{addon}"
-        if row in self.rows:
-            label = re.sub(r"[^A-Za-z0-9._+-]+", "-", row).strip("-.") or "row"
-        name = f"{label}{tag}-seed{seed}"
+        spec = row_spec(row, self.rows)
+        kind, name = resolve_defense(spec.defense), f"{spec.label}{tag}-seed{seed}"
         needs = self.plan("standard", seed, self.standard, self.out) if kind.starts_from else None
-        defense: dict[str, Any] = {"name": bare}
+        defense: dict[str, Any] = {"name": spec.defense}
         if needs is not None:
             # One `standard` run per seed, for all rows that need one: they start from the very same weights.
             defense[kind.starts_from] = str(needs.config.out)
-        values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": bool(plus)}
-        settings = {**own, **settings}
-        source = "compare" if not settings else f"compare, {row} with {settings}"
-        config = from_dict(merge(values, nest(settings)), source=source)
+        values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": spec.swa}
+        settings = {**spec.own, **settings}
+        config = from_dict(
+            merge(values, nest(settings)), source=f"compare{f', {row} with {settings}' * bool(settings)}"
+        )
         if kind.starts_from and f"defense.{kind.starts_from}" in settings:
             raise UserError(f"tune: {row}: defense.{kind.starts_from} is the standard run that compare trains for it")
         return Plan(name, row, seed, resolve(config, self.dataset), needs)
-
-    def _named(self, row: str) -> tuple[str, str, str]:
-        """The defense that a row trains, and what is added to it: ("trades", "+", "swa")."""
-        return str(self.rows.get(row, {}).get("defense", row)).partition("+")
-
-    def own(self, row: str) -> Settings:
-        """What a row that is no defense's name was given, beside its defense."""
-        return {key: value for key, value in self.rows.get(row, {}).items() if key != "defense"}
 
     def state(self, plan: Plan) -> str:
         """Return "new", "started", "finished" or "diverged". Raises: UserError for a folder of other settings."""
@@ -275,7 +261,7 @@ class _Runner:
 
     def tuned(self, grids: Mapping[str, list[Settings]], seeds: Sequence[int]) -> dict[str, Choice]:
         """Choose each row's settings on validation images, rows that others start from first."""
-        first = [row for row in grids if not resolve_defense(self._named(row)[0]).starts_from]
+        first = [row for row in grids if not resolve_defense(row_spec(row, self.rows).defense).starts_from]
         chosen: dict[str, Choice] = {}
         self.board.more = True
         for rows in (first, [row for row in grids if row not in first]):

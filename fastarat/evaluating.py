@@ -16,7 +16,7 @@ from fastarat.config import Config
 from fastarat.data import Dataset, load_dataset
 from fastarat.device import pick_device
 from fastarat.errors import UserError
-from fastarat.evaluation import check_replaceable, check_writable, in_pixels, parse_attacks
+from fastarat.evaluation import check_replaceable, check_writable, in_pixels, keep_previous, parse_attacks
 from fastarat.flags import Parser
 from fastarat.runs import WEIGHTS, Run, check_branch, load_network
 from fastarat.texts import printable
@@ -48,7 +48,11 @@ def run(parser: Parser, argv: list[str]) -> int:
     told = {"weights": args.weights, "epoch": meta["epoch"]}
     told |= {"trained_epsilon": meta["epsilon"], "trained_norm": meta["norm"]}
     told |= {} if source is None else {"from_run": str(args.source)}
+    told |= {} if args.dataset in (None, config and config.dataset) else {"dataset": dataset.name}
     result = dataclasses.replace(result, settings={**result.settings, **told})
+    kept = None if args.overwrite else keep_previous(where, result)
+    if kept is not None:
+        print(f"note: the earlier result there says what this one does not: it is kept as {kept}")
     result.save(where)
     best = meta.get("best")
     chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
@@ -112,7 +116,11 @@ def _budget(args: argparse.Namespace, meta: dict[str, Any]) -> Budget:
 
 def _source(path: str, meta: dict[str, Any], run: str) -> nn.Module:
     """The network to craft on: of the same classes and image shape."""
-    model, theirs, _ = load_network(path)
+    model, theirs, config = load_network(path)
+    if theirs["sha256"] == meta["sha256"]:
+        print(f"note: --from {path} is this very network: that is PGD-20 on itself, and transfers nothing")
+    if config is not None and config.epochs is not None and theirs["epoch"] < config.epochs:
+        print(f"note: --from {path} has {theirs['epoch']} of {config.epochs} epochs: it is unfinished")
     for key, what in (("num_classes", "classes"), ("in_channels", "channel(s)"), ("image_size", "pixels a side")):
         if theirs[key] != meta[key]:
             raise UserError(f"--from {path} is of {theirs[key]} {what}, {run} of {meta[key]}: expected the same")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastarat.children import last_line
 from fastarat.config import DEFENSES, Config, defense_key, write_yaml
@@ -14,6 +15,34 @@ from fastarat.runs import Run
 
 Call = Callable[[list[str | Path], Path], int]
 """Runs `fastarat ARGV`, its output added to a log, and returns the exit code, or minus the signal that killed it."""
+
+
+class RowSpec(NamedTuple):
+    """What a row trains. defense: its name. swa: whether weights are averaged. own: settings that are its alone.
+
+    label: what its runs' folders are called by.
+    """
+
+    defense: str
+    swa: bool
+    own: dict[str, Any]
+    label: str
+
+
+def row_spec(row: str, rows: Mapping[str, Mapping[str, Any]]) -> RowSpec:
+    """Return what `row` stands for: a defense, with `+swa` or not, or an entry of `rows`, named as one likes.
+
+    Raises: UserError for another add-on.
+    """
+    own = dict(rows.get(row, {}))
+    bare, plus, addon = str(own.pop("defense", row)).partition("+")
+    if plus and addon != "swa":
+        raise UserError(f"unknown add-on {addon!r} in {row!r}: only +swa")
+    path, _, cls = bare.partition(":")
+    label = f"{f'{Path(path).stem}-{cls}' if cls else bare}{plus}{addon}"
+    if row in rows:
+        label = re.sub(r"[^A-Za-z0-9._+-]+", "-", row).strip("-.") or "row"
+    return RowSpec(bare, bool(plus), own, label)
 
 
 class Plan(NamedTuple):

@@ -160,21 +160,14 @@ class Trainer:
             seed=derive_seed(config.seed, "order"),
             augment=default_augment(dataset) if config.augment else None,
         )
-        self.diagnostics = None
-        if config.diagnostics:
-            self.diagnostics = Diagnostics(self.step, dataset.val, self.steps_per_epoch, self.epochs, size)
+        seen = (self.step, dataset.val, self.steps_per_epoch, self.epochs, size)
+        self.diagnostics = Diagnostics(*seen) if config.diagnostics else None
         self.average = WeightAverage(self.step.model) if config.swa else None
         self.ema = None if config.ema is None else MovingAverage(self.step.model, config.ema)
         self.card = card(
-            config,
-            dataset=dataset,
-            loader=self.loader,
-            step=self.step,
-            steps_per_epoch=self.steps_per_epoch,
-            precision_note=note,
-            swa_plan=self.swa_plan,
-            diagnostics=self.diagnostics,
-        )
+            config, dataset=dataset, loader=self.loader, step=self.step, steps_per_epoch=self.steps_per_epoch,
+            precision_note=note, swa_plan=self.swa_plan, diagnostics=self.diagnostics,
+        )  # fmt: skip
         self.meta = meta_of(config, dataset, branches_of(self.step.model), precision=(self.precision, note))
         self.folder = Run.resume(out) if resume else Run.create(out)
         self.folder.last_is_whole = found.last_is_whole

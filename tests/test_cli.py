@@ -515,7 +515,9 @@ def test_type_checkers_see_the_public_names():
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     assert sorted(alias.asname for node in imports for alias in node.names) == fastarat.__all__
-    assert all(hasattr(importlib.import_module(node.module or ""), alias.name) for node in imports for alias in node.names)
+    assert all(
+        hasattr(importlib.import_module(node.module or ""), alias.name) for node in imports for alias in node.names
+    )
     assert not hasattr(fastarat, "SGD")
     assert not hasattr(fastarat, "trian")
     with pytest.raises(ImportError, match="trian"):

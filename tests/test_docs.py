@@ -28,7 +28,7 @@ BLOCK = re.compile(
     r'(?P<mark><!-- only parsed: [^\n]+ -->\n)?^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$',
     re.DOTALL | re.MULTILINE,
 )
-FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
+FLAG = re.compile(r"(?<![\w-])(?<!var\()--[a-z][\w.-]*\w")
 COMMANDS = ("train", "eval", "compare", "ablate", "report", "import", "export", "data", "bench", "doctor")
 SHORT = ["--epochs", "1", "--limit-train", "16", "--batch-size", "8", "--attack.num-steps", "1", "--eval.num-steps", "1",
          "--eval.val-images", "10"]  # fmt: skip

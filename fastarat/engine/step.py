@@ -37,14 +37,6 @@ default_sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, 
 class TrainStep:
     """A defense's training step for any network and any loop.
 
-    ```
-    step = fastarat.TrainStep(
-        model, fastarat.ARAT(), images, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)
-    )
-    for images, labels in loader:
-        terms = step(images, labels)
-    ```
-
     The model is changed in place: its BatchNorm layers become split (or grouped) ones, its weights channels-last.
 
     Args:
@@ -141,7 +133,8 @@ class TrainStep:
         defense = self.defense
 
         def terms_by(forward: Forward) -> tuple[dict[str, Tensor], Views]:
-            terms, views = self._terms(forward, images, labels, attacked, loss or self.loss)
+            views = defense.forward(forward, self.companions, images, labels, attacked)
+            terms = (loss or self.loss)(views)
             if not self.meter.started:  # the first terms are told of the rest; no value is read
                 check_terms(terms, f"{where(defense)}.loss")
             return terms, views
@@ -181,26 +174,17 @@ class TrainStep:
         self.forward.weights = self.attacker.lend if _stand_still(defense, self.perturbation) else None
         return images, attacked
 
-    def _terms(
-        self, forward: Forward, images: Tensor, labels: Tensor, attacked: Attacked | None, loss: Callable
-    ) -> tuple[dict[str, Tensor], Views]:
-        views = self.defense.forward(forward, self.companions, images, labels, attacked)
-        return loss(views), views
-
     @contextlib.contextmanager
     def probe(self, images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         """Lend a batch's loss terms, with their graph, as its step will have them; nothing else will have moved.
 
         Attack and forward are the step's, run eagerly; weight perturbation (`awp`), which comes after, is not in them.
         """
-
-        def moved() -> list[Tensor]:
-            return [b for m in (self.model, self.companions) for b in m.buffers()]
-
-        with preserved(moved, self.device, [self.generator]):
+        moved = [b for m in (self.model, self.companions) for b in m.buffers()]
+        with preserved(lambda: moved, self.device, [self.generator]):
             batch, attacked = self._attacked(images.to(memory_format=self.memory_format), labels)
-            terms, _ = self._terms(self.forward, batch, labels, attacked, self.eager_loss)
-            yield {name: self.scaler.scale(term) for name, term in terms.items()}
+            views = self.defense.forward(self.forward, self.companions, batch, labels, attacked)
+            yield {name: self.scaler.scale(term) for name, term in self.eager_loss(views).items()}
 
     def eager_loss(self, views: Views) -> dict[str, Tensor]:
         """The defense's terms; `loss` is this, or its compiled twin."""

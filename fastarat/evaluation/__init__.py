@@ -10,6 +10,7 @@ from fastarat.evaluation.result import (
     check_record,
     check_replaceable,
     check_writable,
+    keep_previous,
     saved_evaluation,
     wilson,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "data_hash",
     "evaluate",
     "in_pixels",
+    "keep_previous",
     "parse_attacks",
     "saved_evaluation",
     "wilson",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastarat.evaluation.crafted import Outcome, classes_of, generator_of, perturb, start_of
-from fastarat.evaluation.task import Entry, Task
+from fastarat.evaluation.task import STANDARD, Entry, Task, attack_title
 
 # Trained robust networks lose 2 to 5 points from PGD-20 to AutoAttack; from 2 on PGD alone misleads.
 PGD_GAP = 0.02
@@ -46,7 +46,11 @@ def probed(task: Task, entries: Sequence[Entry], outcomes: Mapping[str, Outcome]
     done where there is no PGD of ten steps and more, or where the list has a CW-PGD or AutoAttack, which say more.
     """
     longest = max((e for e in entries if _is_pgd(e) and e.num_steps >= 10), key=lambda e: e.num_steps, default=None)
-    if longest is None or any(e.members or e.objective == "cw" for e in entries):
+    stronger = any(
+        e.name in ("autoattack", "autoattack-fast") or (e.objective == "cw" and e.num_steps >= _PROBED_STEPS)
+        for e in entries
+    )
+    if longest is None or stronger:
         return None
     robust = outcomes[longest.name].robust
     rows = robust.nonzero().squeeze(1)
@@ -90,7 +94,7 @@ def doubts(
     notes = [
         f"accuracy under {entry.name} ({value:.2%}) is above clean accuracy ({clean:.2%}): masked gradients"
         for entry, value in values.items()
-        if value > clean
+        if _above(value - clean, 0, num_images)
     ]
     pgds = {e: value for e, value in values.items() if _is_pgd(e)}
     notes += _more_steps(pgds, curves, num_images)
@@ -99,15 +103,21 @@ def doubts(
         notes += _beside_pgd(weakest.name, value, values, accuracy, num_images)
     if probe is not None:
         notes += _of_probe(probe)
-    if "square" in members:
-        # Members run in turn on what is left, so what square took is the drop from the lowest of the others.
-        gap = min(v for k, v in members.items() if k != "square") - members["square"]
-        if gap > SQUARE_GAP:
-            notes.append(
-                f"Square, which sees no gradient, took {100 * gap:.1f} points more: "
-                "masked gradients, and AutoAttack itself may be an overestimate"
-            )
-    return notes
+    return notes + square_took(members)
+
+
+def square_took(members: Mapping[str, float]) -> list[str]:
+    """Return the note that Square found what no other member did, if so. members: left after each, in their order."""
+    if len(members) < 2 or "square" not in members:
+        return []
+    # Members run in turn on what is left, so what square took is the drop from the lowest of the others.
+    gap = min(v for k, v in members.items() if k != "square") - members["square"]
+    if gap <= SQUARE_GAP:
+        return []
+    return [
+        f"Square, which sees no gradient, took {100 * gap:.1f} points more: "
+        "masked gradients, and AutoAttack itself may be an overestimate"
+    ]
 
 
 def _above(gap: float, limit: float, num_images: int) -> bool:
@@ -144,10 +154,12 @@ def _beside_pgd(
 ) -> list[str]:
     """Hold the weakest accuracy under PGD, `value`, against what other attacks leave."""
     notes = []
-    for key, title in (("robust_acc_aa", "AutoAttack"), ("robust_acc_aa_fast", "AutoAttack-fast")):
-        gap = value - accuracy.get(key, value)
-        if gap > PGD_GAP:
-            notes.append(f"{title} is {100 * gap:.1f} points below {name}: {_REPORT.replace('AutoAttack', title)}")
+    for key in ("robust_acc_aa", "robust_acc_aa_fast", *(f"robust_acc_{m.replace('-', '_')}" for m in STANDARD)):
+        gap, title = value - accuracy.get(key, value), attack_title(key)
+        said = _REPORT.replace("AutoAttack", title) if key.startswith("robust_acc_aa") else _REPORT
+        # Square sees no gradient: it is the weaker one wherever gradients are worth something.
+        if _above(gap, NOISE if key == "robust_acc_square" else PGD_GAP, num_images):
+            notes.append(f"{title} is {100 * gap:.1f} points below {name}: {said}")
     margins = {entry.name: low for entry, low in values.items() if entry.objective == "cw"}
     if margins:
         cw, low = min(margins.items(), key=lambda item: item[1])

@@ -40,7 +40,7 @@ def measure(task: Task, prepared: Path | None, rows: Tensor | None) -> dict[str,
     Returns: by branch (the task's first), by kind, the five accuracies.
     """
     branches = [task.branch, *(name for name in branches_of(task.model) if name != task.branch)]
-    found = {name: {kind: [0.0] * len(SEVERITIES) for kind in KINDS} for name in branches}
+    found = {name: {kind: [0] * len(SEVERITIES) for kind in KINDS} for name in branches}
     batches = -(-len(task.labels) // task.batch_size)
     with task.bar("corruptions", len(KINDS) * len(SEVERITIES) * batches * task.batch_size) as bar:
         for kind in KINDS:
@@ -57,9 +57,13 @@ def measure(task: Task, prepared: Path | None, rows: Tensor | None) -> dict[str,
                     for name in branches:
                         with use_branch(task.model, name), torch.no_grad():
                             seen = task.forward(points.to(x.device)).argmax(1)
-                        found[name][kind][severity - 1] += int((seen == y).sum()) / len(task.labels)
+                        found[name][kind][severity - 1] += int((seen == y).sum())
                     bar.update()
-    return found
+    # Counts are divided once: a sum of shares may come to more than 1.
+    return {
+        name: {kind: [count / len(task.labels) for count in counts] for kind, counts in by_kind.items()}
+        for name, by_kind in found.items()
+    }
 
 
 def mean_accuracy(by_kind: dict[str, list[float]]) -> float:

@@ -14,7 +14,7 @@ from fastarat.checks import input_channels, logits_of
 from fastarat.device import enough_memory, pick_device
 from fastarat.errors import UserError
 from fastarat.evaluation import corruptions
-from fastarat.evaluation.alarms import doubts, probed
+from fastarat.evaluation.alarms import doubts, probed, square_took
 from fastarat.evaluation.autoattack import AutoAttackRun, find_package, named_version, plan
 from fastarat.evaluation.checks import check_data, check_model, check_network, furthest
 from fastarat.evaluation.crafted import (
@@ -27,7 +27,7 @@ from fastarat.evaluation.crafted import (
     start_of,
 )
 from fastarat.evaluation.result import Evaluation
-from fastarat.evaluation.search import fast_members
+from fastarat.evaluation.search import SEARCH, fast_members
 from fastarat.evaluation.task import Entry, Task, collect, device_of, parse_attacks, share
 from fastarat.files import tensors_hash
 from fastarat.specs import known
@@ -265,6 +265,8 @@ def _autoattack(
     run.play()
     if entry.name == "autoattack":
         result.autoattack.update({"clean": share(correct)} | {m: d["accuracy"] for m, d in run.done.items()})
+    if fast:
+        task.found.extend(square_took({m.removeprefix(SEARCH): d["accuracy"] for m, d in run.done.items()}))
     if fast or entry.name == "autoattack":
         result.wall_s.update({f"{entry.name}/{m}": d["wall_s"] for m, d in run.done.items()})
     furthest = max(d["max_perturbation"] for d in run.done.values())

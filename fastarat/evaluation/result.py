@@ -141,11 +141,16 @@ def check_record(record: Any) -> None:
     classes = settings.get("num_classes", 2)
     if type(classes) is not int or classes < 1:
         raise TypeError("num_classes is no number of classes")
+    confirmed = settings.get("confirmed", {})
+    if not (isinstance(confirmed, dict) and all(isinstance(value, bool) for value in confirmed.values())):
+        raise TypeError("what is confirmed is not said")
     _check_details(record, classes)
 
 
 def _check_details(record: Any, classes: int) -> None:
     """Check what newer versions add: counts by class, curves, corruptions."""
+    if record.get("per_class") and "class_counts" not in record:
+        raise LookupError("counts by class, and not of how many")
     rows = [*record.get("per_class", {}).values(), record.get("class_counts", [0] * classes)]
     for matrix in record.get("confusion", {}).values():
         if len(matrix) != classes:
@@ -196,6 +201,26 @@ def saved_evaluation(file: Path, asked: dict[str, Any], *, weights: str, data: s
     if why:
         print(f"warning: {file} {why}: evaluated anew", file=sys.stderr, flush=True)
     return saved if same and not why else None
+
+
+def keep_previous(file: Path, result: Evaluation) -> Path | None:
+    """Move an evaluation that says what `result` does not out of its way; return where to, None where there is none.
+
+    It says more where it has an attack, curves, more images, or another budget, branch or data.
+    """
+    if not file.is_file():
+        return None
+    saved, kept = parse_json(file.read_bytes()), file.with_name(f"{file.stem}.previous{file.suffix}")
+    new = parse_json(result.to_json().encode())
+    told = ("epsilon", "norm", "branch", "data_sha256", "confirmed")
+    same = all(saved["settings"].get(key) == new["settings"].get(key) for key in told)
+    more = {*saved["accuracy"]} - {*new["accuracy"]} or any(
+        saved.get(k) and not new[k] for k in ("curves", "corruptions")
+    )
+    if same and not more:
+        return None
+    file.replace(kept)
+    return kept
 
 
 def check_replaceable(file: Path, weights: str) -> None:

@@ -30,12 +30,13 @@ from fastarat.report.subjects import (
     NUM_STEPS,
     Examples,
     Subject,
-    budget_of,
+    conditions,
     expanded,
     first_per_class,
     load_data,
     predicted,
     read,
+    title_in,
 )
 from fastarat.texts import printable
 
@@ -219,8 +220,7 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
             for name, key in settings.get("attacks", {}).items():
                 value = result["accuracy"][key]
                 low, high = wilson(value, count)
-                unsure = " (unconfirmed)" if settings.get("confirmed", {}).get(name) is False else ""
-                attack = ["none (clean)", ""] if name == "clean" else [attack_title(key) + unsure, budget_of(settings)]
+                attack = [title_in(settings, key) if name != "clean" else "none (clean)", conditions(settings)]
                 rows.append([run.label, weights, *attack, f"{count:,}", f"{value:.2%}", f"{low:.2%} to {high:.2%}"])
     return rows
 

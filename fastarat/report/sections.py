@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from fastarat.errors import UserError
 from fastarat.evaluation import attack_title, wilson
 from fastarat.report.charts import CLASSES, Chart, Drawn, Line, draw_classes, draw_confusion, draw_lines
-from fastarat.report.subjects import Subject, budget_of
+from fastarat.report.subjects import Subject, conditions, title_in
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def _ranked(run: Subject, weights: str, result: dict, timed: Cell, usual: int) -
         rank = (harmonic, rank[1])
     mixed = "≠ other rows' number of images" if count != usual else ""
     return rank, [
-        Cell(run.label, f"{weights} weights, {budget_of(settings)}"),
+        Cell(run.label, f"{weights} weights, {conditions(settings)}"),
         measured("clean_acc"),
         measured(pgd, f"{attack_title(pgd)}: " if pgd else ""),
         measured(full, fast),
@@ -203,7 +203,7 @@ def _classes(run: Subject, number: int, found: dict, classes: Sequence[str]) -> 
     if any(len(values) != len(classes) for values in shares.values()):
         raise ValueError
     few = f" (the {CLASSES} least robust)" if len(classes) > CLASSES else ""
-    title = f"{attack_title(key) if key else 'clean'} by class{few}: {run.label}"
+    title = f"{_titled(run, key) if key else 'clean'} by class{few}: {run.label}"
     return draw_classes(f"classes-{number}", title, classes, shares.get("clean_acc"), shares[key] if key else None)
 
 
@@ -212,13 +212,29 @@ def _confused(run: Subject, number: int, matrices: dict, classes: Sequence[str])
     counts = matrices[key]
     if len(counts) != len(classes) or any(len(row) != len(classes) for row in counts):
         raise ValueError
-    return draw_confusion(f"confusion-{number}", f"{attack_title(key)} confusion: {run.label}", classes, counts)
+    return draw_confusion(f"confusion-{number}", f"{_titled(run, key)} confusion: {run.label}", classes, counts)
 
 
 def _strongest(found: dict) -> str | None:
-    """The key of the attack to show: AutoAttack where it was run, else the last of the list."""
-    keys = [key for key in found if key.startswith("robust_acc")]
-    return next((key for key in ("robust_acc_aa", "robust_acc_aa_fast") if key in keys), keys[-1] if keys else None)
+    """The key of the attack to show: AutoAttack where it was run, else what leaves the fewest; transfer comes last.
+
+    found: counts by class, or confusion matrices, whose diagonals are those.
+    """
+
+    def left(key: str) -> int:
+        return sum(row[i] if isinstance(row, list) else row for i, row in enumerate(found[key]))
+
+    keys = sorted(
+        (key for key in found if key.startswith("robust_acc")),
+        key=lambda key: (key == "robust_acc_transfer", left(key)),
+    )
+    return next((key for key in ("robust_acc_aa", "robust_acc_aa_fast") if key in keys), keys[0] if keys else None)
+
+
+def _titled(run: Subject, key: str) -> str:
+    return next(
+        (title_in(r["settings"], key) for r in run.evaluations.values() if key in r["accuracy"]), attack_title(key)
+    )
 
 
 def _of(run: Subject, name: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastarat.config import Config
 from fastarat.data import Dataset, Split
 from fastarat.errors import UserError
-from fastarat.evaluation import adversarial_examples, in_pixels
+from fastarat.evaluation import adversarial_examples, attack_title, in_pixels
 from fastarat.nets.batchnorm import branch
 from fastarat.runs import Run, dataset_of, load_network
 from fastarat.values import Norm
@@ -82,6 +82,21 @@ def budget_of(settings: dict[str, Any]) -> str:
     """Name the perturbations that `settings` (a run's metadata or an evaluation's) allow: L∞ ε = 8/255."""
     norm = {"linf": "L∞", "l2": "L2"}.get(settings["norm"], settings["norm"])
     return f"{norm} ε = {in_pixels(settings['epsilon'])}"
+
+
+def title_in(settings: dict[str, Any], key: str) -> str:
+    """Name an accuracy as `attack_title` does, and say where AutoAttack's quick search was not confirmed."""
+    unsure = settings.get("confirmed", {}).get("autoattack-fast") is False
+    return attack_title(key) + " (unconfirmed)" * (unsure and key in ("robust_acc_aa_fast", "robust_acc_worst"))
+
+
+def conditions(settings: dict[str, Any]) -> str:
+    """What an evaluation was made under: its budget, and what is not as usual."""
+    branch, data = settings.get("branch", "adv"), settings.get("dataset")
+    unusual = [f"branch {branch}"] * (branch != "adv") + [str(settings.get("precision"))] * (
+        settings.get("precision") == "tf32"
+    )
+    return ", ".join([budget_of(settings), *unusual, *([f"on {data}"] if data else [])])
 
 
 def expanded(paths: Sequence[str | Path]) -> list[Path]:

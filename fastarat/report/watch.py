@@ -46,7 +46,8 @@ def watch(
     """
     if not (math.isfinite(every) and every > 0):
         raise UserError(f"--every {every:g}: expected seconds, more than 0")
-    folders = list({Path(run).resolve(): Run(run) for run in runs}.values())
+    paths = [run for path in map(Path, runs) for run in _inside(path)]
+    folders = list({path.resolve(): Run(path) for path in paths}.values())
     for run in folders:
         run.must_exist()
     look = _Look(folders, out, every, progress, options)
@@ -61,6 +62,12 @@ def watch(
             text = look.page.read_text(encoding="utf-8")
             write_text(look.page, text.replace(refresh_line(every), ""))
         raise
+
+
+def _inside(path: Path) -> list[Path]:
+    """A run, or in place of a comparison's folder the runs that have begun in it."""
+    inside = sorted(config.parent for config in path.glob("*/config.yaml"))
+    return [path] if (path / "config.yaml").is_file() or not inside else inside
 
 
 class _Look:
