@@ -171,8 +171,7 @@ class _Runner:
         self.threads = max(1, (os.cpu_count() or 1) // parallel)
         self.children, self.board = Children(parallel), Board(parallel)
         # What a `standard` run that others start from is trained with: its row's choice, once there is one.
-        self.standard: Settings = {}
-        self.finished: set[Path] = set()
+        self.standard, self.finished = dict[str, Any](), set[Path]()
         self.dataset = dataset_of(from_dict(base, source="compare", code=False))
 
     def shown(self) -> AbstractContextManager[None]:
@@ -227,15 +226,13 @@ class _Runner:
         spec = row_spec(row, self.rows)
         kind, name = resolve_defense(spec.defense), f"{spec.label}{tag}-seed{seed}"
         needs = self.plan("standard", seed, self.standard, self.out) if kind.starts_from else None
-        defense: dict[str, Any] = {"name": spec.defense}
-        if needs is not None:
-            # One `standard` run per seed, for all rows that need one: they start from the very same weights.
-            defense[kind.starts_from] = str(needs.config.out)
+        # One `standard` run per seed, for all rows that need one: they start from the very same weights.
+        start = {} if needs is None else {kind.starts_from: str(needs.config.out)}
+        defense = {"name": spec.defense, **start}
         values = {**self.base, "defense": defense, "seed": seed, "out": str(folder / name), "swa": spec.swa}
         settings = {**spec.own, **settings}
-        config = from_dict(
-            merge(values, nest(settings)), source=f"compare{f', {row} with {settings}' * bool(settings)}"
-        )
+        source = "compare" if not settings else f"compare, {row} with {settings}"
+        config = from_dict(merge(values, nest(settings)), source=source)
         if kind.starts_from and f"defense.{kind.starts_from}" in settings:
             raise UserError(f"tune: {row}: defense.{kind.starts_from} is the standard run that compare trains for it")
         return Plan(name, row, seed, resolve(config, self.dataset), needs)

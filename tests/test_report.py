@@ -87,6 +87,7 @@ def test_writes_three_files_and_the_page_stands_alone(trained, tmp_path):
     assert {p.name for p in out.iterdir()} == beside | {"figures", "report.html"}
     charts = {p.name for p in (out / "figures").iterdir()}
     names = [name + time for name in ("loss", "terms", "clean", "robust", "lr") for time in ("", "-time")]
+    names += ["classes-0", "confusion-0"]
     assert charts == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert all(pixels_of(out / "figures" / f"{name}.png").shape[1] == 1000 for name in names)
     for name in ("curves.png", "examples.png"):

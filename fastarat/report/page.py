@@ -220,7 +220,11 @@ def evaluation_rows(runs: Sequence[Subject]) -> list[list[str]]:
             for name, key in settings.get("attacks", {}).items():
                 value = result["accuracy"][key]
                 low, high = wilson(value, count)
-                attack = [title_in(settings, key) if name != "clean" else "none (clean)", conditions(settings)]
+                attacked = name != "clean"
+                attack = [
+                    title_in(settings, key) if attacked else "none (clean)",
+                    conditions(settings, attacked=attacked),
+                ]
                 rows.append([run.label, weights, *attack, f"{count:,}", f"{value:.2%}", f"{low:.2%} to {high:.2%}"])
     return rows
 

@@ -90,13 +90,13 @@ def title_in(settings: dict[str, Any], key: str) -> str:
     return attack_title(key) + " (unconfirmed)" * (unsure and key in ("robust_acc_aa_fast", "robust_acc_worst"))
 
 
-def conditions(settings: dict[str, Any]) -> str:
-    """What an evaluation was made under: its budget, and what is not as usual."""
+def conditions(settings: dict[str, Any], *, attacked: bool = True) -> str:
+    """What an accuracy was measured under: the budget, where it was attacked, and what is not as usual."""
     branch, data = settings.get("branch", "adv"), settings.get("dataset")
     unusual = [f"branch {branch}"] * (branch != "adv") + [str(settings.get("precision"))] * (
         settings.get("precision") == "tf32"
     )
-    return ", ".join([budget_of(settings), *unusual, *([f"on {data}"] if data else [])])
+    return ", ".join([*[budget_of(settings)] * attacked, *unusual, *([f"on {data}"] if data else [])])
 
 
 def expanded(paths: Sequence[str | Path]) -> list[Path]:
