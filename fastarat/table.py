@@ -91,8 +91,10 @@ class Comparison:
             line = {"defense": row["defense"], "seeds": len(row["seeds"]), "images": self.settings["num_images"]}
             for key in (*self.settings["keys"], "sum", "nrr"):
                 line |= {f"{key}_{part}": (row.get(key) or {}).get(part) for part in ("mean", "std")}
-            for key in dict.fromkeys(key for r in self.rows for key in r["diagnostics"]):
-                line |= {f"{key}_{part}": (row["diagnostics"].get(key) or {}).get(part) for part in ("mean", "std")}
+            for key in dict.fromkeys(key for r in self.rows for key in r.get("diagnostics", {})):
+                line |= {
+                    f"{key}_{part}": (row.get("diagnostics", {}).get(key) or {}).get(part) for part in ("mean", "std")
+                }
             line |= {
                 "epoch_s": row["epoch_s"],
                 "schedule": row["schedule"],
@@ -160,7 +162,7 @@ class Comparison:
         measured = {
             key: title
             for key, title in (("grad_sim", "Grad-sim"), ("grad_conflict", "conflict ratio"))
-            if any(key in row["diagnostics"] for row in self.rows)
+            if any(key in row.get("diagnostics", {}) for row in self.rows)
         }
         optional = {
             "collapsed": self._shows_collapsed(),
@@ -176,7 +178,7 @@ class Comparison:
                 spread = "" if value is None or value["std"] is None else f" {plus_minus} {100 * value['std']:.2f}"
                 cells[title] = empty if value is None else f"{100 * value['mean']:.2f}{spread}"
             for key, title in measured.items():
-                value = row["diagnostics"].get(key)
+                value = row.get("diagnostics", {}).get(key)
                 spread = "" if value is None or value["std"] is None else f" {plus_minus} {value['std']:.3f}"
                 cells[title] = empty if value is None else f"{value['mean']:.3f}{spread}"
             cells["s/epoch"] = empty if row["epoch_s"] is None else f"{row['epoch_s']:.1f}"

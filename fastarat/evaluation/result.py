@@ -29,7 +29,7 @@ class Evaluation:
     wall_s: seconds by attack name.
     warnings: what makes a number above less than it seems; empty is good.
     per_class: by key, how many images of each class were classified correctly, of `class_counts`.
-    confusion: by key, counts [K][K], true class by predicted one; of clean and PGD, up to 100 classes.
+    confusion: by key, K lists of K counts, true class by predicted one; of clean and PGD, up to 100 classes.
     curves: accuracy along epsilon and PGD steps, where it was asked for (`crafted.measure_curves`).
     corruptions: by kind, the accuracy in severities 1 to 5; `corruptions_by_branch`: of the other BatchNorm branches.
     settings: epsilon, step_size, norm, seed, branch, limit, device, versions, hashes of the weights and the data ...
