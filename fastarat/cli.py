@@ -10,15 +10,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastarat.errors import UserError, nearest
 from fastarat.flags import Parser, early
 from fastarat.interrupts import Interrupted
 from fastarat.texts import any_encoding, printable
-
-if TYPE_CHECKING:
-    pass
 
 # What an interrupted command leaves, and how to go on.
 _INTERRUPTED = {

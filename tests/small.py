@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyautoattack
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -10,6 +11,18 @@ from torch import Tensor
 import fastarat
 from fastarat.config import Config, EvalConfig
 from fastarat.specs import Attack
+
+
+def shorten_autoattack(monkeypatch, *, square: int, apgd: int | None = None, fab: int | None = None) -> None:
+    """Cut the iterations of AutoAttack's members, and Square's queries; None leaves a member's own."""
+    original = pyautoattack.AutoAttack._set_version
+
+    def set_version(self, version="standard"):
+        original(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = apgd or self.apgd.n_iter
+        self.fab.n_iter, self.square.n_queries = fab or self.fab.n_iter, square
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", set_version)
 
 
 def small_model(device="cpu"):

@@ -11,6 +11,7 @@ import pyautoattack
 import pytest
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from small import shorten_autoattack
 from torch import nn
 from tqdm import tqdm
 from tqdm.notebook import tqdm_notebook
@@ -30,15 +31,7 @@ SHAPE = (3, 6, 6)
 @pytest.fixture
 def quick(monkeypatch):
     """Shorten every attack of AutoAttack, in the official call and in ours alike."""
-    original = pyautoattack.AutoAttack._set_version
-
-    def set_version(self, version="standard"):
-        original(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = 25
-        self.fab.n_iter = 8
-        self.square.n_queries = 100
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", set_version)
+    shorten_autoattack(monkeypatch, apgd=25, fab=8, square=100)
 
 
 def linear(num_classes, seed=0, scale=1.0):

@@ -3,10 +3,9 @@
 import json
 
 import numpy as np
-import pyautoattack
 import pytest
 import torch
-from small import small_config
+from small import shorten_autoattack, small_config
 from torch import nn
 
 import fastarat
@@ -44,13 +43,7 @@ def some():
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.02), ("l2", 0.2)])
 def test_every_attack_in_both_norms(some, norm, epsilon, monkeypatch):
     model, images, labels = some
-    original = pyautoattack.AutoAttack._set_version
-
-    def shorter(self, version="standard"):
-        original(self, version)
-        self.square.n_queries = 50
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", shorter)
+    shorten_autoattack(monkeypatch, square=50)
     options = {"epsilon": epsilon, "norm": norm, "batch_size": 25, "source": network(seed=1), "progress": False}
     result = evaluate(model, (images, labels), LIST, **options)
     accuracy = result.accuracy

@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
-import pyautoattack
 import pytest
 import torch
+from small import shorten_autoattack
 
 import fastarat
 from fastarat.data import load_dataset
@@ -22,15 +22,7 @@ EPSILON = 0.1
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Shorten every attack of AutoAttack."""
-    original = pyautoattack.AutoAttack._set_version
-
-    def set_version(self, version="standard"):
-        original(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = 8
-        self.fab.n_iter = 2
-        self.square.n_queries = 30
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", set_version)
+    shorten_autoattack(monkeypatch, apgd=8, fab=2, square=30)
 
 
 @pytest.fixture(scope="module")
