@@ -56,6 +56,14 @@ def test_a_minute_of_make_soak(tmp_path):
     assert len(soak.in_words(record).splitlines()) == 10
 
 
+def test_a_run_ended_just_after_an_epoch_keeps_what_it_says():
+    """The soak asked each for an unfinished.pt, and an epoch's end leaves last.pt alone: one run of ten failed."""
+    said = "error: ended by SIGTERM after {} of 100000; nothing is lost: fastarat train --resume there goes on"
+    assert soak_watched.promised_in(said.format("epoch 4")) == (4, 0)
+    assert soak_watched.promised_in(said.format("step 3 of 10 in epoch 5")) == (4, 3)
+    assert soak_watched.promised_in("ended at once by a second SIGTERM; the last checkpoint stands") is None
+
+
 def test_the_soak_sees_what_it_looks_for(tmp_path):
     wave = [0.5 * math.sin(epoch) for epoch in range(400)]
     slope, error = soak_watched.slope_of([(epoch, 600 + 0.08 * epoch + wave[epoch]) for epoch in range(400)])

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from soak_watched import LEAST_SLOPE, TOKEN, Found, environment, fastarat_command, watching
+from soak_watched import (
+    LEAST_SLOPE,
+    TOKEN,
+    Found,
+    environment,
+    fastarat_command,
+    place_of,
+    promised_in,
+    watching,
+)
 
 import fastarat
 from fastarat.files import load_checkpoint
@@ -117,16 +125,6 @@ def state_of(folder: Path) -> dict[str, Any]:
             found[name] = None
     # A run that was never killed after its first checkpoint keeps the one before; both are a run's own.
     return {name: value for name, value in found.items() if not name.endswith("previous.pt")}
-
-
-def place_of(folder: Path) -> tuple[int, int]:
-    """How far a run is kept: whole epochs, and steps of the next."""
-    places = [(0, 0)]
-    for name in ("last.pt", "unfinished.pt"):
-        if (folder / name).is_file():
-            kept = load_checkpoint(folder / name)
-            places.append((kept["epoch"], kept.get("within", {}).get("steps", 0)))
-    return max(places)
 
 
 def _timeless(value: Any) -> Any:
@@ -222,8 +220,7 @@ class Killer:
         found.expect("Traceback" not in said or code < 0, f"{name}: traceback after {signum}: {said[-1000:]}")
         now = place_of(where)
         found.expect(now >= before, f"{name}: kept {now}, less than before: {before}")
-        if told := re.search(r"after step (\d+) of \d+ in epoch (\d+)", said):
-            promised = (int(told[2]) - 1, int(told[1]))
+        if (promised := promised_in(said)) is not None:
             found.expect(now == promised, f"{name}: {promised} was to be kept, and is {now}")
         for log in where.rglob("*.log"):
             found.expect("Traceback" not in log.read_text(errors="replace"), f"{name}: a traceback in {log}")

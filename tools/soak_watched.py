@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 
 import fastarat
 from fastarat.errors import UserError
+from fastarat.files import load_checkpoint
 
 LEAST_SLOPE = 3.0  # MB per 100 epochs: what must be ruled out. The growth that was found and mended was 227.
 WARM_UP = 0.25  # of the watched time: caches fill, the allocator finds its size
@@ -31,6 +33,24 @@ def fastarat_command(*argv: str | Path) -> list[str]:
 
 def environment(token: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", TOKEN: token}
+
+
+def place_of(folder: Path) -> tuple[int, int]:
+    """How far a run is kept: whole epochs, and steps of the next."""
+    places = [(0, 0)]
+    for name in ("last.pt", "unfinished.pt"):
+        if (folder / name).is_file():
+            kept = load_checkpoint(folder / name)
+            places.append((kept["epoch"], kept.get("within", {}).get("steps", 0)))
+    return max(places)
+
+
+def promised_in(said: str) -> tuple[int, int] | None:
+    """The place, as `place_of` has it, that a run ended by a signal said it keeps; None where it said nothing."""
+    told = re.search(r"after (?:step (\d+) of \d+ in )?epoch (\d+) of \d+; nothing is lost", said)
+    if told is None:
+        return None
+    return (int(told[2]) - 1, int(told[1])) if told[1] else (int(told[2]), 0)
 
 
 @dataclass
@@ -105,7 +125,9 @@ class Watched:
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
         found.expect(code == 143, f"the watched training: exit code {code} after SIGTERM")
-        found.expect(not alive or (self.run / "unfinished.pt").is_file(), "the watched training kept no unfinished.pt")
+        # It may have ended just after an epoch's last step, which leaves last.pt alone.
+        kept, promised = place_of(self.run), promised_in(self.log.read_text())
+        found.expect(not alive or kept == promised, f"the watched training said it kept {promised}, and kept {kept}")
         steady = self.samples[int(WARM_UP * len(self.samples)) :]
         if len(steady) < 10:
             found.expect(False, f"the watched training was seen {len(steady)} times only: more minutes are needed")
