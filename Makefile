@@ -1,4 +1,5 @@
 # make demo: set up and run the main job. make test: set up and pass the tests. make lint: style and types. make docs: site/.
+# make neighbours: also install the packages that tests/neighbours/ stand next to, as CI does.
 # make soak, make fuzz: what docs/reliability.md reports, half an hour and an hour.
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ DEMO := runs/demo
 # docs/results.md says why these: the same as its table's rows, with their settings chosen on validation images.
 TRAIN := --epochs 30 --batch-size 64 --attack.epsilon 0.25 --eval.val-images 287 --optim.lr 0.1 --optim.warmup 8 --diagnostics
 
-.PHONY: demo test lint docs soak fuzz setup clean
+.PHONY: demo test lint docs soak fuzz setup neighbours clean
 setup: $(VENV)/.installed
 
 # torch goes first: whatever depends on it would otherwise choose its own build.
@@ -20,6 +21,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/install_ffcv.sh tools/i
 	sh tools/install_ffcv.sh $(BIN)/python
 	sh tools/install_chromium.sh
 	touch $@
+
+neighbours: $(VENV)/.neighbours
+
+# Makes the mark itself, as the last thing. 600 MB that most people do not need.
+$(VENV)/.neighbours: $(VENV)/.installed tools/install_neighbours.sh
+	sh tools/install_neighbours.sh $(BIN)/python
 
 # One thread: networks this small gain little from two, and two starve each other when the machine is busy.
 demo: export OMP_NUM_THREADS = 1
@@ -37,8 +44,9 @@ demo: setup
 	@echo; echo "pictures: $(DEMO)/report/curves.png $(DEMO)/report/examples.png; all of it: $(DEMO)/report/report.html"
 
 # Two single-threaded workers: the tests' tensors are small. FASTARAT_STRICT turns a skip that should not be into a failure.
-test: setup
+test: setup $(if $(CI),neighbours)
 	OMP_NUM_THREADS=1 FASTARAT_STRICT=1 FASTARAT_REQUIRE_FFCV=$$(test -f $(VENV)/.ffcv -o -n "$$CI" && echo 1) \
+		FASTARAT_REQUIRE_NEIGHBOURS=$$(test -f $(VENV)/.neighbours && echo 1) \
 		$(BIN)/python -m pytest -q -n 2 --durations=5
 
 lint: setup

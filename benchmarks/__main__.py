@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import fake_cuda, tables
+from benchmarks import fake_cuda, loaders, tables
 from benchmarks.contestants import CASES, FIRST, PHASES, Case, Pairs
 from benchmarks.gates import PLAINEST, Setup, Unavailable, engine_step
 from benchmarks.rungs import MATRIX, PREDICTED, count_rungs, predictions_hold, profile_step, rung_contestant, rungs
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if argv[:1] == ["readme"]:
             return tables.readme(argv[1:])
+        if argv[:1] == ["loaders"]:
+            return loaders.main(argv[1:])
         if argv[:1] == ["structure"]:
             return fake_cuda.started(argv[1:])
         return _run(_parser().parse_intermixed_args(argv), shlex.join(["python", "-m", "benchmarks", *argv]))

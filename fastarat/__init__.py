@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastarat import attacks as attacks, losses as losses
     from fastarat.ablation import ablate as ablate
+    from fastarat.callbacks import Callback as Callback, CallbackError as CallbackError, StepInfo as StepInfo
     from fastarat.config import Config as Config
     from fastarat.defenses import (
         ARAT as ARAT,
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
         split_batchnorm as split_batchnorm,
     )
     from fastarat.nets.models import build_model as build_model
+    from fastarat.results import Result as Result, load_run as load_run
     from fastarat.specs import Attack as Attack, Fast as Fast
-    from fastarat.training import Result as Result, train as train
+    from fastarat.training import train as train
 
     __version__: str
 else:  # out of a type checker's sight, which would take any name for one that `__getattr__` knows
@@ -46,6 +48,7 @@ else:  # out of a type checker's sight, which would take any name for one that `
 
     _NAMES = {
         "ablation": "ablate",
+        "callbacks": "Callback CallbackError StepInfo",
         "config": "Config",
         "defenses": "ARAT ARREST AT CAAT CURE DEFENSES DONE FAT GAIRAT GAIRFAT LBGAT MART TRADES VIR Defense Standard "
         "Views",
@@ -54,8 +57,9 @@ else:  # out of a type checker's sight, which would take any name for one that `
         "evaluation": "Evaluation evaluate",
         "nets.batchnorm": "SplitBatchNorm2d branch split_batchnorm",
         "nets.models": "build_model",
+        "results": "Result load_run",
         "specs": "Attack Fast",
-        "training": "Result train",
+        "training": "train",
     }
     _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
     __all__ = sorted([*_HOME, "attacks", "losses"])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastarat.distributed import drawn
 from fastarat.kernels import pgd_update
 from fastarat.losses import cross_entropy, wide
 from fastarat.specs import Attack, Start, known
@@ -75,15 +76,16 @@ def draw_start(
     """Return a random point near `images`: `attacks.random_start`, unchecked."""
     if kind == "none":
         return images.clone()
+    normal = partial(Tensor.normal_, generator=generator)
     if kind in ("l2", "uniform") and (norm == "l2" or kind == "l2"):
-        direction = _like(images).normal_(generator=generator)
-        length = torch.rand(images.shape[0], 1, 1, 1, device=images.device, generator=generator) * epsilon
+        direction = drawn(normal, images, generator)
+        length = drawn(lambda t: t.uniform_(0, 1, generator=generator), images[:, :1, :1, :1], generator) * epsilon
         return (images + direction * (length / _norm(direction))).clamp_(0, 1)
     if kind in ("uniform", "uniform-unclamped"):
-        noise = _like(images).uniform_(-1, 1, generator=generator)
+        noise = drawn(lambda t: t.uniform_(-1, 1, generator=generator), images, generator)
         start = noise.mul_(epsilon).add_(images)
         return start.clamp_(0, 1) if kind == "uniform" else start
-    return _like(images).normal_(generator=generator).mul_(1e-3).add_(images)
+    return drawn(normal, images, generator).mul_(1e-3).add_(images)
 
 
 def ascend(
@@ -183,7 +185,7 @@ def craft(
     first = logits if exact is None else exact
     target = labels
     kind: Start = known(attack.start)
-    if attack.objective == "kl":
+    if attack.objective == "kl":  # labels may be shares of the classes: the cross-entropy takes either
         with torch.no_grad():
             target = first(images)
 
@@ -226,9 +228,6 @@ def _l2_update(
     length = _norm(moved)
     moved = moved * torch.clamp(epsilon / length.clamp_min(1e-12), max=1.0)
     return (centre + moved).clamp_(0, 1)
-
-
-_like = partial(torch.empty_like, dtype=torch.float32, requires_grad=False)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,21 @@ class MovingAverage:
         self.count = state["count"]
 
 
-def averaged_model(step: TrainStep, average: WeightAverage, batches: Iterable, *, exact: bool = False) -> nn.Module:
+def averaged_model(
+    step: TrainStep,
+    average: WeightAverage,
+    batches: Iterable,
+    *,
+    exact: bool = False,
+    total: Callable[[int], int] | None = None,
+) -> nn.Module:
     """Return a copy of the step's network holding the averaged weights, with BatchNorm re-estimated.
 
     All running statistics are reset; one pass over `batches` (augmented training images) crafts adversarial images
     on the averaged network and takes the exact cumulative mean of their batch statistics, on the adversarial branch.
     The clean branch of a split network stays reset and is unusable. With `exact` the attack's own forwards move the
-    statistics too, with the previous batch's momentum, as the released code does.
+    statistics too, with the previous batch's momentum, as the released code does. total: images in batch number i over
+    all ranks, of which `batches` hold this one's; the statistics are then the mean of the ranks'.
 
     Source: AR-AT released code. For a defense without an attack the clean images are used.
     """
@@ -113,18 +121,22 @@ def averaged_model(step: TrainStep, average: WeightAverage, batches: Iterable, *
     attacker, forward, spec = Attacker(model, precision=step.fast.precision), step.forward.but(model=model), step.spec
     seen = 0
     model.train()
-    for batch in batches:
+    world, shares = step.shares.world, step.shares
+    for number, batch in enumerate(batches):
         images = batch.images.to(memory_format=step.memory_format)
+        count = len(images) if total is None else total(number)
+        shares.enter_whole(len(images), count)
         if step.defense.attacks:
             images = step.defense.inputs(images, epsilon=spec.epsilon, norm=spec.norm, generator=step.generator)
             bn = "train" if exact else "train-frozen"
             images = step.attack(images, batch.labels, attacker=attacker, bn=bn).images
         # This momentum makes the running value the exact mean over all images so far, whatever the last batch's size.
         for m in norms:
-            m.momentum = len(images) / (seen + len(images))
+            m.momentum = count / (seen + count)
         with torch.no_grad():
             forward(images, "adv")
-        seen += len(images)
+        seen += count
+    world.mean_([t for m in norms for t in (m.running_mean, m.running_var) if t is not None], "running statistics")
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return model.eval()

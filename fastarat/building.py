@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,29 @@ import torch
 from torch import nn
 
 from fastarat.config import Config
-from fastarat.data import Dataset, derive_seed, limited, make_loader, mean_std
+from fastarat.data import (
+    CutMix,
+    Dataset,
+    Loader,
+    RandAugment,
+    check_transforms,
+    default_augment,
+    derive_seed,
+    limited,
+    make_loader,
+    mean_std,
+    mixed_loader,
+    open_extra,
+)
 from fastarat.defenses import DEFENSES
 from fastarat.device import fastest_precision, pick_device, seeded_apart, usable_precision
+from fastarat.distributed import World
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.files import make_writable, write_text
-from fastarat.nets.models import build_model, check_takes
+from fastarat.nets.models import check_takes
+from fastarat.nets.own import Given, network
 from fastarat.runs import Run, load_start
-from fastarat.schedules import recipe_of
 from fastarat.specs import known
 
 _KEPT = "; kept from when the run began"
@@ -50,33 +65,75 @@ def sgd(config: Config) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     return lambda parameters: torch.optim.SGD(parameters, fused=True, **options)
 
 
-def build_step(
-    config: Config, dataset: Dataset, device: torch.device, precision: str, *, starts: bool = True
-) -> TrainStep:
-    """Build the network and its step, the same weights each time.
+def train_loader(config: Config, dataset: Dataset, world: World) -> Loader:
+    """Make the loader that a run of `config` trains from, in the processes of `world`, on its device."""
+    # What is augmented by itself is not augmented again, unless a person asks for it by name.
+    source = dataset.train.source
+    own = source is not None and source.augmented and dataset.transforms is None
+    recipe, make = default_augment(dataset) if config.augment and not own else None, make_loader
+    if dataset.transforms is not None and len(dataset.train):
+        few = dataset.train.take(torch.arange(min(2, len(dataset.train))))
+        check_transforms(recipe, next(iter(make_loader(few, batch_size=2, device=world.device).epoch(0))).images)
+    if config.extra_data is not None:
+        extra = open_extra(config.extra_data, dataset.shape, len(dataset.classes), Path(config.data_dir))
+        make = partial(mixed_loader, extra=extra, ratio=known(config.extra_ratio))
+    return make(
+        dataset.train,
+        batch_size=config.batch_size,
+        device=world.device,
+        kind=config.loader,
+        shuffle=True,
+        seed=derive_seed(config.seed, "order"),
+        augment=recipe,
+        order=config.order,
+        world=world,
+        accumulate=config.accumulate,
+        **strong(config, dataset),
+    )
 
-    config: resolved; its own precision is not read. starts: load what the defense starts from, which a checkpoint
-    would hold. Raises: UserError for what cannot be built.
-    """
-    torch.manual_seed(derive_seed(config.seed, "weights"))
+
+def _network(config: Config, dataset: Dataset, given: Given | None) -> nn.Module:
     mean, std = mean_std(dataset.train) if config.normalize else (None, None)
-    name = known(config.model)
-    model = build_model(
-        name,
+    return network(
+        known(config.model),
+        given,
         num_classes=len(dataset.classes),
         in_channels=dataset.shape[0],
         image_size=dataset.shape[1],
         mean=mean,
         std=std,
-    ).to(device)
-    check_takes(model, name, dataset.shape)
-    load_start(config.defense, model, read=starts)
+    )
+
+
+def build_step(
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    precision: str,
+    *,
+    starts: bool = True,
+    model: Given | None = None,
+    world: World | None = None,
+) -> TrainStep:
+    """Build the network and its step, the same weights each time.
+
+    config: resolved; its own precision is not read. starts: load what the defense starts from, which a checkpoint
+    would hold. model: one given in Python, or what makes it, instead of the config's.
+    world: the processes that train together. Raises: UserError for what cannot be built.
+    """
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    made = _network(config, dataset, model).to(device)
+    check_takes(made, known(config.model), dataset.shape)
+    load_start(config.defense, made, read=starts)
+    if world is not None and world.size > 1:  # a network given in Python may have begun elsewhere on each
+        weights = world.first(lambda: {name: value.cpu() for name, value in made.state_dict().items()})
+        made.load_state_dict(weights)
     fast = dataclasses.replace(config.fast, precision=precision)
     # A momentum that moves would freeze into the graph, and Apex reads its learning rate on the host.
-    if recipe_of(known(config.optim.recipe)).one_cycle or config.optim.optimizer == "apex":
+    if config.optim.schedule().one_cycle or config.optim.optimizer == "apex":
         fast = dataclasses.replace(fast, capture="off")
     step = TrainStep(
-        model,
+        made,
         config.defense,
         torch.empty(2, *dataset.shape),
         config.attack,
@@ -84,10 +141,25 @@ def build_step(
         optimizer=sgd(config),
         awp=config.awp,
         awp_warmup=config.awp_warmup,
+        label_smoothing=config.label_smoothing,
+        world=world,
+        sync_bn=config.sync_bn,
+        accumulate=config.accumulate,
     )
+    if step.num_classes != len(dataset.classes):
+        raise UserError(
+            f"{config.model} returns {step.num_classes} logits, and {dataset.name} has {len(dataset.classes)} classes: "
+            f"expected {len(dataset.classes)}; make its last layer that wide"
+        )
     if type(config.defense) not in DEFENSES.values():
         step.rehearse(len(dataset.classes), dataset.shape)
     return step
+
+
+def strong(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What `make_loader` is told of the augmentations beyond crop and flip that the config asks for."""
+    cutmix = None if config.cutmix is None else CutMix(config.cutmix, len(dataset.classes))
+    return {"randaugment": config.randaugment and RandAugment.of(config.randaugment), "cutmix": cutmix}
 
 
 def choose_precision(
@@ -97,13 +169,14 @@ def choose_precision(
     *,
     begun: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    model: Given | None = None,
 ) -> tuple[str, str]:
     """Return what a run of `config`, resolved, computes in, and why: what was asked for, or what `--amp` comes to.
 
     Where that takes timing, it is of the run's own step, whole, on networks of its own: no random state is moved.
 
     begun: metadata of the weights that the run goes on from, whose precision it keeps. say: told that timing begins.
-    Raises: UserError for a step that cannot be built.
+    model: as `build_step`'s. Raises: UserError for a step that cannot be built.
     """
     if begun is not None and "precision" in begun:  # not in those of older versions
         precision, note = usable_precision(begun["precision"], device)
@@ -122,7 +195,7 @@ def choose_precision(
     config = dataclasses.replace(config, compile_loss=False)
 
     def build(precision: str) -> Callable[[], object]:
-        step = build_step(config, small, device, precision, starts=False)
+        step = build_step(config, small, device, precision, starts=False, model=model)
         batch = next(iter(make_loader(few, batch_size=count, device=device, kind="resident").epoch(0)))
         step.at(epoch=known(config.epochs), progress=0.5)
         step.set_lr(0.0)  # all calls do the same work, and no weight runs away

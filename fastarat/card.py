@@ -13,10 +13,11 @@ from fastarat.diagnostics import Diagnostics
 from fastarat.engine.step import TrainStep
 from fastarat.evaluation import attack_title, in_pixels
 from fastarat.kernels import why_not_triton
-from fastarat.nets.batchnorm import BatchNorm2d
+from fastarat.nets.batchnorm import BatchNorm2d, has_batchnorm
 from fastarat.released import card_rows
-from fastarat.schedules import counted, extended_in_words, in_words, recipe_of
+from fastarat.schedules import counted, extended_in_words, in_words
 from fastarat.specs import known
+from fastarat.stopping import in_words as early_stop
 from fastarat.texts import printable
 
 _START = {
@@ -57,14 +58,17 @@ def card(
         **_schedule(config, steps_per_epoch, swa_plan),
         "precision": precision_note + ("; the attack's first step float32" if step.starts_exactly else ""),
         "device": _device_name(step.device) + f", torch {torch.__version__}",
+        **_smoothing(config),
+        **step.shares.describe(config.batch_size),
         **_averages(config, swa_plan),
+        **({"early stop": rule} if (rule := early_stop(config)) else {}),
         **({} if diagnostics is None else {"diagnostics": diagnostics.describe()}),
         **card_rows(
             config,
             min(dataset.shape[1:]),
             swa_plan[1],
             precision=step.fast.precision,
-            num_train=len(dataset.train),
+            num_train=len(dataset.train) if dataset.held_out else None,
         ),
         **{name: text for name, text in paths.items() if text},
         "seed": str(config.seed),
@@ -81,6 +85,9 @@ def _method(config: Config, step: TrainStep) -> dict[str, str]:
         + (f": minimise {defense.formula}" if defense.formula else ""),
         **defense.describe(attack.norm),
     }
+    without = "none: the network has no BatchNorm" if not has_batchnorm(step.model) else None
+    if without and "split BatchNorm" in rows:
+        rows["split BatchNorm"] = f"{without}, so that {defense.name} is its losses alone"
     if not defense.attacks:
         return rows
     return rows | {
@@ -88,13 +95,12 @@ def _method(config: Config, step: TrainStep) -> dict[str, str]:
         f"epsilon {pixels(step.spec.epsilon)}, step {pixels(known(step.spec.step_size))}"
         + (f", {attack.num_restarts} restarts" if attack.num_restarts > 1 else ""),
         "attack start": _START[known(step.spec.start)],
-        "attack BN": _BN[known(step.spec.bn)],
+        "attack BN": without or _BN[known(step.spec.bn)],
     }
 
 
 def _data(config: Config, step: TrainStep, dataset: Dataset, loader: Loader) -> dict[str, str]:
     train, val, test = (len(s) for s in (dataset.train, dataset.val, dataset.test))
-    augment = loader.recipe
     parameters = sum(p.numel() for p in step.model.parameters())
     return {
         "model": f"{config.model}, {parameters:,} parameters, input [0, 1]"
@@ -103,18 +109,27 @@ def _data(config: Config, step: TrainStep, dataset: Dataset, loader: Loader) -> 
         f"{len(dataset.classes)} classes, {'x'.join(map(str, dataset.shape))}",
         **{f"data note {i}": note for i, note in enumerate(dataset.notes, 1)},
         "best": _best_rule(config, val),
-        "augmentation": "off"
-        if augment is None
-        else f"random crop, zero padding {augment.padding}" + (", horizontal flip" if augment.flip else ""),
+        "augmentation": ", ".join(_augmentation(loader)) or "off",
         "loader": f"{loader.kind}: {loader.reason}",
     }
 
 
+def _augmentation(loader: Loader) -> list[str]:
+    augment, rand, cut = loader.recipe, loader.randaugment, loader.cutmix
+    source = loader.split.source
+    said = ["the data's own, on the host"] if source is not None and source.augmented else []
+    said += [] if augment is None else [str(augment)]
+    said += [] if rand is None else [f"RandAugment of {rand.count} operations, magnitude {rand.magnitude} of 30"]
+    said += [] if cut is None else [f"CutMix, lambda ~ Beta({cut.alpha:g}, {cut.alpha:g}), in the attack too"]
+    return said
+
+
 def _schedule(config: Config, steps_per_epoch: int, swa_plan: tuple[int, int]) -> dict[str, str]:
-    optim, recipe = config.optim, recipe_of(known(config.optim.recipe))
+    optim, recipe = config.optim, config.optim.schedule()
     epochs, lr = known(config.epochs), known(optim.lr)
     published = (recipe.epochs, *recipe.unscaled)
-    scaled = "" if epochs in published else f" (milestones scaled from {recipe.epochs} epochs)"
+    moves = (recipe.drops and not recipe.fixed) or recipe.one_cycle or (recipe.rises and optim.warmup is None)
+    scaled = f" (milestones scaled from {recipe.epochs} epochs)" if moves and epochs not in published else ""
     momentum = "0.95 to 0.85 and back" if optim.momentum is None else f"{optim.momentum:g}"
     rows = {
         "schedule": f"{optim.recipe}{scaled}, {counted(epochs, 'epoch')} x {steps_per_epoch} steps of "
@@ -127,6 +142,12 @@ def _schedule(config: Config, steps_per_epoch: int, swa_plan: tuple[int, int]) -
             config.extended, epochs=epochs, steps=steps_per_epoch, recipe=recipe, lr=lr, warmup=optim.warmup
         )
     return rows
+
+
+def _smoothing(config: Config) -> dict[str, str]:
+    if not config.label_smoothing:
+        return {}
+    return {"label smoothing": f"{config.label_smoothing:g} in the loss's cross-entropies, none in the attack"}
 
 
 def _averages(config: Config, swa_plan: tuple[int, int]) -> dict[str, str]:

@@ -15,10 +15,12 @@ from fastarat.card import best_by
 from fastarat.config import Config, to_dict
 from fastarat.data import derive_seed
 from fastarat.diagnostics import Diagnostics
+from fastarat.engine.shares import settle_statistics
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.files import load_into
 from fastarat.runs import Run
+from fastarat.stopping import over_early
 from fastarat.values import shown
 
 _NO_BEST = {"epoch": 0, "value": -1.0, "tie": -1.0}
@@ -56,25 +58,49 @@ class Checkpoints:
         self.epoch, self.other_rule = 0, ""
         self.best: dict[str, Any] = {**_NO_BEST, "by": best_by(config)[0]}
 
+    def over_early(self) -> bool:
+        """Whether `early_stop` says that the run is over after the last epoch that is kept whole."""
+        count = None if self.average is None else self.average.count
+        return over_early(self.config, self.epoch, self.best["epoch"], count)
+
+    def since_best(self, epoch: int, row: dict[str, Any]) -> dict[str, int]:
+        """What a row says of `early_stop`: epochs since the best one, this included; nothing without it."""
+        if self.config.early_stop is None:
+            return {}
+        return {"since_best": 0 if self._beats_best(row) else epoch - self.best["epoch"]}
+
+    def _rank(self, row: dict[str, Any]) -> tuple[float, float]:
+        by, tie = best_by(self.config)
+        return row.get(f"val/{by}", -math.inf), row.get(f"val/{tie}", -math.inf)
+
+    def _beats_best(self, row: dict[str, Any]) -> bool:
+        # Strictly better: among equals the earliest stays.
+        return self._rank(row) > (self.best["value"], self.best["tie"])
+
     def save(self, epoch: int, row: dict[str, Any]) -> None:
         """Write the checkpoints of an epoch, the best one first: `last` alone says how far the run is."""
-        by, tie = best_by(self.config)
-        # Strictly better: among equals the earliest stays.
-        found = (row.get(f"val/{by}", -math.inf), row.get(f"val/{tie}", -math.inf))
-        best = found > (self.best["value"], self.best["tie"])
-        if best:
-            self.best = {"epoch": epoch, "by": by, "value": found[0], "tie": found[1]}
+        if best := self._beats_best(row):
+            value, tie = self._rank(row)
+            self.best = {"epoch": epoch, "by": best_by(self.config)[0], "value": value, "tie": tie}
+        # So far on all ranks, which have the same numbers; rank 0 alone writes.
+        self.epoch = epoch
+        if not self.step.shares.world.first_one:
+            return
         state = self._state(epoch)
         if best:
             self.folder.save("best", state, {**self.meta, "best": self.best})
         if self.ema is not None:
             self.folder.save_weights("ema", self.ema.state, {**self.meta, "epoch": epoch, "ema": self.config.ema})
         self.folder.save("last", state, self.meta)
-        self.epoch = epoch
         self.folder.checkpoint("unfinished").unlink(missing_ok=True)
 
+    def settle(self) -> None:
+        """Bring the ranks to one state, which is then that of the run; every rank does it at once."""
+        settle_statistics(self.step, None if self.ema is None else self.ema.state)
+
     def save_within(self, place: Place) -> None:
-        """Write unfinished.pt, from which the epoch goes on."""
+        """Write unfinished.pt, from which the epoch goes on; every rank calls it at once."""
+        self.settle()
         device, generator = self.step.device, self.step.generator
         within = {
             "steps": place.steps,
@@ -87,7 +113,8 @@ class Checkpoints:
             "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
             "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
-        self.folder.save_unfinished({**self._state(place.epoch - 1), "within": within}, self.meta)
+        if self.step.shares.world.first_one:
+            self.folder.save_unfinished({**self._state(place.epoch - 1), "within": within}, self.meta)
 
     def _state(self, epoch: int) -> dict[str, Any]:
         return {

@@ -135,31 +135,73 @@ def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor, model: nn.Mod
 
 
 def check_no_probabilities(logits: Tensor) -> None:
-    """Raise UserError for rows in [0, 1] that sum to 1. Reads the values: waits for the device."""
-    if logits.min() >= -1e-6 and logits.max() <= 1 + 1e-6 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
+    """Raise UserError for probabilities (rows in [0, 1] that sum to 1), their logarithms (logsumexp 0), and NaN.
+
+    logits: float [B, K]. Reads the values: waits for the device.
+    """
+    rows, close = logits.detach().float(), 1e-4  # a softmax in half precision is as near as that, and chance is not
+    if not bool(rows.isfinite().all()):
+        raise UserError("the model returned NaN or infinite logits: expected finite ones; check its weights")
+    low, high = (value.item() for value in rows.aminmax())
+    if low >= -1e-6 and high <= 1 + close and bool(((rows.sum(1) - 1).abs() < close).all()):
         raise UserError(
             "the model returned probabilities (rows in [0, 1] that sum to 1): expected logits, because "
             "attacks on a saturated softmax find no gradient; remove the final softmax"
         )
+    if high <= close and bool((rows.logsumexp(1).abs() < close).all()):
+        raise UserError(
+            "the model returned log-probabilities (logsumexp 0 in every row): expected logits, of which losses and "
+            "attacks take the softmax themselves; remove the final log-softmax"
+        )
 
 
-def check_same(labels: Any, **tensors: Any) -> None:
-    """Raise UserError unless the tensors, logits [B, K] by name, have one shape and the labels are int64 [B]."""
+def check_soft(targets: Tensor, num_classes: int, name: str = "labels") -> None:
+    """Raise UserError unless every row of `targets`, float [B, K], is a distribution over the classes. Waits."""
+    low, high = (v.item() for v in targets.sum(1).aminmax())
+    if targets.shape[1] != num_classes or not (abs(low - 1) < 1e-3 and abs(high - 1) < 1e-3) or targets.min() < -1e-6:
+        raise UserError(
+            f"{name} are {targets.dtype} {list(targets.shape)} with rows that sum to {low:.4g} to {high:.4g}: expected "
+            f"a class of {num_classes} each (int64 [B]), or rows of {num_classes} shares that sum to 1"
+        )
+
+
+def is_soft(targets: Any, size: int) -> bool:
+    """Whether `targets` look like shares of the classes, float [size, K], and not like labels. No value is read."""
+    floats = isinstance(targets, Tensor) and targets.is_floating_point()
+    return floats and targets.dim() == 2 and len(targets) == size and targets.shape[1] > 1
+
+
+def check_same(labels: Any, *, soft: bool = False, **tensors: Any) -> None:
+    """Raise UserError unless the tensors, logits [B, K] by name, have one shape and the labels are int64 [B].
+
+    soft: whether the labels may also be shares of the classes, float [B, K].
+    """
     first, one = next(iter(tensors.items()))
     for name, other in tensors.items():
         if not isinstance(other, Tensor) or other.dim() != 2 or not other.is_floating_point():
             raise UserError(f"{name}={shown(other)}: expected logits, float [B, K]")
         if other.shape != one.shape:
             raise UserError(f"{name} is {list(other.shape)}, {first} {list(one.shape)}: expected one shape, [B, K]")
-    check_labels(labels, one)
+    if not (soft and is_soft(labels, len(one)) and labels.shape == one.shape):
+        check_labels(labels, one)
 
 
 class BatchCheck:
-    """Raises UserError for a batch that is not what a step takes; a GPU's values are read once per shape."""
+    """Raises UserError for a batch that is not what a step takes; a GPU's values are read once per shape.
+
+    why_hard: why each image must have one class, "" where labels may be shares of the classes, float [B, K].
+    """
 
     def __init__(
-        self, model: nn.Module, companions: nn.Module, channels: int, num_classes: int, defense: object
+        self,
+        model: nn.Module,
+        companions: nn.Module,
+        channels: int,
+        num_classes: int,
+        defense: object,
+        why_hard: str = "",
     ) -> None:
+        self.why_hard = why_hard
         self.device = next(model.parameters()).device
         self.channels, self.num_classes, self.owner = channels, num_classes, type(defense).__name__
         self.needs_two = any(isinstance(m, nn.BatchNorm1d) for m in companions.modules())
@@ -167,7 +209,11 @@ class BatchCheck:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         check_images(images, channels=self.channels)
-        check_labels(labels, images)
+        if soft := is_soft(labels, len(images)):
+            if self.why_hard:
+                raise UserError(f"labels are {labels.dtype} {list(labels.shape)}, but {self.why_hard}: write int64 [B]")
+        else:
+            check_labels(labels, images)
         if images.shape[1] != self.channels:
             raise UserError(f"images have {images.shape[1]} channels, the example had {self.channels}")
         check_device(self.device, images=images, labels=labels)
@@ -179,5 +225,5 @@ class BatchCheck:
         if (waits(images) and images.shape in self.seen) or not readable(images):
             return
         check_pixels(images)
-        check_classes(labels, self.num_classes)
+        (check_soft if soft else check_classes)(labels, self.num_classes)
         self.seen.add(images.shape)

@@ -34,6 +34,7 @@ class Stopped(UserError):
     """A command that SIGTERM ended, and how it goes on."""
 
     exit_code = 143  # 128 + SIGTERM, as shells have it
+    silent: bool | None = None  # whether another of several processes says so
 
 
 @contextlib.contextmanager
@@ -54,8 +55,10 @@ def terminable(kept: str) -> Iterator[None]:
     signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except Terminated:
-        raise Stopped(f"ended by SIGTERM; {kept}") from None
+    except Terminated as error:
+        stopped = Stopped(f"ended by SIGTERM; {kept}")
+        stopped.silent = getattr(error, "silent", None)  # of several processes one speaks
+        raise stopped from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

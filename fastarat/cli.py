@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from fastarat.flags import Parser, early
 from fastarat.interrupts import Interrupted
 from fastarat.texts import any_encoding, printable
 
+_AFTER_YOU_S = 5.0
 # What an interrupted command leaves, and how to go on.
 _INTERRUPTED = {
     "train": "nothing was begun, and the same command starts again",
@@ -25,6 +28,7 @@ _INTERRUPTED = {
     "ablate": "finished and begun runs are kept: the same command goes on from there",
     "report": "a page that was finished before stays; the same command writes it anew",
     "import": "the same command starts again, once the folder it may have begun (--out) is deleted",
+    "data": "of image files, those written so far are kept beside --out, and the same command goes on after them",
     "bench": "defenses that were finished are in the file named with --out; the same command starts again",
 }
 
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, one warns
+        return
     kind = "warning" if category is UserWarning else category.__name__
     print(f"{kind}: {printable(str(message))}", file=sys.stderr)
 
@@ -47,17 +53,32 @@ def _main(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print(f"fastarat: {printable(str(error), chr(10))}", file=sys.stderr)
+        if _speaks(error):
+            print(f"fastarat: {printable(str(error), chr(10))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
         text = f"interrupted; {_kept(argv[0] if argv else '')}"
         if isinstance(error, Interrupted) and argv[:1] == ["train"]:
             text = printable(str(error))
         with contextlib.suppress(OSError):  # the terminal may be gone, which is what SIGHUP says
-            print(f"fastarat: {text}", file=sys.stderr, flush=True)
+            if _speaks(error):
+                print(f"fastarat: {text}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, Interrupted) else 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # its output went into `head`, say: what was read was enough
         return 1
+
+
+def _speaks(error: BaseException) -> bool:
+    """Whether an error is said here: of the processes that torchrun started, in the one that fails first."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from fastarat.distributed import heard
+
+    speaks = heard(error)
+    if not speaks and not hasattr(error, "silent"):
+        # Before they met, all fail alike; the launcher ends all once one has ended, so the speaker must have spoken.
+        time.sleep(_AFTER_YOU_S)
+    return speaks
 
 
 def _kept(command: str) -> str:
@@ -83,11 +104,14 @@ def _dispatch(argv: list[str]) -> int:
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands) or '.'} Known: {', '.join(commands)}.")
     run, text = commands[name]
-    if name != "doctor" and not {"-h", "--help"} & set(rest):
-        # Commands import for themselves, here and below: PyTorch takes seconds, which --version need not spend.
-        from fastarat.training import one_process
+    # Before PyTorch, which imports it from C and there swallows a Ctrl-C: the next import of it would then fail.
+    import numpy  # noqa: F401
 
-        one_process()
+    if name not in ("doctor", "eval", "train") and not {"-h", "--help"} & set(rest):
+        # Commands import for themselves, here and below: PyTorch takes seconds, which --version need not spend.
+        from fastarat.distributed import one_process
+
+        one_process(f"fastarat {name}")
     parser = Parser(prog=f"fastarat {name}", description=text[0].upper() + text[1:] + ".")
     if name in ("train", "compare", "ablate"):  # they end where nothing is lost, and say so themselves
         return run(parser, rest)
@@ -143,7 +167,7 @@ def _train(parser: Parser, argv: list[str]) -> int:
         result = train(resume=args.resume, overrides=given, progress=not args.quiet)
     else:
         result = train(c.from_dict(c.merge(from_file, given), source=file or "flags"), progress=not args.quiet)
-    if not args.quiet:
+    if os.environ.get("RANK", "0") == "0" and not args.quiet:
         print(f"done: {result.run}. Next: fastarat eval {result.run} --attack clean,pgd-20,autoattack")
     return 0
 
@@ -157,11 +181,16 @@ def _eval(parser: Parser, argv: list[str]) -> int:
 def _compare(parser: Parser, argv: list[str]) -> int:
     from fastarat import config as c
     from fastarat.compare import compare
+    from fastarat.sweep import read_sweep
     from fastarat.tuning import parse_tune
     from fastarat.values import coerce
 
-    parser.add_argument("--defenses", required=True, help="comma-separated, of " + ", ".join(c.DEFENSES) + ", or "
+    parser.add_argument("--defenses", help="comma-separated, of " + ", ".join(c.DEFENSES) + ", or "
                         "FILE.py:CLASS; NAME+swa averages weights")  # fmt: skip
+    parser.add_argument(
+        "--sweep", metavar="FILE", help="YAML of lists, such as optim.lr: [0.1, 0.05], whose every combination is a "
+        "row; `defense` there, or --defenses"
+    )  # fmt: skip
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     parser.add_argument("--test-attack", default="clean,pgd-20,autoattack", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="evaluate on this many test images")
@@ -184,10 +213,16 @@ def _compare(parser: Parser, argv: list[str]) -> int:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: expected 1 or more")
     out = coerce(base.pop("out", None), str | None, "out", args.config or "flags")
+    defenses = [d.strip() for d in args.defenses.split(",")] if args.defenses else None
+    if defenses is None and not args.sweep:
+        raise UserError("compare needs --defenses at,trades,..., or --sweep FILE")
+    if args.sweep and args.tune:
+        raise UserError("--tune chooses among values, and --sweep makes a row of each: give one of them")
+    rows = read_sweep(args.sweep, defenses, flags) if args.sweep else None
     table = compare(
-        [d.strip() for d in args.defenses.split(",")], seeds, base=base, out=out or "runs/compare",
+        defenses or [] if rows is None else list(rows), seeds, base=base, out=out or "runs/compare",
         attack=args.test_attack, limit=args.limit, parallel=args.parallel, tune=parse_tune(args.tune),
-        tune_seeds=tune_seeds,
+        tune_seeds=tune_seeds, rows=rows,
     )  # fmt: skip
     print("\n" + table.markdown())
     print(f"saved: {table.out}/table.md, .tex, .csv, .json")
@@ -310,8 +345,13 @@ def _data(parser: Parser, argv: list[str]) -> int:
     parser.add_argument("dataset", help="name, image folder, archive or .beton folder")
     parser.add_argument("--out", help="folder to write (prepare)")
     parser.add_argument("--data-dir", default="data", help="downloads and caches (default: data)")
-    parser.add_argument("--write-mode", default="raw", help="raw (lossless) or jpg (default: raw)")
+    parser.add_argument("--write-mode", default="raw", help="raw (lossless), jpg or proportion (default: raw)")
+    parser.add_argument("--jpeg-quality", type=int, default=90, help="1 to 100 (default: 90)")
+    parser.add_argument("--jpeg-share", type=float, default=0.5, help="proportion: of the images (default: 0.5)")
     parser.add_argument("--image-size", type=int, help="resize image folders to this many pixels")
+    parser.add_argument("--max-resolution", type=int, help="cap of the longer side; images keep sizes of their own")
+    parser.add_argument("--workers", type=int, help="threads (prepare; default: the cores, at most 16)")
+    parser.add_argument("--quiet", action="store_true", help="say nothing of the progress (prepare)")
     parser.add_argument("--verify", action="store_true", help="read every file in full against its checksum (info)")
     args = parser.parse(argv)
     if args.action == "info":
@@ -321,9 +361,12 @@ def _data(parser: Parser, argv: list[str]) -> int:
     if not args.out:
         raise UserError("data prepare needs --out FOLDER, where train.beton and test.beton go")
     where = prepare(
-        args.dataset, args.out, data_dir=args.data_dir, write_mode=args.write_mode, image_size=args.image_size
-    )
-    print(f"wrote {where}. Next: fastarat train --dataset {where}")
+        args.dataset, args.out, data_dir=args.data_dir, write_mode=args.write_mode, image_size=args.image_size,
+        jpeg_quality=args.jpeg_quality, jpeg_share=args.jpeg_share, max_resolution=args.max_resolution,
+        workers=args.workers, progress=not args.quiet,
+    )  # fmt: skip
+    varying = json.loads((where / "dataset.json").read_text())["format"] == 2
+    print(f"wrote {where}. Next: fastarat train --dataset {where}" + (" --image-size 224" if varying else ""))
     return 0
 
 

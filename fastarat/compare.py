@@ -30,9 +30,10 @@ from fastarat.files import make_writable, write_text
 from fastarat.finite import Diverged
 from fastarat.live import Board, shown
 from fastarat.locks import held
-from fastarat.plans import Failure, Plan, evaluate_apart, row_spec, train_apart
+from fastarat.plans import Failure, Plan, checked_rows, evaluate_apart, row_spec, train_apart
 from fastarat.resuming import finished
 from fastarat.runs import dataset_of, is_current, load_network
+from fastarat.sweep import check_distinct
 from fastarat.table import Comparison, Row, tabulate
 from fastarat.training import resolve, train
 from fastarat.tuning import Choice, Settings
@@ -68,8 +69,7 @@ def compare(
         defenses: names, or FILE.py:CLASS; `NAME+swa` averages weights and reports the averaged network.
         seeds: one run each.
         base: values of `Config` common to all runs; a defense's own recipe fills the rest.
-        out: holds one run folder per defense and seed, and the tables.
-        attack: as in `evaluate`. limit: test images.
+        out: folder of the runs and the tables. attack: as in `evaluate`. limit: test images.
         tune: values to choose from, by name as in flags: {"optim.lr": [0.03, 0.1], "ar-at:defense.gamma": [5, 30]}; a
             name that starts with a row applies to that row alone. A row tries every combination of what applies to it
             with the first of `tune_seeds`, and the best two with all of them; the highest mean of clean + PGD
@@ -78,12 +78,12 @@ def compare(
         tune_seeds: seeds for tuning, none of them in `seeds`.
         parallel: trainings, and evaluations, at once, each a process of its own (several seeds share a GPU).
         rows: what names in `defenses` stand for that are no defense's: {"ar-at, shared BN": {"defense": "ar-at",
-            "defense.split_bn": False}}, so that one defense can have several rows.
+            "defense.split_bn": False}}, so that one defense can have several rows (`sweep.rows_of_sweep`).
     Returns: Comparison, already saved. A seed that diverges is counted in its row, not in its means.
     Raises: UserError before any training for a mistake, or a folder of other settings; after the others are done for
         runs that failed.
     """
-    rows = dict(rows or {})
+    rows = checked_rows(rows, defenses)
     defenses, tune = [d if d in rows else _row_name(d) for d in defenses], dict(tune or {})
     _check_asked(defenses, seeds, base or {}, tune, tune_seeds, parallel)
     parse_attacks(attack)
@@ -91,6 +91,7 @@ def compare(
         runner = _Runner(Path(out), dict(base or {}), parallel, progress, rows)
         grids = tuning.grids_of(defenses, tune)
         runner.check(grids, seeds[0])
+        check_distinct({row: runner.plan(row, seeds[0], {}, Path()).config for row in rows})
         precision = runner.settle_precision(defenses, seeds[0])
         with runner.shown():
             chosen = runner.tuned(grids, tune_seeds) if tune else {row: Choice({}, []) for row in defenses}

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
-from fastarat.data import SETS
+from fastarat.data import SETS, RandAugment
 from fastarat.defenses import ARAT, DEFENSES, Defense
 from fastarat.defenses.naming import Foreign, defense_key, resolve_defense
 from fastarat.errors import UserError, nearest
 from fastarat.interrupts import Pace
 from fastarat.nets.models import MODELS
-from fastarat.schedules import RECIPES, counted, recipe_of
-from fastarat.specs import Attack, Fast, fields_of, setting, spec_of
+from fastarat.schedules import RECIPES, Recipe, counted, recipe_of
+from fastarat.specs import Attack, Fast, fields_of, known, setting, spec_of
 from fastarat.values import Precision, coerce, hints_of, settle, shown
 
 _COUNT = "[1, inf)"
@@ -38,9 +38,13 @@ class OptimConfig:
     lr: float | None = setting(None, "base learning rate", _FROM_0)
     warmup: int | None = setting(
         None,
-        "epochs in which the learning rate rises along a line; 0: none (default: the recipe's first epoch)",
+        "epochs in which the learning rate rises along a line; 0: none (default: the recipe's first epochs)",
         _FROM_0,
     )
+    milestones: tuple[int, ...] | None = setting(
+        None, "after how many epochs the learning rate falls, such as 75,90 (default: the recipe's)", _COUNT
+    )
+    gamma: float | None = setting(None, "factor of the learning rate at each milestone (default: 0.1)", "(0, 1]")
     momentum: float | None = setting(None, "of SGD", "[0, 1)")
     weight_decay: float | None = setting(
         None, "on every parameter, BatchNorm and biases included, as released", _FROM_0
@@ -52,6 +56,10 @@ class OptimConfig:
         settle(self, "optim.")
         if self.recipe is not None and self.recipe.lower() in RECIPES:
             object.__setattr__(self, "recipe", self.recipe.lower())
+
+    def schedule(self) -> Recipe:
+        """The recipe, which is set by now, with these milestones. Raises: UserError for those that cannot be."""
+        return recipe_of(known(self.recipe), self.milestones, self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +108,13 @@ class Config(Fast):
         "--epochs N",
         _COUNT,
     )
-    batch_size: int = setting(128, "images per step", "(-inf, 2^24]")
+    batch_size: int = setting(128, "images per step, of all processes together", "(-inf, 2^24]")
+    accumulate: int = setting(
+        1, "micro-batches, one after another, that a batch is taken in: less memory, the same batch_size", _COUNT
+    )
+    sync_bn: bool = setting(
+        False, "in several processes: BatchNorm normalises, per branch, by the statistics of all of them"
+    )
     precision: Precision | None = setting(
         None, "of convolutions; statistics and losses are float32 (default: fp32; with --amp the fastest that is right)"
     )
@@ -115,9 +129,24 @@ class Config(Fast):
     out: str | None = setting(None, "run folder (default: runs/DATASET-MODEL-DEFENSE-seedN)")
     data_dir: str = setting("data", "where downloads and caches live")
     loader: Literal["auto", "resident", "ffcv"] = setting("auto", "data on the device, or streamed from .beton by FFCV")
+    order: Literal["random", "pages"] = setting(
+        "random", "of training images; pages: of the .beton file, for one larger than the memory"
+    )
     augment: bool = setting(True, "random crop and flip, as each data set is used in the literature")
+    randaugment: tuple[int, ...] | None = setting(
+        None, "also N random operations of magnitude M (0 to 30) on each training image, as N,M: 2,9", _FROM_0
+    )
+    cutmix: float | None = setting(
+        None,
+        "a window of another image in each training image: alpha of lambda ~ Beta(alpha, alpha), such as 1",
+        "(0, inf)",
+    )
     normalize: bool = setting(False, "normalise by the training set's mean and deviation inside the model")
     image_size: int | None = setting(None, "resize image folders to this many pixels", "[1, 4096]")
+    extra_data: str | None = setting(
+        None, "also train on the images of this .npz file: image uint8 [N, H, W, C], label int64 [N]"
+    )
+    extra_ratio: float | None = setting(None, "share of each batch that is of --extra-data (default: 0.7)", "(0, 1)")
     limit_train: int | None = setting(None, "use only this many training images (stratified)", _COUNT)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     threads: int | None = setting(
@@ -129,6 +158,9 @@ class Config(Fast):
         "(0, 1)",
     )
     awp_warmup: int = setting(0, "epochs without weight perturbation", _FROM_0)
+    label_smoothing: float = setting(
+        0.0, "share of the loss's targets that goes to all classes alike, such as 0.1; not of the attack's", "[0, 1)"
+    )
     log_every: int | None = setting(
         None, "steps between reads of the device's metrics (default: 1 on a CPU, 50 on a GPU)", _COUNT
     )
@@ -138,6 +170,15 @@ class Config(Fast):
         "no more (default: at each epoch's end, and when a signal ends the run)",
     )
     tensorboard: bool = setting(True, "write TensorBoard events")
+    loggers: tuple[Literal["csv", "wandb", "mlflow"], ...] | None = setting(
+        None, "also log epochs to these, with commas between: csv, wandb, mlflow"
+    )
+    early_stop: int | None = setting(
+        None,
+        "end after so many epochs without a new best on validation images, by the rule of the best checkpoint: PGD "
+        "accuracy (default: train all epochs)",
+        _COUNT,
+    )
     diagnostics: bool = setting(
         False, "measure gradient similarity, BatchNorm statistics and representation distance; changes no other number"
     )
@@ -157,15 +198,17 @@ class Config(Fast):
             object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
         settle(self)
         Pace(self.checkpoint_every)
-        for name in ("dataset", "model", "out", "data_dir"):
+        for name in ("dataset", "model", "out", "data_dir", "extra_data"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise UserError(f"{name}={value!r}: expected a name or path; leave it out for the default")
+        if self.extra_ratio is not None and self.extra_data is None:
+            raise UserError(f"extra_ratio={self.extra_ratio:g}: there are no extra images; name them with --extra-data")
         if self.batch_size < 2:
             raise UserError(
                 f"batch_size={self.batch_size}: BatchNorm needs at least 2 images to normalise by; write --batch-size "
                 "2 or more (128 is usual)"
             )
-        recipe = recipe_of(self.optim.recipe or self.defense.recipe)
+        recipe = dataclasses.replace(self.optim, recipe=self.optim.recipe or self.defense.recipe).schedule()
         for name, does in (("warmup", "warms up by itself"), ("momentum", "moves the momentum by itself")):
             if recipe.one_cycle and (value := getattr(self.optim, name)) is not None:
                 raise UserError(
@@ -176,6 +219,11 @@ class Config(Fast):
             raise UserError(
                 f"optim.warmup={self.optim.warmup} is longer than the run of {counted(self.epochs, 'epoch')}"
             )
+        if self.epochs is not None and (marks := self.optim.milestones) and marks[-1] >= self.epochs:
+            raise UserError(
+                f"optim.milestones={','.join(map(str, marks))}: a run of {counted(self.epochs, 'epoch')} never "
+                f"comes to the last of them; leave out what is {self.epochs} or more"
+            )
         totals = (*(self.extended or ()), self.epochs or math.inf)
         if any(before >= after for before, after in itertools.pairwise(totals)):
             raise UserError(
@@ -183,11 +231,25 @@ class Config(Fast):
                 "last of them below epochs"
             )
         self._check_weight_perturbation()
+        if self.early_stop is not None and self.eval.val_images == 0:
+            raise UserError(
+                f"early_stop={self.early_stop}: there are no validation images to stop by; give --eval.val-images, or "
+                "leave --early-stop out"
+            )
+        self._check_targets()
 
     @property
     def fast(self) -> Fast:
         """The `Fast` among these fields."""
         return spec_of(Fast, self, {})
+
+    def _check_targets(self) -> None:
+        if self.randaugment is not None:
+            RandAugment.of(self.randaugment)
+        for name, value in (("label_smoothing", self.label_smoothing), ("cutmix", self.cutmix)):
+            mixed = name == "cutmix"
+            if value and (why := self.defense.why_hard(mixed=mixed, objective=self.attack.objective)):
+                raise UserError(f"{name}={value:g}: {why}; leave it out, or choose another --defense")
 
     def _check_weight_perturbation(self) -> None:
         if self.awp is None and self.awp_warmup:

@@ -78,9 +78,8 @@ class Diagnostics:
         self.sets = _sets(step.model)
         self._gradients: Tensor | None = None  # sums of the cosine, the conflict ratio, and each layer's cosine
         self._samples = 0
-        self._means: dict[
-            str, Tensor
-        ] = {}  # by set, float64 [3, channels]: the first mean, sums from it and their squares
+        # Float64 [3, channels of all sets]: the first mean, sums from it and their squares.
+        self._means: Tensor | None = None
         self._steps = 0
 
     def describe(self) -> str:
@@ -95,7 +94,7 @@ class Diagnostics:
 
     def begin(self) -> None:
         """Forget what was measured: an epoch begins."""
-        self._gradients, self._samples, self._means, self._steps = None, 0, {}, 0
+        self._gradients, self._samples, self._means, self._steps = None, 0, None, 0
 
     @contextmanager
     def around(self, epoch: int, index: int, batch: Batch) -> Iterator[None]:
@@ -115,14 +114,18 @@ class Diagnostics:
 
     @torch.no_grad()
     def _note_means(self) -> None:
-        for name, layers in self.sets.items():
-            means = torch.cat([bn.running_mean for _, bn in layers if bn.running_mean is not None]).double()
-            if name not in self._means:
-                self._means[name] = torch.stack([means, torch.zeros_like(means), torch.zeros_like(means)])
-            first, total, squares = self._means[name]
-            moved = means - first
-            total += moved
-            squares += moved * moved
+        if not self.sets:
+            return
+        # Four small kernels a step, whatever the layers: beside a captured step each would be seen.
+        running = [bn.running_mean for layers in self.sets.values() for _, bn in layers]
+        means = torch.cat([mean for mean in running if mean is not None])
+        if self._means is None:
+            first = means.double()
+            self._means = torch.stack([first, torch.zeros_like(first), torch.zeros_like(first)])
+        first, total, squares = self._means
+        moved = means - first
+        total += moved
+        squares.addcmul_(moved, moved)
         self._steps += 1
 
     def row(self, epoch: int) -> dict[str, float]:
@@ -132,8 +135,8 @@ class Diagnostics:
             cosine, conflict, *by_layer = (self._gradients / self._samples).tolist()
             found |= {"grad_sim": cosine, "grad_conflict": conflict, "grad_samples": self._samples}
             found |= {f"grad_sim/{name}": value for name, value in zip(self.weights, by_layer, strict=True)}
-        for name in self._means:
-            found |= _averaged(f"bn_stability_{name}", self._stability(name))
+        for name, by_layer in self._stability().items():
+            found |= _averaged(f"bn_stability_{name}", by_layer)
         if {"adv", "clean"} <= self.sets.keys():
             between = branch_distances(self.step.model)
             for i, name in enumerate(("bn_distance_mean", "bn_distance_std")):
@@ -147,30 +150,37 @@ class Diagnostics:
             )
         return {f"diag/{name}": float(value) for name, value in found.items()}
 
-    def _stability(self, name: str) -> dict[str, float]:
-        _, total, squares = self._means[name]
+    def _sizes(self) -> dict[str, int]:
+        """Channels of each set, in the order they lie in."""
+        return {name: sum(bn.num_features for _, bn in layers) for name, layers in self.sets.items()}
+
+    def _stability(self) -> dict[str, dict[str, float]]:
+        if self._means is None:
+            return {}
+        _, total, squares = self._means
         variance = (squares - total * total / self._steps).clamp_min(0) / self._steps
-        layers = self.sets[name]
-        parts = variance.split([bn.num_features for _, bn in layers])
-        return {layer: float(part.mean()) for (layer, _), part in zip(layers, parts, strict=True)}
+        parts = variance.split([bn.num_features for layers in self.sets.values() for _, bn in layers])
+        values = iter(torch.stack([part.mean() for part in parts]).tolist())  # one read of the device
+        return {name: {layer: next(values) for layer, _ in layers} for name, layers in self.sets.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured since the epoch began, for a checkpoint within it."""
-        return {
-            "gradients": self._gradients, "samples": self._samples, "means": dict(self._means), "steps": self._steps
-        }  # fmt: skip
+        sizes = self._sizes()
+        parts = () if self._means is None else self._means.split([*sizes.values()], dim=1)
+        means = dict(zip(sizes, (part.clone() for part in parts), strict=bool(parts)))
+        return {"gradients": self._gradients, "samples": self._samples, "means": means, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         device = self.step.device
         gradients, means = state["gradients"], {name: t.to(device) for name, t in state["means"].items()}
-        expected = {name: sum(bn.num_features for _, bn in layers) for name, layers in self.sets.items()}
-        if any(expected.get(name) != t.shape[-1] for name, t in means.items()):
+        if means and {name: t.shape[-1] for name, t in means.items()} != self._sizes():
             raise ValueError("diagnostics of another network")
         if gradients is not None and gradients.shape != (2 + len(self.weights),):
             raise ValueError("gradients of another network")
         self._gradients = None if gradients is None else gradients.to(device)
-        self._samples, self._means, self._steps = int(state["samples"]), means, int(state["steps"])
+        self._means = torch.cat([means[name] for name in self.sets], dim=1) if means else None
+        self._samples, self._steps = int(state["samples"]), int(state["steps"])
 
 
 def in_short(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -230,7 +240,7 @@ def branch_distances(model: nn.Module) -> dict[str, tuple[float, float]]:
     Each a pair: the mean over channels of |mu_adv - mu_clean| / sqrt((v_adv + v_clean) / 2 + 1e-5), and of
     |log((v_adv + 1e-5) / (v_clean + 1e-5)) / 2|. Empty for a network that is not split.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, m in model.named_modules():
         if not isinstance(m, BatchNorm2d) or not {"adv", "clean"} <= {*branches_of(m)}:
             continue
@@ -248,8 +258,10 @@ def branch_distances(model: nn.Module) -> dict[str, tuple[float, float]]:
         )
         mean = ((mu[0] - mu[1]).abs() / ((v[0] + v[1]) / 2 + 1e-5).sqrt()).mean()
         std = ((v[0] + 1e-5).log() - (v[1] + 1e-5).log()).abs().mean() / 2
-        found[name] = (float(mean), float(std))
-    return found
+        found[name] = torch.stack([mean, std])
+    # One read of the device for all layers.
+    pairs = torch.stack([*found.values()]).tolist() if found else []
+    return {name: (mean, std) for name, (mean, std) in zip(found, pairs, strict=True)}
 
 
 def representation_distances(
@@ -275,10 +287,8 @@ def representation_distances(
     finally:
         for m, training in modes:
             m.training = training
-    return {
-        name: float((adv.float() - clean.float()).flatten(1).norm(dim=1).mean())
-        for name, clean, adv in zip(layers, *both, strict=True)
-    }
+    apart = [(adv.float() - clean.float()).flatten(1).norm(dim=1).mean() for clean, adv in zip(*both, strict=True)]
+    return dict(zip(layers, torch.stack(apart).tolist(), strict=True))
 
 
 def _sets(model: nn.Module) -> _Sets:

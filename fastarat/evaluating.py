@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,79 @@ from fastarat import evaluation
 from fastarat.card import accuracy_name
 from fastarat.config import Config
 from fastarat.data import Dataset, load_dataset
-from fastarat.device import pick_device
+from fastarat.distributed import World, joined
 from fastarat.errors import UserError
-from fastarat.evaluation import check_replaceable, check_writable, in_pixels, keep_previous, parse_attacks
+from fastarat.evaluation import Evaluation, check_replaceable, check_writable, in_pixels, keep_previous, parse_attacks
 from fastarat.flags import Parser
+from fastarat.resuming import finished
 from fastarat.runs import WEIGHTS, Run, check_branch, load_network
 from fastarat.texts import printable
 from fastarat.values import Budget, checked_budget, checked_seed
 
+Say = Callable[[str], None]
+
 
 def run(parser: Parser, argv: list[str]) -> int:
-    """Evaluate as the command line says, write the result and print its table. Returns the exit code."""
+    """Evaluate as the command line says, write the result and print its table. Returns the exit code.
+
+    Of several processes, torchrun's, each measures its share; the first prints and writes.
+    """
     args = _eval_flags(parser, argv)
-    device = pick_device(args.device)
+    with joined(args.device) as world:
+        _run(args, world, print if world.first_one else lambda text: None)
+    return 0
+
+
+def _run(args: argparse.Namespace, world: World, say: Say) -> None:
     model, meta, config = load_network(args.run, args.weights)
     check_branch(args.run, meta, args.branch, args.weights if Path(args.run).is_dir() else "")
-    budget = _budget(args, meta)
-    source = None if args.source is None else _source(args.source, meta, args.run)
-    dataset = _data_to_evaluate(args, meta, config)
-    _say_what_is_unusual(args, meta, config, len(dataset.test))
+    budget = _budget(args, meta, say)
+    source = None if args.source is None else _source(args.source, meta, args.run, say)
+    dataset = _loaded(args, meta, config, world)
+    _say_what_is_unusual(args, meta, config, len(dataset.test), say)
     folder = Run.holding(args.run)
     where = Path(args.out) if args.out else folder.evaluation(args.weights)
-    check_writable(where)  # before the evaluation, which may take hours
-    if not args.overwrite:
-        check_replaceable(where, meta["sha256"])
+    world.first(lambda: _check_place(where, meta, args.overwrite))  # before the evaluation, which may take hours
     # A run on a read-only disk is evaluated with --out elsewhere, and AutoAttack's batches are kept beside that.
     state = folder.state_dir if os.access(folder.path, os.W_OK) else where.with_name(f"{where.stem}-state")
     result = evaluation.evaluate(
-        model.to(device), dataset.test, args.attack, **budget._asdict(), limit=args.limit, batch_size=args.batch_size,
-        seed=args.seed, branch=args.branch, state_dir=state, tf32=args.tf32, source=source, curves=args.curves,
-        corruptions_dir=args.corruptions_dir, confirm=args.confirm,
+        model.to(world.device), dataset.test, args.attack, **budget._asdict(), limit=args.limit,
+        batch_size=args.batch_size, seed=args.seed, branch=args.branch, state_dir=state, tf32=args.tf32, source=source,
+        curves=args.curves, corruptions_dir=args.corruptions_dir, confirm=args.confirm, world=world,
     )  # fmt: skip
     told = {"weights": args.weights, "epoch": meta["epoch"]}
     told |= {"trained_epsilon": meta["epsilon"], "trained_norm": meta["norm"]}
     told |= {} if source is None else {"from_run": str(args.source)}
     told |= {} if args.dataset in (None, config and config.dataset) else {"dataset": dataset.name}
     result = dataclasses.replace(result, settings={**result.settings, **told})
-    kept = None if args.overwrite else keep_previous(where, result)
-    if kept is not None:
-        print(f"note: the earlier result there says what this one does not: it is kept as {kept}")
-    result.save(where)
+    if kept := world.first(lambda: _write(result, where, args.overwrite)):
+        say(f"note: the earlier result there says what this one does not: it is kept as {kept}")
     best = meta.get("best")
     chosen = f", highest validation {accuracy_name(best['by'])}" if best else ""
     of = f"{args.weights}, epoch {meta['epoch']}{chosen}"
-    print(printable(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set"))
-    print(result.table())
-    print(f"saved: {where}")
-    return 0
+    say(printable(f"{meta['defense']}, {meta['model']} ({of}), {dataset.name} test set"))
+    say(result.table())
+    say(f"saved: {where}")
+
+
+def _check_place(where: Path, meta: dict[str, Any], overwrite: bool) -> None:
+    check_writable(where)
+    if not overwrite:
+        check_replaceable(where, meta["sha256"])
+
+
+def _write(result: Evaluation, where: Path, overwrite: bool) -> Path | None:
+    """Write the result; return what an earlier one is kept as that says more."""
+    kept = None if overwrite else keep_previous(where, result)
+    result.save(where)
+    return kept
+
+
+def _loaded(args: argparse.Namespace, meta: dict[str, Any], config: Config | None, world: World) -> Dataset:
+    """Load the data on the first rank before the others, who find what it fetched and unpacked."""
+    there: list[Dataset] = []
+    world.first(lambda: there.append(_data_to_evaluate(args, meta, config)))
+    return there[0] if there else _data_to_evaluate(args, meta, config)
 
 
 def _eval_flags(parser: Parser, argv: list[str]) -> argparse.Namespace:
@@ -102,25 +129,25 @@ def _eval_flags(parser: Parser, argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _budget(args: argparse.Namespace, meta: dict[str, Any]) -> Budget:
+def _budget(args: argparse.Namespace, meta: dict[str, Any], say: Say) -> Budget:
     """What the attacks may do; said aloud where it is not what the run was trained with."""
     epsilon = meta["epsilon"] if args.epsilon is None else args.epsilon
     budget = checked_budget(epsilon, args.step_size, meta["norm"] if args.norm is None else args.norm, where="--")
     if (budget.epsilon, budget.norm) != (meta["epsilon"], meta["norm"]):
-        print(
+        say(
             f"note: evaluated at {budget.norm} epsilon {in_pixels(budget.epsilon)}, trained at {meta['norm']} epsilon "
             f"{in_pixels(meta['epsilon'])}"
         )
     return budget
 
 
-def _source(path: str, meta: dict[str, Any], run: str) -> nn.Module:
+def _source(path: str, meta: dict[str, Any], run: str, say: Say) -> nn.Module:
     """The network to craft on: of the same classes and image shape."""
     model, theirs, config = load_network(path)
     if theirs["sha256"] == meta["sha256"]:
-        print(f"note: --from {path} is this very network: that is PGD-20 on itself, and transfers nothing")
+        say(f"note: --from {path} is this very network: that is PGD-20 on itself, and transfers nothing")
     if config is not None and config.epochs is not None and theirs["epoch"] < config.epochs:
-        print(f"note: --from {path} has {theirs['epoch']} of {config.epochs} epochs: it is unfinished")
+        say(f"note: --from {path} has {theirs['epoch']} of {config.epochs} epochs: it is unfinished")
     for key, what in (("num_classes", "classes"), ("in_channels", "channel(s)"), ("image_size", "pixels a side")):
         if theirs[key] != meta[key]:
             raise UserError(f"--from {path} is of {theirs[key]} {what}, {run} of {meta[key]}: expected the same")
@@ -129,14 +156,17 @@ def _source(path: str, meta: dict[str, Any], run: str) -> nn.Module:
     return model
 
 
-def _say_what_is_unusual(args: argparse.Namespace, meta: dict[str, Any], config: Config | None, total: int) -> None:
+def _say_what_is_unusual(
+    args: argparse.Namespace, meta: dict[str, Any], config: Config | None, total: int, say: Say
+) -> None:
     if args.limit is not None and args.limit > total:
-        print(f"note: --limit {args.limit} is above the {total:,} test images: all of them are evaluated")
+        say(f"note: --limit {args.limit} is above the {total:,} test images: all of them are evaluated")
     # Of `best` and the averages the epoch says nothing of how far the run has come.
     # An imported run's config names no number of epochs.
     planned = config.epochs if config is not None and args.weights == "last" and not meta.get("best") else None
-    if planned is not None and meta["epoch"] < planned:
-        print(f"note: the run has {meta['epoch']} of {planned} epochs: it is unfinished, and so are its weights")
+    early = config is not None and config.early_stop is not None and finished(Run.holding(args.run))
+    if planned is not None and meta["epoch"] < planned and not early:
+        say(f"note: the run has {meta['epoch']} of {planned} epochs: it is unfinished, and so are its weights")
 
 
 def _data_to_evaluate(args: argparse.Namespace, meta: dict[str, Any], config: Config | None) -> Dataset:

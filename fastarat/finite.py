@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from fastarat.averages import MovingAverage, WeightAverage
 from fastarat.data import Batch
+from fastarat.distributed import World
 from fastarat.engine.step import TrainStep
 from fastarat.errors import UserError
 from fastarat.nets.attacker import mode_of
@@ -54,10 +55,13 @@ def not_finite(named: list[tuple[str, Tensor]]) -> list[str]:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, name: str, batches: Iterable[Batch], count: int) -> tuple[Tensor, bool]:
+def probe(
+    model: nn.Module, name: str, batches: Iterable[Batch], count: int, world: World | None = None
+) -> tuple[Tensor, bool]:
     """Return the accuracy of BatchNorm branch `name` in eval mode, a 0-d tensor, and whether all logits are finite.
 
-    count: images to look at, or a batch more. The model is left in train mode.
+    count: images to look at, or a batch more. world: whose ranks look at their own rows of as many batches; count is
+    then not read. The model is left in train mode.
     """
     model.eval()
     correct, finite, seen = [], [], 0
@@ -67,10 +71,14 @@ def probe(model: nn.Module, name: str, batches: Iterable[Batch], count: int) -> 
         correct.append((logits.argmax(1) == batch.labels).sum())
         finite.append(logits.isfinite().all())
         seen += len(batch.labels)
-        if seen >= count:
+        if seen >= count and (world is None or world.size == 1):
             break
     model.train()
-    return torch.stack(correct).sum().float() / seen, bool(torch.stack(finite).all())
+    right, well = torch.stack(correct).sum(), bool(torch.stack(finite).all())
+    if world is not None and world.size > 1:
+        world.sum_([right], "probe")
+        seen, well = sum(world.gather(seen)), not world.any(not well)
+    return right.float() / seen, well
 
 
 class Watch:
@@ -103,7 +111,7 @@ class Watch:
             named += [(f"the moving average of {k!r}", v) for k, v in self.ema.state.items() if k in self.ema.averaged]
         if self.average is not None:
             named += [("the mean of the weights (SWA)", value) for value in self.average.parameters]
-        if bad := self.bad(named):
+        if bad := self._agreed(self.bad(named)):
             return bad
         model, images = self.step.model, images.to(memory_format=self.step.memory_format)
         logits: list[tuple[str, Tensor]] = []
@@ -115,7 +123,11 @@ class Watch:
             if self.ema is not None:
                 averaged = functional_call(model, self.ema.state, (images,))
                 logits.append(("the averaged network's logits (EMA)", averaged))
-        return next(iter(not_finite(logits)), None)
+        return self._agreed(next(iter(not_finite(logits)), None))
+
+    def _agreed(self, bad: str | None) -> str | None:
+        """What is not finite on some rank: all stop together."""
+        return next((found for found in self.step.shares.world.gather(bad) if found), None)
 
     def bad(self, named: list[tuple[str, Tensor]]) -> str | None:
         """The first of these that is not finite and was not from the start."""

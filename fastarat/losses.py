@@ -98,18 +98,40 @@ def ar_at_invariance(
     raise unknown("alignment", align, get_args(Align))
 
 
+def hard(targets: Tensor) -> Tensor:
+    """Return int64 [B]: labels as they are, of shares of the classes (float [B, K]) the largest."""
+    return targets if targets.dim() == 1 else targets.argmax(1)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Return bool [B, K], without the read of the values by which PyTorch's checks them. labels: int64 [B]."""
+    return torch.arange(num_classes, device=labels.device) == labels[:, None]
+
+
+def smoothed(targets: Tensor, smoothing: float, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return (1 - s) y + s / K: targets that leave each class a share of s / K.
+
+    targets: int64 [B], or shares of the classes, float [B, K]. smoothing: s in [0, 1). dtype: of the result.
+    Returns: float [B, K], rows that sum to 1. Label 0 of two, s = 0.1: (0.95, 0.05).
+    Source: Szegedy et al., CVPR 2016; with adversarial training Pang et al., ICLR 2021 (arXiv 2010.00467).
+    """
+    shares = one_hot(targets, num_classes) if targets.dim() == 1 else targets
+    return shares.to(dtype) * (1 - smoothing) + smoothing / num_classes
+
+
 def trades(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, beta: float) -> dict[str, Tensor]:
     """TRADES: CE(f(x), y) + beta KL(p(x) || p(x')), the KL summed over classes and averaged over images.
 
     Nothing is detached: the KL moves the clean and the adversarial logits.
 
     Args:
-        logits_clean, logits_adv: float [B, K]. labels: int64 [B]. beta: weight of the KL.
+        logits_clean, logits_adv: float [B, K]. labels: int64 [B], or shares of the classes, float [B, K]. beta: weight
+            of the KL.
     Returns: {"ce_clean", "kl"}, scalars already weighted, float32 (float64 for float64 logits); their sum is the loss.
         Logits (0, 0) and (ln 3, 0), label 0: ln 2 and beta ln(4/3) / 2.
     Source: Zhang et al., ICML 2019 (arXiv 1901.08573), equation 5 and the released code.
     """
-    check_same(labels, logits_clean=logits_clean, logits_adv=logits_adv)
+    check_same(labels, soft=True, logits_clean=logits_clean, logits_adv=logits_adv)
     return {
         "ce_clean": F.cross_entropy(wide(logits_clean), labels),
         "kl": beta * kl_distance(logits_adv, logits_clean),
@@ -170,20 +192,21 @@ def lbgat(
 
     Args:
         logits_clean, logits_adv: float [B, K] of the robust network f; logits_clean is read only when beta is not 0.
-        logits_teacher: float [B, K] of g on the clean images. labels: int64 [B]. beta: weight of the KL.
+        logits_teacher: float [B, K] of g on the clean images. labels: int64 [B], or shares, float [B, K]. beta: weight
+            of the KL.
         detach_teacher: stop the MSE's gradient into g (another method than the released one).
     Returns: {"mse", "ce_teacher"} and, when beta is not 0, "kl": scalars already weighted, float32 (float64 for
         float64 logits); their sum is the loss.
     Source: Cui et al., ICCV 2021 (arXiv 2011.11164), released code.
     """
-    check_same(labels, logits_adv=logits_adv, logits_teacher=logits_teacher)
+    check_same(labels, soft=True, logits_adv=logits_adv, logits_teacher=logits_teacher)
     guide = logits_teacher.detach() if detach_teacher else logits_teacher
     terms = {
         "mse": F.mse_loss(wide(logits_adv), wide(guide)),
         "ce_teacher": F.cross_entropy(wide(logits_teacher), labels),
     }
     if beta:
-        check_same(labels, logits_adv=logits_adv, logits_clean=logits_clean)
+        check_same(labels, soft=True, logits_adv=logits_adv, logits_clean=logits_clean)
         terms["kl"] = beta * kl_distance(logits_adv, known(logits_clean))
     return terms
 
@@ -202,8 +225,12 @@ def angular_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-image cross-entropy. logits: float [B, K]; labels: int64 [B]. Returns float32 [B] (float64 for float64)."""
-    return F.cross_entropy(wide(logits), labels, reduction="none")
+    """Per-image cross-entropy. logits: float [B, K]. Returns float32 [B] (float64 for float64).
+
+    labels: int64 [B], or shares of the classes, float [B, K].
+    """
+    logits = wide(logits)
+    return F.cross_entropy(logits, labels.to(logits) if labels.is_floating_point() else labels, reduction="none")
 
 
 def gairat_weights(
@@ -228,9 +255,17 @@ def gairat_weights(
     Raises: UserError for an unknown kind, or too few steps.
     Source: Zhang et al., ICLR 2021 (arXiv 2010.01736), equations 6 and 7 and the released code.
     """
+    weights = geometry(kappa, num_steps, lam, kind, dtype=dtype)
+    return weights * (len(weights) / weights.sum().clamp_min(_TINY))
+
+
+def geometry(
+    kappa: Tensor, num_steps: int, lam: Weight, kind: WeightKind, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`gairat_weights` before they are normalised over the batch: float [B], without gradient."""
     if kind == "discrete":
-        weights = (num_steps + 1 - kappa).to(dtype) / (num_steps + 1)
-    elif kind in ("tanh", "sigmoid"):
+        return (num_steps + 1 - kappa).to(dtype) / (num_steps + 1)
+    if kind in ("tanh", "sigmoid"):
         if num_steps < 2:
             raise UserError(
                 f"GAIRAT weights of kind {kind} need at least 2 attack steps, got {num_steps}: use discrete"
@@ -238,10 +273,8 @@ def gairat_weights(
         half = num_steps // 2
         steepness = lam + 5 * (half - kappa).to(dtype) / half
         # (1 + tanh x) / 2 = sigma(2 x), which keeps its digits where tanh is near -1 (kappa 10: 6e-6).
-        weights = torch.sigmoid(2 * steepness if kind == "tanh" else steepness)
-    else:
-        raise unknown("GAIRAT weight", kind, get_args(WeightKind))
-    return weights * (len(weights) / weights.sum().clamp_min(_TINY))
+        return torch.sigmoid(2 * steepness if kind == "tanh" else steepness)
+    raise unknown("GAIRAT weight", kind, get_args(WeightKind))
 
 
 def vir_weights(

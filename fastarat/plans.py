@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastarat.children import last_line
 from fastarat.config import DEFENSES, Config, defense_key, write_yaml
-from fastarat.errors import UserError
+from fastarat.errors import UserError, nearest
 from fastarat.files import make_writable
 from fastarat.runs import Run
+from fastarat.values import shown
 
 Call = Callable[[list[str | Path], Path], int]
 """Runs `fastarat ARGV`, its output added to a log, and returns the exit code, or minus the signal that killed it."""
@@ -43,6 +44,37 @@ def row_spec(row: str, rows: Mapping[str, Mapping[str, Any]]) -> RowSpec:
     if row in rows:
         label = re.sub(r"[^A-Za-z0-9._+-]+", "-", row).strip("-.") or "row"
     return RowSpec(bare, bool(plus), own, label)
+
+
+_EACH_RUNS = {"seed": "seeds", "out": "out", "defense.name": "defense"}
+
+
+def checked_rows(rows: Any, defenses: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Return what names in `defenses` stand for that are no defense's; None is nothing.
+
+    Raises: UserError for another form, a name that `defenses` lacks, or a key that is not a row's own. What is no
+        setting of `Config` shows once a run is planned.
+    """
+    rows = {} if rows is None else rows
+    expected = "expected {NAME: {'defense': ..., 'SETTING': value}}"
+    if not isinstance(rows, Mapping):
+        raise UserError(f"rows={shown(rows)}: {expected}")
+    for name, own in rows.items():
+        if not isinstance(name, str) or not isinstance(own, Mapping):
+            raise UserError(f"rows: {shown(name)} stands for {shown(own)}: {expected}")
+        if name not in defenses:
+            raise UserError(f"rows has {name!r}, which defenses does not name{nearest(name, defenses)}: name it there")
+        if not isinstance(own.get("defense", ""), str):
+            raise UserError(
+                f"rows: {name!r} has defense={shown(own['defense'])}: expected a name, and the settings beside it, "
+                "such as 'defense.beta': 6"
+            )
+        for key in own:
+            if not isinstance(key, str):
+                raise UserError(f"rows: {name!r} has the key {shown(key)}: expected a setting's name")
+            if (plain := key.replace("-", "_")) in _EACH_RUNS:
+                raise UserError(f"rows: {name!r} holds {key}, which is no setting of a row: give {_EACH_RUNS[plain]}")
+    return dict(rows)
 
 
 class Plan(NamedTuple):

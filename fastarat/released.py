@@ -13,6 +13,7 @@ from fastarat.defenses.base import Settings
 from fastarat.errors import UserError
 from fastarat.schedules import RECIPES, recipe_of
 from fastarat.specs import known
+from fastarat.stopping import in_words
 
 
 def default_recipe(config: Config, model: str) -> str:
@@ -33,6 +34,8 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     # A one-cycle recipe moves the momentum by itself: there it stays unset, which `momentum_at` reads as the recipe's.
     follows = ("lr", "weight_decay", "nesterov", *(() if recipe.one_cycle else ("momentum",)))
     unset = {name: getattr(recipe, name) for name in follows if getattr(config.optim, name) is None}
+    if config.optim.milestones is not None and config.optim.gamma is None:
+        unset["gamma"] = 0.1
     optim = dataclasses.replace(config.optim, recipe=recipe_name, **unset)
     name = f"{dataset.name}-{model}-{config.defense.name or type(config.defense).__name__.lower()}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
@@ -41,6 +44,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
         model=model,
         epochs=config.epochs or recipe.epochs,
         out=config.out or f"runs/{name}-seed{config.seed}",
+        extra_ratio=None if config.extra_data is None else config.extra_ratio or 0.7,  # Wang et al., CIFAR-10
         precision=config.precision or (None if config.amp else "fp32"),
         attack=config.attack.stepping(),
         optim=optim,
@@ -91,8 +95,15 @@ def _common(config: Config, precision: str, num_train: int | None) -> Iterator[s
     if config.extended:
         totals = ", then ".join(map(str, (*config.extended, config.epochs)))
         yield f"extended: {totals} epochs, each part by the schedule of its own total"
+    if config.early_stop is not None:
+        yield f"stops early, {in_words(config)}: the releases train all epochs (--early-stop none)"
     if precision != "fp32":
         yield f"precision {precision}: the releases run in float32 throughout (--precision fp32)"
+    if config.extra_data is not None:
+        yield (
+            f"{config.extra_ratio:.0%} of each batch are extra images, which the releases do not train on (leave out "
+            "--extra-data)"
+        )
     if held := config.eval.val_images:
         of = "" if num_train is None else f" of {held + num_train:,}"
         yield (
@@ -124,12 +135,17 @@ def _changed(config: Config, settings: Settings) -> list[str]:
         ("optim.lr", optim.lr, recipe.lr),
         # A warm-up of 0 changes nothing in a recipe whose first epoch has the full rate.
         ("optim.warmup", optim.warmup, 0 if optim.warmup == 0 and recipe.warmup == 1.0 else None),
+        ("optim.milestones", optim.milestones, None),
+        ("optim.gamma", optim.gamma, None),
         ("optim.weight_decay", optim.weight_decay, recipe.weight_decay),
         ("optim.momentum", optim.momentum, None if recipe.one_cycle else recipe.momentum),
         ("optim.nesterov", optim.nesterov, recipe.nesterov),
         ("epochs", config.epochs, recipe.epochs),
         ("batch_size", config.batch_size, 128),
         ("augment", config.augment, True),
+        ("label_smoothing", config.label_smoothing, 0.0),
+        ("randaugment", config.randaugment, None),
+        ("cutmix", config.cutmix, None),
         ("normalize", config.normalize, False),
         ("limit_train", config.limit_train, None),
     ]

@@ -14,6 +14,7 @@ from fastarat.files import load_checkpoint
 from fastarat.runs import MAY_DIFFER, Run, differences
 from fastarat.schedules import counted
 from fastarat.specs import known
+from fastarat.stopping import over_early
 from fastarat.values import coerce
 
 
@@ -49,9 +50,14 @@ def finished(run: Run) -> bool:
     config = run.read_config()
     # By the checkpoint and not by metrics.jsonl, which may be a line ahead of what can be resumed.
     state = None if config is None else newest(run)
-    if config is None or state is None or state["epoch"] < (config.epochs or 0):
+    if config is None or state is None or (state["epoch"] < (config.epochs or 0) and not _over_early(config, state)):
         return False
-    return not config.swa or run.averaged_at() == config.epochs
+    return not config.swa or run.averaged_at() == state["epoch"]
+
+
+def _over_early(config: Config, state: dict[str, Any]) -> bool:
+    count = (state.get("average") or {"count": 0})["count"] if config.swa else None
+    return over_early(config, state["epoch"], (state.get("best") or {"epoch": 0})["epoch"], count)
 
 
 def config_to_resume(run: Run, overrides: dict[str, Any], defense: Any = None) -> Config:
@@ -60,7 +66,7 @@ def config_to_resume(run: Run, overrides: dict[str, Any], defense: Any = None) -
     defense: the run's own, a Defense or its class; needed where it is none of fastarat's, as is its name among
     `overrides` from a command line.
     More `epochs` than it has extend the run: those it had keep their schedule, to the last, and the others follow that
-    of the longer run (`Config.extended`, `schedules.total_at`).
+    of the longer run (`Config.extended`, `schedules.total_at`). Another `early_stop` may end it sooner, or later.
     Raises: UserError for a setting that may not differ, or a config.yaml that was changed since.
     """
     run.must_exist()
@@ -68,6 +74,9 @@ def config_to_resume(run: Run, overrides: dict[str, Any], defense: Any = None) -
     if "epochs" in overrides:
         saved = _extended(run, saved, coerce(overrides["epochs"], int, "epochs"))
         overrides = {key: value for key, value in overrides.items() if key != "epochs"}
+    if "early_stop" in overrides:  # what was trained so far is the same with another: it says only where that ends
+        saved = replace(saved, early_stop=coerce(overrides["early_stop"], int | None, "early_stop"))
+        overrides = {key: value for key, value in overrides.items() if key != "early_stop"}
     if isinstance(saved.defense, Foreign) and defense is None:
         named = overrides.get("defense")
         if isinstance(named, dict) and named.keys() == {"name"}:
@@ -77,7 +86,7 @@ def config_to_resume(run: Run, overrides: dict[str, Any], defense: Any = None) -
         if key not in MAY_DIFFER:
             raise UserError(
                 f"--resume continues {run.path} as it was started: {key} cannot change (only "
-                f"{', '.join(MAY_DIFFER[:-1])} may, and epochs grow); start another run for that"
+                f"{', '.join(MAY_DIFFER[:-1])}, early_stop may, and epochs grow); start another run for that"
             )
     if isinstance(saved.defense, Foreign):
         saved = replace(saved, defense=saved.defense.trusted(defense, run.path))
@@ -98,6 +107,7 @@ def _trained_with(run: Run) -> Config:
     text = f"the checkpoint was trained with another: put it back, or delete {run.config_file} to go by the other"
     try:
         written = known(run.read_config())
+        truth = replace(truth, early_stop=written.early_stop)  # another was asked for, and nothing trained with it yet
         differing = list(differences(to_dict(truth), to_dict(written)))
     except UserError as error:
         raise UserError(f"{error}. Delete {run.config_file}: the checkpoint holds the config, too") from error

@@ -36,12 +36,13 @@ from fastarat.files import (
 from fastarat.locks import LOCK_FILES
 from fastarat.metadata import check_meta
 from fastarat.nets.batchnorm import split_batchnorm
-from fastarat.nets.models import build_model
+from fastarat.nets.own import Given, check_named, network
 
 WEIGHTS = ("last", "best", "swa", "ema")
 """What a run may leave weights of: the last epoch, the best one on validation images, two averages."""
 MAY_DIFFER = (
-    "device", "threads", "data_dir", "loader", "log_every", "checkpoint_every", "tensorboard", "diagnostics", "out"
+    "device", "threads", "data_dir", "loader", "log_every", "checkpoint_every", "tensorboard", "loggers",
+    "diagnostics", "out",
 )  # fmt: skip
 """Settings that leave a run the same run: they may change when it is resumed, or looked for by `compare`."""
 
@@ -97,8 +98,8 @@ class Run:
         return run
 
     def _clear(self) -> None:
-        for partial in self.path.glob(".*.partial"):  # what a kill left half written
-            partial.unlink(missing_ok=True)
+        for left in self.path.glob(".*.partial"):  # what a kill left half written
+            left.unlink(missing_ok=True)
 
     def must_exist(self) -> None:
         """Raise UserError where there is nothing to resume."""
@@ -143,9 +144,7 @@ class Run:
             link.unlink(missing_ok=True)
             os.link(self.checkpoint(), link)
             os.replace(link, self.checkpoint("previous"))
-        except (
-            OSError
-        ):  # a file system without hard links, FAT for one: moved, so that for a moment there is one of two
+        except OSError:  # no hard links, as on FAT: moved, so that for a moment there is one of two
             os.replace(self.checkpoint(), self.checkpoint("previous"))
 
     def save_weights(self, which: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -366,11 +365,14 @@ def check_branch(run: str | Path, meta: dict[str, Any], branch: str, which: str 
         raise UserError("the averaged network's clean BatchNorm was never re-estimated: take branch adv, or last")
 
 
-def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict[str, Any], Config | None]:
+def load_network(
+    path: str | Path, which: str = "last", *, model: Given | None = None
+) -> tuple[nn.Module, dict[str, Any], Config | None]:
     """Rebuild a trained network from a run folder or a checkpoint file.
 
     Args:
-        path: run folder, .safetensors or .pt. which: one of WEIGHTS, for a folder.
+        path: run folder, .safetensors or .pt. which: one of WEIGHTS, for a folder. model: the network of
+            a run that was given one in Python, or what makes it; a copy is loaded.
     Returns: model on the CPU in eval mode, metadata, and the run's config (None for a file elsewhere).
     Raises: UserError for anything missing, corrupt, or of another architecture.
     """
@@ -388,18 +390,25 @@ def load_network(path: str | Path, which: str = "last") -> tuple[nn.Module, dict
         weights, meta = load_weights(file)
     check_meta(meta, file)
     with torch.device("meta"):  # shapes alone: what the file does not hold is not allocated either
-        load_into(network_of(meta), {key: value.to("meta") for key, value in weights.items()}, file)
-    model = network_of(meta)
-    load_into(model, weights, file)
-    return model, meta, run.read_config()
+        if model is None:
+            load_into(network_of(meta), {key: value.to("meta") for key, value in weights.items()}, file)
+    loaded = network_of(meta, model)
+    load_into(loaded, weights, file)
+    return loaded, meta, run.read_config()
 
 
-def network_of(meta: dict[str, Any]) -> nn.Module:
-    """Build the network that `meta_of` describes, channels-last and in eval mode, its weights still to be loaded."""
+def network_of(meta: dict[str, Any], given: Given | None = None) -> nn.Module:
+    """Build the network that `meta_of` describes, channels-last and in eval mode, its weights still to be loaded.
+
+    given: as `load_network`'s model. Raises: UserError where it is missing, or one too many.
+    """
+    check_named(meta["model"], given)
     # The mean and the deviation are buffers: loading the weights puts the true ones in.
     unit = [1.0] * meta["in_channels"] if meta["normalized"] else None
     sizes = {key: meta[key] for key in ("num_classes", "in_channels", "image_size")}
-    model = build_model(meta["model"], **sizes, mean=unit, std=unit)
+    if meta["defense"] == "imported":
+        sizes["image_size"] = None  # a file does not tell; of timm's networks the published size is meant
+    model = network(meta["model"], given, **sizes, mean=unit, std=unit)
     if meta["branches"]:
         # Split before loading: the adversarial branch has the ordinary names, so an unsplit network would load half.
         split_batchnorm(model, meta["branches"])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastarat.errors import unknown
+from fastarat.errors import UserError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Recipe:
     momentum, nesterov: of SGD.
     one_cycle: share of the run in which the learning rate rises from lr/25 to lr, to fall to lr/250000 in the rest;
     along cosines, one step per epoch, momentum going from 0.95 to 0.85 and back. 0: no such cycle.
+    cosine: after the warm-up the learning rate falls to 0 along half a cosine, step by step.
+    rises: epochs of `epochs` in which it rises to its value along a line before; other lengths scale it.
+    fixed: the drops are those of one person's run: no length scales them.
     """
 
     epochs: int
@@ -36,12 +39,24 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     one_cycle: float = 0.0
+    cosine: bool = False
+    rises: int = 0
+    fixed: bool = False
     source: str = ""
+
+    def warm_up(self, epochs: int, warmup: int | None = None) -> int:
+        """Epochs in which the learning rate rises along a line: `warmup`, or the recipe's own. As in `lr_at`."""
+        return math.floor(self.rises * epochs / self.epochs + 0.5) if warmup is None else warmup
 
     def factor(self, epoch: int, step: int, steps: int, epochs: int, warmup: int | None = None) -> float:
         """The share of `lr` at `step` (from 0) of `steps` in `epoch` (from 1) of `epochs`. warmup: as in `lr_at`."""
         if self.one_cycle:
             return self.cycled(epoch, epochs, first=1 / 25, top=1.0, last=1 / 250_000)
+        rising = self.warm_up(epochs, warmup)
+        if self.cosine and epoch > rising:
+            # As optax's cosine_decay_schedule: the first step after the warm-up has the full rate.
+            share = (epoch - 1 - rising + step / steps) / (epochs - rising)
+            return (1 + math.cos(math.pi * share)) / 2
         # None is not 0: None leaves the recipe's own first epoch as it is, 0 takes it away.
         if warmup is None and epoch == 1 and self.warmup != 1.0:
             return self.warmup
@@ -51,8 +66,8 @@ class Recipe:
         for first, factor in self.drops_in(epochs):
             if position >= first - 1 - 1e-9:  # a stretched milestone may lie a rounding above its step
                 current = factor
-        if warmup and epoch <= warmup:
-            current *= (epoch - 1 + (step + 1) / steps) / warmup
+        if rising and epoch <= rising:
+            current *= (epoch - 1 + (step + 1) / steps) / rising
         return current
 
     def drops_in(self, epochs: int) -> tuple[tuple[float, float], ...]:
@@ -61,7 +76,7 @@ class Recipe:
         A milestone between two epochs moves to the nearest, so that recipes whose published milestones differ by an
         epoch in a hundred (AR-AT's 77, TRADES' 75) still drop in the same epoch of a short run.
         """
-        stretch = 1.0 if epochs in (self.epochs, *self.unscaled) else epochs / self.epochs
+        stretch = 1.0 if self.fixed or epochs in (self.epochs, *self.unscaled) else epochs / self.epochs
         scaled = [((first - 1) * stretch, factor) for first, factor in self.drops]
         if not self.per_step:
             # Halves go up, those that rounding put just below a half too: Python's `round` would take them to even.
@@ -133,15 +148,49 @@ RECIPES: dict[str, Recipe] = {
         nesterov=True,
         source="CA-AT released code, its peak of 0.4 for batches of 1024 taken to 0.1 for 128",
     ),
+    "rebuffi": Recipe(
+        epochs=400,
+        lr=0.4,
+        cosine=True,
+        rises=10,
+        nesterov=True,
+        source="Gowal et al. and Rebuffi et al. (2021) released code, its 0.1 for batches of 256 taken to their 1024",
+    ),
+    "cosine": Recipe(epochs=100, cosine=True, source="half a cosine to 0 (Loshchilov and Hutter, ICLR 2017)"),
+    "imagenet": Recipe(
+        epochs=90,
+        weight_decay=1e-4,
+        drops=((31, 0.1), (61, 0.01)),
+        source="robust ImageNet models of Salman et al., NeurIPS 2020",
+    ),
     "constant": Recipe(epochs=100, source="no schedule"),
 }
 
 
-def recipe_of(name: str) -> Recipe:
-    """Return a recipe by name, in any case. Raises: UserError naming the nearest one."""
+def recipe_of(name: str, milestones: Sequence[int] | None = None, gamma: float | None = None) -> Recipe:
+    """Return a recipe by name, in any case.
+
+    milestones: numbers of epochs after each of which the rate falls by gamma (0.1), in place of the recipe's own drops.
+    Raises: UserError naming the nearest recipe; for milestones that do not grow, or of a recipe that takes none.
+    """
     if name.lower() not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    return RECIPES[name.lower()]
+    recipe = RECIPES[name.lower()]
+    if milestones is None and gamma is not None:
+        raise UserError(f"optim.gamma={gamma:g} has no milestones to act at: add --optim.milestones 75,90")
+    if milestones is None:
+        return recipe
+    given = ",".join(map(str, milestones))
+    if sorted({*milestones}) != [*milestones]:
+        raise UserError(f"optim.milestones={given}: expected numbers of epochs that grow, such as 75,90")
+    if recipe.one_cycle or recipe.cosine:
+        raise UserError(
+            f"optim.milestones={given}: the recipe {name} falls along a cosine; leave them out, or choose another "
+            "--optim.recipe (constant)"
+        )
+    factor = 0.1 if gamma is None else gamma
+    drops = tuple((after + 1, factor ** (i + 1)) for i, after in enumerate(milestones))
+    return replace(recipe, drops=drops, per_step=False, fixed=True)
 
 
 def lr_at(
@@ -156,8 +205,8 @@ def lr_at(
 ) -> float:
     """Return the learning rate of `step` (from 0) in `epoch` (from 1) of a run of `epochs` epochs of `steps` steps.
 
-    warmup: epochs in which it rises to its value along a line, step by step, in place of the recipe's own first epoch;
-    0: none.
+    warmup: epochs in which it rises to its value along a line, step by step, in place of the recipe's own first
+    epochs; 0: none.
 
     The S-ARAT recipe as executed, at its own 100 epochs: 0.02 in epoch 1, 0.1 in 2-76, 0.01 in 77-91, 0.001 after.
     """
@@ -192,11 +241,15 @@ def in_words(recipe: Recipe, *, epochs: int, lr: float, warmup: int | None = Non
         rises = f"{lr * recipe.factor(1, 0, 1, epochs):.4g} up to " if recipe.one_cycle * epochs > 1 else ""
         falls = f" and down to {lr * ends_at(recipe, epochs=epochs):.2g}" if epochs > 1 else ""
         return f"lr {rises}{lr:.4g}{falls}"
+    rising = recipe.warm_up(epochs, warmup)
+    if recipe.cosine:
+        rises = f"0 to {lr:.4g} in {counted(rising, 'epoch')}, then " if rising else f"{lr:.4g}, "
+        return f"lr {rises}along half a cosine to 0"
     # Of several drops in one epoch only the last is ever seen; one within an epoch is a step's.
     rates = {1.0: lr} | {round(at, 2): lr * factor for at, factor in recipe.drops_in(epochs)}
     parts = [f"lr {rates[1.0]:.4g}"]
-    if warmup:
-        parts = [f"lr 0 to {rates[1.0]:.4g} in {counted(warmup, 'epoch')}"]
+    if rising:
+        parts = [f"lr 0 to {rates[1.0]:.4g} in {counted(rising, 'epoch')}"]
     elif warmup is None and recipe.warmup != 1.0:
         parts = [f"lr {lr * recipe.warmup:.4g} in epoch 1"]
         if epochs > 1:
@@ -219,6 +272,8 @@ def counted(count: int, noun: str) -> str:
 
 def ends_at(recipe: Recipe, *, epochs: int, warmup: int | None = None) -> float:
     """The share of its base learning rate that a run of `epochs` epochs ends with. warmup: as in `lr_at`."""
+    if recipe.cosine and recipe.warm_up(epochs, warmup) < epochs:
+        return 0.0  # the curve's end: the last step is one short of it
     return recipe.factor(epochs, 0, 1, epochs, warmup)
 
 

@@ -19,7 +19,7 @@ from fastarat.card import pixels
 from fastarat.config import Config
 from fastarat.evaluation import attack_title
 from fastarat.files import write_text
-from fastarat.schedules import counted, ends_at, in_words, recipe_of
+from fastarat.schedules import counted, ends_at, in_words
 from fastarat.specs import known
 from fastarat.tuning import rule
 
@@ -57,6 +57,7 @@ PUBLISHED: dict[tuple[str, str, str], Published] = {
     )
     for model, accuracies in printed.items()
 }
+_SHARED = "data, batch order and initial weights"
 # Published numbers are for this budget under L-infinity; beside any other they would mislead.
 _BUDGET = 8 / 255
 
@@ -128,8 +129,10 @@ class Comparison:
         lines = [
             f"{s['dataset']}, {s['model']}, {s['epochs']} epochs, {s['norm']} epsilon {pixels(s['epsilon'])}, "
             f"{s['num_images']:,} test images in every cell, last checkpoint, {ended}; accuracies in %."
-            + (" Sum = clean + AutoAttack, NRR = their harmonic mean." if self._sums() else "")
-            + f" s/epoch on {s['device']}. Rows of one seed share data, batch order and initial weights."
+            + (f" Sum = clean + {attack_title(aa)}, NRR = their harmonic mean." if (aa := summed(s["keys"])) else "")
+            + f" s/epoch on {s['device']}. Rows of one seed share "
+            + s.get("shared", _SHARED)
+            + "."
         ]
         if len({row["schedule"] for row in self.rows}) == 1:
             lines.append(f"Schedule of every row: {self.rows[0]['schedule']}.")
@@ -145,9 +148,6 @@ class Comparison:
         lines += s.get("notes", [])
         return lines + [f"Warning: {text}" for text in s["warnings"]]
 
-    def _sums(self) -> bool:
-        return {"clean_acc", "robust_acc_aa"} <= set(self.settings["keys"])
-
     def _shows_collapsed(self) -> bool:
         return any(row["collapsed"] or row["diverged"] for row in self.rows)
 
@@ -158,7 +158,7 @@ class Comparison:
     def _cells(self, plus_minus: str, empty: str) -> tuple[list[str], list[list[str]]]:
         """Return the titles of the columns, and the cells of every row."""
         shown = {key: attack_title(key) for key in self.settings["keys"]}
-        shown |= {"sum": "Sum", "nrr": "NRR"} if self._sums() else {}
+        shown |= {"sum": "Sum", "nrr": "NRR"} if summed(self.settings["keys"]) else {}
         measured = {
             key: title
             for key, title in (("grad_sim", "Grad-sim"), ("grad_conflict", "conflict ratio"))
@@ -250,9 +250,12 @@ def tabulate(
     settings = {
         # By its name: a folder's path says little, and differs from machine to machine.
         "dataset": dataset,
-        "model": first.model,
+        "model": " / ".join(dict.fromkeys(str(c.model) for c in configs.values())),
         "epochs": " / ".join(map(str, _lengths(configs))),
         "seeds": next(iter(rows.values())).seeds,
+        "shared": _SHARED
+        if len({(c.model, c.batch_size, c.limit_train) for c in configs.values()}) == 1
+        else "the data",
         "epsilon": first.attack.epsilon,
         "norm": first.attack.norm,
         "precision": precision,
@@ -270,8 +273,8 @@ def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dic
     config, accuracies = row.config, [e["accuracy"] for e in row.evaluations.values()]
     cells: dict[str, Any] = {"defense": name, "seeds": row.seeds}
     cells |= {key: _spread([a[key] for a in accuracies]) for key in keys}
-    if {"clean_acc", "robust_acc_aa"} <= set(keys):
-        pairs = [(a["clean_acc"], a["robust_acc_aa"]) for a in accuracies]
+    if aa := summed(keys):
+        pairs = [(a["clean_acc"], a[aa]) for a in accuracies]
         cells["sum"] = _spread([c + r for c, r in pairs])
         cells["nrr"] = _spread([2 * c * r / (c + r) if c + r else 0.0 for c, r in pairs])
     published = PUBLISHED.get((config.dataset, str(config.model), name))
@@ -292,6 +295,12 @@ def _cells_of(name: str, row: Row, keys: Sequence[str], num_classes: int) -> dic
     }
 
 
+def summed(keys: Sequence[str]) -> str | None:
+    """Return the accuracy that is added to clean accuracy: under AutoAttack, or its fast form; None without both."""
+    found = next((key for key in ("robust_acc_aa", "robust_acc_aa_fast") if key in keys), None)
+    return found if "clean_acc" in keys else None
+
+
 def _spread(values: list[float]) -> dict[str, Any] | None:
     if not values:
         return None
@@ -308,8 +317,8 @@ def collapsed(robust: Mapping[int, float | None], num_classes: int) -> list[int]
 
 def _schedule(config: Config, settings: Mapping[str, Any]) -> str:
     """The row's schedule in words; what the row's own settings say is not said again."""
-    optim, recipe, epochs = config.optim, recipe_of(known(config.optim.recipe)), known(config.epochs)
-    if settings.keys() & {"optim.lr", "optim.warmup"} and not recipe.one_cycle:
+    optim, recipe, epochs = config.optim, config.optim.schedule(), known(config.epochs)
+    if settings.keys() & {"optim.lr", "optim.warmup"} and not (recipe.one_cycle or recipe.cosine):
         drops = [f"x {f:g} from epoch {at:g}" for at, f in recipe.drops_in(epochs)]
         lr = ", ".join(["the row's lr and warm-up", *drops])
     else:
@@ -323,7 +332,7 @@ def overestimates(rows: Sequence[dict[str, Any]]) -> list[str]:
     gaps = []
     for row in rows:
         pgd = [v["mean"] for k, v in row.items() if k.startswith("robust_acc_pgd") and v]
-        aa = row.get("robust_acc_aa")
+        aa = row.get("robust_acc_aa") or row.get("robust_acc_aa_fast")
         if pgd and aa and (gap := 100 * (min(pgd) - aa["mean"])) > 5:
             gaps.append(f"{row['defense']} by {gap:.1f}")
     said = f"PGD overestimates {', '.join(gaps)} points against AutoAttack: quote AutoAttack, not PGD"
@@ -338,7 +347,7 @@ def _unequal(configs: dict[str, Config]) -> list[str]:
     """Say where rows are trained so differently that a short run's order may be the schedule's."""
     ends: dict[float, list[str]] = {}
     for name, c in configs.items():
-        share = ends_at(recipe_of(known(c.optim.recipe)), epochs=known(c.epochs), warmup=c.optim.warmup)
+        share = ends_at(c.optim.schedule(), epochs=known(c.epochs), warmup=c.optim.warmup)
         ends.setdefault(share, []).append(name)
     found = []
     if len(ends) > 1:

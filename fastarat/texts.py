@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Iterator
 
+GIVEN = "python:"
+"""What `Config.dataset` and `Config.model` begin with where a person's own object was given, in Python."""
 # Control characters, marks that turn the writing direction, and halves of surrogate pairs: a terminal obeys the first,
 # a reader is deceived by the second, and no encoder takes the third.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -47,13 +47,11 @@ def grids_of(defenses: Sequence[str], tune: Mapping[str, Sequence[Any]]) -> dict
     """Return every combination of the values that apply to each row, in the order given."""
     axes: dict[str, dict[str, list[Any]]] = {d: {} for d in defenses}
     for name, values in tune.items():
-        row, colon, key = name.rpartition(":")
-        key = key.removeprefix("--").replace("-", "_")
-        if colon and row not in axes:
+        row, key, part, field = parts_of(name)
+        if row and row not in axes:
             raise UserError(f"tune: {name}: no such row {row!r}{nearest(row, axes) or '.'} Rows: {', '.join(axes)}.")
         if isinstance(values, str) or not values:
             raise UserError(f"tune: {name}={values!r}: expected a list of values")
-        part, _, field = key.partition(".")
         # The threat model, the data and the length stay out: choosing those per row would compare different tasks.
         own = part == "defense" and field != "name" and bool(field)
         if not (own or (part == "optim" and field) or (part == "attack" and field in _TUNED) or part in _ADDED):
@@ -61,11 +59,22 @@ def grids_of(defenses: Sequence[str], tune: Mapping[str, Sequence[Any]]) -> dict
                 f"tune: {name}: only settings that leave rows comparable can be chosen: defense.*, optim.*, "
                 f"{', '.join(f'attack.{f}' for f in _TUNED)}, {', '.join(_ADDED)}; others are given to all rows"
             )
-        for d in [row] if colon else defenses:
+        for d in [row] if row else defenses:
             axes[d][key] = list(values)
-    return {
-        d: [dict(zip(a, values, strict=True)) for values in itertools.product(*a.values())] for d, a in axes.items()
-    }
+    return {d: combinations(a) for d, a in axes.items()}
+
+
+def parts_of(name: str) -> tuple[str, str, str, str]:
+    """Take `ROW:PART.FIELD` apart: row ("": all), key, and the key's part and field."""
+    row, _, key = name.rpartition(":")
+    key = key.removeprefix("--").replace("-", "_")
+    part, _, field = key.partition(".")
+    return row, key, part, field
+
+
+def combinations(axes: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """Every combination of the values, in the order given; the last name's vary fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def choose(

@@ -80,6 +80,7 @@ def pytest_runtest_makereport(item, call):
     allowed = "needs a CUDA GPU" in reason and not torch.cuda.is_available()
     allowed |= "this machine has a GPU" in reason and torch.cuda.is_available()
     allowed |= "needs FFCV" in reason and os.environ.get("FASTARAT_REQUIRE_FFCV") != "1"
+    allowed |= "needs the neighbour" in reason and os.environ.get("FASTARAT_REQUIRE_NEIGHBOURS") != "1"
     allowed |= "needs a CPU build of torch" in reason and torch.version.cuda is not None
     allowed |= "needs Chromium" in reason and not os.environ.get("CI")
     if not allowed:

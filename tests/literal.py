@@ -146,6 +146,8 @@ def three_steps(defense, net: nn.Module, literal, epochs=(1, 1, 1)) -> fastarat.
 class Moment:
     """A stand-in for the engine's forward at a moment of a run: step (from 0) of 391 in an epoch (from 1)."""
 
+    batch_mean = None
+
     def __init__(self, epoch: int, epochs: int, *, step: int = 0, model: nn.Module | None = None) -> None:
         self.epoch, self.model = torch.tensor(float(epoch)), model
         self.progress = torch.tensor(((epoch - 1) * 391 + step) / (epochs * 391))

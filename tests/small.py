@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastarat
+from fastarat.checkpoints import Checkpoints
 from fastarat.config import Config, EvalConfig
 from fastarat.specs import Attack
 
@@ -56,6 +57,18 @@ def small_config(out: Path, **options) -> Config:
 def trained(out: Path, **options) -> Path:
     """The folder of a small run."""
     return fastarat.train(small_config(out, **options), progress=False).run
+
+
+def stop_within(monkeypatch, *, epoch: int) -> None:
+    """Let a run end, as by a kill, after its first checkpoint within an epoch."""
+    save = Checkpoints.save_within
+
+    def save_and_stop(self, place):
+        save(self, place)
+        if place.epoch == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save_within", save_and_stop)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

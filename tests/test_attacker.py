@@ -513,3 +513,16 @@ def test_a_forward_of_ones_own_that_names_no_branch_is_told(branches, updates, w
 
     with pytest.raises(fastarat.UserError, match=words):
         step_of(Mine())(*batch())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_changes_no_bit(precision):
+    """Lightning and accelerate call a step under autocast in mixed precision; the step's precision is its own."""
+    alone, called = (step_of(num_steps=2, precision=precision) for _ in range(2))
+    for seed in range(2):
+        terms = alone(*batch(seed=seed))
+        with torch.autocast("cpu", torch.bfloat16):
+            within = called(*batch(seed=seed))
+            assert torch.is_autocast_enabled("cpu")
+        assert all(torch.equal(terms[name], within[name]) for name in terms)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters, called.parameters, strict=True))

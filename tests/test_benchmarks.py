@@ -16,7 +16,7 @@ from benchmarks import __main__ as harness, contestants, gates, layers, plain, r
 from benchmarks.contestants import CASES, Case, Pairs, Setup, Work
 from fastarat.bench.bench import forward_flops
 from fastarat.bench.harness import Clock, Contestant
-from fastarat.engine import step as engine
+from fastarat.engine import shares
 from fastarat.engine.graphs import Captured
 from fastarat.nets.models import build_model
 from fastarat.specs import Fast
@@ -537,8 +537,8 @@ def test_the_check_of_a_captured_step_notices_a_wrong_replay(broken, monkeypatch
             gates, "engine_step", lambda setup, fast, n: build(setup, fast, n + (fast.capture == "fake"))
         )
     else:  # what warming up draws is not given back
-        preserved = engine.preserved
-        monkeypatch.setattr(engine, "preserved", lambda changed, device, generators: preserved(changed, device, []))
+        preserved = shares.preserved
+        monkeypatch.setattr(shares, "preserved", lambda changed, device, generators: preserved(changed, device, []))
     found = gates.check_captured(TINY, fake)
     for num_steps in ("1 attack step", f"{TINY.num_steps} attack step"):
         assert any(value > limit for name, (value, limit) in found.items() if num_steps in name)

@@ -198,6 +198,27 @@ def test_mistakes_come_before_any_training(options, words, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("a", {})], r"rows=.*: expected \{NAME"),
+        ({"a": ["at"]}, "rows: .*a.* stands for"),
+        ({"a": {"defense": {"name": "at"}}}, "expected a name, and the settings beside it"),
+        ({"a": {"defense": "at", "seed": 3}}, "holds seed, which is no setting of a row: give seeds"),
+        ({"a": {"defense": "at"}, "b": {}}, "rows has 'b', which defenses does not name"),
+        ({"a": {"defense": "at", 3: 4}}, "the key 3: expected a setting's name"),
+        ({"a": {"defense": "at", "optim.learning": 4}}, "unknown key 'optim.learning'"),
+        ({"a": {"defense": "at", "defense.gamma": 4}}, "unknown key 'defense.gamma'"),
+        ({"a": {"defense": "trade"}}, "did you mean 'trades'"),
+    ],
+)
+def test_rows_are_checked_before_any_training(rows, words, tmp_path):
+    with pytest.raises(fastarat.UserError, match=words) as found:
+        module.compare(["a"], [0], base=BASE, out=tmp_path / "runs", rows=rows)
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "runs").exists()
+
+
 def shown(table, attack: str, *changes: dict):
     """The table as if its one row, or one for each of `changes`, had been tested with `attack`."""
     keys = [a.key for a in module.parse_attacks(attack)]
@@ -212,6 +233,7 @@ def shown(table, attack: str, *changes: dict):
         ("clean,pgd-2,pgd-2-2,apgd-ce", "clean | PGD-2 | PGD-2 x2 restarts | APGD-CE"),
         ("clean,fab-t,square", "clean | FAB-T | Square"),
         ("autoattack", "AutoAttack"),
+        ("clean,autoattack-fast", "clean | AutoAttack-fast | Sum | NRR"),
         (
             "clean,pgd-20,pgd-20-5,apgd-ce,apgd-t,fab-t,square,autoattack",
             "clean | PGD-20 | PGD-20 x5 restarts | APGD-CE | APGD-T | FAB-T | Square | AutoAttack | Sum | NRR",

@@ -1,11 +1,15 @@
 """Config: one tree for flags, YAML and Python; every mistake one clear line."""
 
+import math
+import re
 from typing import Literal
 
 import pytest
+import torch
 import yaml
 
 import fastarat
+from fastarat.cli import main
 from fastarat.config import Config, OptimConfig, from_dict, merge, to_dict
 from fastarat.schedules import RECIPES, ends_at, in_words, lr_at, recipe_of
 from fastarat.specs import Attack
@@ -32,7 +36,7 @@ def test_another_defense_drops_the_files_hyper_parameters():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"zzzz": 1}, r"unknown key 'zzzz'\. Known here: amp, "),
+        ({"zzzz": 1}, r"unknown key 'zzzz'\. Known here: accumulate, amp, "),
         ({"epochz": 3}, r"unknown key 'epochz'; did you mean 'epochs'\? Known here: "),
         ({"defense": {"name": "at", "exact": True}}, r"unknown key 'defense.exact'\. Known here: none\."),
         ({"attack": {"epsilon": 8}}, "attack.epsilon=8 .*write 8/255"),
@@ -169,3 +173,76 @@ def test_a_schedule_in_words_is_what_the_steps_get(recipe, epochs, warmup, words
 def test_a_run_of_one_epoch_ends_in_its_warm_up():
     assert ends_at(recipe_of("arat"), epochs=1) == 0.2
     assert ends_at(recipe_of("arat"), epochs=1, warmup=0) == ends_at(recipe_of("trades"), epochs=1) == 1.0
+
+
+def rates(recipe: str, total: int, steps: int = 4, warmup: int | None = None) -> list[float]:
+    """The learning rate of every step of a run, as a share of the base rate."""
+    found = recipe_of(recipe)
+    where = {"steps": steps, "epochs": total, "recipe": found, "lr": 1.0, "warmup": warmup}
+    return [lr_at(epoch, step, **where) for epoch in range(1, total + 1) for step in range(steps)]
+
+
+def test_cosine_is_torchs_step_by_step_after_a_linear_rise():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    sgd = torch.optim.SGD([weight], lr=1.0)
+    steps = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=3 * 4)
+    torchs = []
+    for _ in range(12):
+        torchs.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        steps.step()
+    assert rates("cosine", 3) == pytest.approx(torchs)
+    assert rates("cosine", 5, warmup=2) == pytest.approx([i / 8 for i in range(1, 9)] + torchs)
+    assert rates("rebuffi", 40)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])  # 10 of 400 epochs
+    assert rates("rebuffi", 40)[4:8] == pytest.approx([(1 + math.cos(math.pi * i / 156)) / 2 for i in range(4)])
+    assert ends_at(recipe_of("cosine"), epochs=5) == 0.0
+    assert (
+        in_words(recipe_of("rebuffi"), epochs=400, lr=0.4) == "lr 0 to 0.4 in 10 epochs, then along half a cosine to 0"
+    )
+    assert in_words(recipe_of("cosine"), epochs=9, lr=0.1) == "lr 0.1, along half a cosine to 0"
+
+
+def test_milestones_are_torchs_and_no_length_scales_them():
+    recipe = OptimConfig(recipe="constant", milestones=(2, 5), gamma=0.2).schedule()
+    weight = torch.nn.Parameter(torch.zeros(()))
+    sgd = torch.optim.SGD([weight], lr=0.1)
+    epochs = torch.optim.lr_scheduler.MultiStepLR(sgd, [2, 5], gamma=0.2)
+    for epoch in range(1, 8):
+        assert lr_at(epoch, 1, steps=3, epochs=7, recipe=recipe) == pytest.approx(sgd.param_groups[0]["lr"])
+        sgd.step()
+        epochs.step()
+    # In place of another recipe's drops, the rest of which stays.
+    config = from_dict({"optim": {"recipe": "arat", "milestones": "20,25"}})
+    words = in_words(config.optim.schedule(), epochs=30, lr=0.1)
+    assert words == "lr 0.02 in epoch 1, then 0.1, 0.01 from epoch 21, 0.001 from 26"
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ({"milestones": "90,75"}, "optim.milestones=90,75: expected numbers of epochs that grow"),
+        ({"milestones": "0"}, "optim.milestones=0: expected 1 or more"),
+        ({"gamma": 0.5}, "optim.gamma=0.5 has no milestones"),
+        ({"recipe": "cosine", "milestones": "75"}, "the recipe cosine falls along a cosine"),
+        ({"recipe": "ca-at", "milestones": "75"}, "the recipe ca-at falls along a cosine"),
+    ],
+)
+def test_milestones_that_cannot_be(optim, words):
+    with pytest.raises(fastarat.UserError, match=re.escape(words)):
+        from_dict({"optim": optim})
+
+
+def test_milestones_that_a_run_never_comes_to_are_refused():
+    with pytest.raises(fastarat.UserError, match="a run of 2 epochs never comes to"):
+        Config(epochs=2, optim={"milestones": (1, 5)})
+
+
+@pytest.mark.parametrize("defense", ["gairat", "gair-fat"])
+def test_gairat_needs_two_steps_before_anything_is_written(defense, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = (
+        f"train --dataset digits --limit-train 64 --batch-size 32 --epochs 1 --defense {defense} --attack.num-steps 1"
+    )
+    assert main([*argv.split(), "--out", str(out)]) == 2
+    assert "at least 2 attack steps" in capsys.readouterr().err
+    assert not out.exists()

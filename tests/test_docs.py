@@ -16,7 +16,7 @@ import pytest
 from archives import place_cifar
 
 import fastarat
-from benchmarks import structure
+from benchmarks import loaders, structure
 from benchmarks.__main__ import main as benchmarks
 from fastarat.cli import main
 
@@ -188,12 +188,13 @@ def test_every_flag_named_in_prose_or_by_the_program_exists(capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "1000")
     defenses = [["train", "--defense", name] for name in fastarat.DEFENSES]
     known = flags_of(main, *defenses, *([command] for command in COMMANDS)) | {"--help", "--version"}
-    others = {"--format=csv", "--query-gpu", "--porcelain", "--no-build-isolation", "--force-reinstall"}
+    launcher = {"--nproc-per-node", "--max-restarts"}  # of torchrun
+    others = launcher | {"--format=csv", "--query-gpu", "--porcelain", "--no-build-isolation", "--force-reinstall"}
     for file in Path(fastarat.__file__).parent.rglob("*.py"):
         for text in strings(file):
             flags = set() if ":root" in text else set(FLAG.findall(text))
             assert flags <= known | others, f"{file.name} names {sorted(flags - known)}: {text[:100]}"
-    known |= flags_of(benchmarks, []) | flags_of(structure.main, [])
+    known |= launcher | flags_of(benchmarks, []) | flags_of(structure.main, []) | flags_of(loaders.main, [])
     for page in PAGES:
         flags = set(FLAG.findall(" ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())))))
         # compare's --tune names settings without dashes; --defense.beta may belong to a defense of one's own.

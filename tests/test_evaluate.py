@@ -286,6 +286,29 @@ def test_wrong_settings_and_data_are_refused():
             evaluate(model, (images, labels), **settings)
     with pytest.raises(UserError, match="cannot evaluate on a str"):
         evaluate(model, "cifar10")
+    with pytest.raises(UserError, match="cannot evaluate on a dict"):
+        evaluate(model, {"test": (images, labels)})
+    with pytest.raises(UserError, match="labels span"):
+        evaluate(model, (images.numpy(), labels.numpy() + 1))
+
+
+def test_what_train_takes_is_evaluated_alike():
+    model, images, labels = linear(10)
+    images = (images * 255).round() / 255
+    pixels = (images * 255).round().byte()
+    pairs = torch.utils.data.TensorDataset(images, labels)
+    want = evaluate(model, (images, labels), "clean,pgd-2", limit=20)
+    for data in (
+        (images.numpy(), labels.numpy()),
+        (pixels, labels),
+        (pixels.permute(0, 2, 3, 1).numpy(), labels.numpy()),
+        pairs,
+        torch.utils.data.DataLoader(pairs, batch_size=5),
+        [(x, int(y)) for x, y in zip(images, labels, strict=True)],
+    ):
+        found = evaluate(model, data, "clean,pgd-2", limit=20)
+        assert (found.num_images, found.accuracy) == (want.num_images, want.accuracy)
+        assert found.settings["data_sha256"] == want.settings["data_sha256"]
 
 
 class Changed(nn.Module):

@@ -278,7 +278,7 @@ def with_entry(**changes):
         lambda told: json.dumps(told).replace("128", "9" * 5000).encode(),
         lambda told: json.dumps(told).replace("128", "NaN").encode(),
         lambda told: b" " * (1 << 24) + json.dumps(told).encode(),
-        with_entry(format=2),
+        with_entry(format=3),
         with_entry(format=True),
         with_entry(shape="3x4"),
         with_entry(shape=[3, 128.5, 128]),

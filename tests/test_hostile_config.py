@@ -288,11 +288,11 @@ def test_hostile_metadata_builds_no_network(plain, changed, tmp_path, capsys):
     run.save_weights("last", weights, {**meta, **changed})
     (run.config_file).write_text((plain / "config.yaml").read_text())
     (run.metrics_file).write_text((plain / "metrics.jsonl").read_text())
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     mistake(["eval", run.path, "--attack", "clean", "--limit", "2"], capsys)
     mistake(["report", run.path], capsys)
     mistake(["export", run.path], capsys)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 

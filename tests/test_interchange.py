@@ -289,7 +289,8 @@ class Patches(nn.Module):
 @pytest.mark.parametrize("split", [False, True])
 def test_timm_networks(tmp_path, monkeypatch, normalised, split):
     make = lambda name, pretrained, num_classes, in_chans: Patches(num_classes, in_chans)  # noqa: E731
-    timm = SimpleNamespace(list_models=lambda: ["patches"], create_model=make)
+    any_size = lambda name: SimpleNamespace(fixed_input_size=False)  # noqa: E731
+    timm = SimpleNamespace(list_models=lambda: ["patches"], create_model=make, get_pretrained_cfg=any_size)
     monkeypatch.setitem(sys.modules, "timm", timm)
     theirs = Patches(7, 3)
     theirs = lived(fastarat.split_batchnorm(theirs) if split else theirs)

@@ -99,7 +99,8 @@ def test_augment_of_float_images_equals_that_of_pixels():
 def test_augment_reads_nothing_back():
     """On the meta device a value cannot be read, so an operation that a CUDA graph refuses fails here."""
     images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
-    assert augment(images, Augment(4, True)).shape == (8, 3, 32, 32)
+    for recipe in (Augment(4, True), Augment(flip=True, scale=(0.08, 1.0))):
+        assert augment(images, recipe).shape == (8, 3, 32, 32)
 
 
 def test_default_augment(folder, cifar, tmp_path):

@@ -53,7 +53,7 @@ def test_which_settings_may_differ(tmp_path):
     assert set(MAY_DIFFER) <= {f.name for f in dataclasses.fields(Config)}
     assert config_to_resume(run, {"device": "cpu"}).out == str(run.path)
     with pytest.raises(
-        fastarat.UserError, match=r"seed cannot change \(only device, .*diagnostics may, and epochs grow\)"
+        fastarat.UserError, match=r"seed cannot change \(only device, .*early_stop may, and epochs grow\)"
     ):
         config_to_resume(run, {"seed": 4})
 

@@ -1,8 +1,11 @@
 """AutoAttack's quick searches: only what float32 confirms counts, and what they miss is found."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,7 +156,7 @@ def test_a_pipe_is_told_within_a_member_and_rarely():
 import time, torch
 from torch import nn
 from fastarat.evaluation import evaluate
-from fastarat.evaluation.task import LineBar
+from fastarat.bars import LineBar
 LineBar.EVERY_S = 0.1
 class Slow(nn.Module):
     def __init__(self):
@@ -171,3 +174,29 @@ for progress in (False, True):
     assert quiet.split() == ["progress", "False"]
     assert 2 <= len(lines) <= 10
     assert all("apgd-ce" in line and "/102" in line and "\r" not in line for line in lines)
+
+
+def test_a_training_on_a_pipe_says_where_it_is(tmp_path):
+    code = f"""
+import fastarat
+from small import small_config
+from fastarat.bars import LineBar
+LineBar.EVERY_S = 0.0
+for progress in (True, False):
+    fastarat.train(small_config({str(tmp_path)!r} + f"/run{{progress}}", epochs=2), progress=progress)
+    print("----")
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    told, quiet, _ = done.stdout.split("----")
+    first, *lines = [line for line in told.splitlines() if ": step " in line]
+    assert first == "epoch 1/2: step 0/5", "before any step"
+    pattern = r"epoch [12]/2: step [1-5]/5, loss \d+\.\d{3}, clean .*, robust .*, \d+ images/s, \d+ s left"
+    assert all(re.fullmatch(pattern, line) for line in lines), lines
+    steps = [line.partition(",")[0] for line in lines]
+    assert steps[-1] == "epoch 2/2: step 5/5"
+    assert lines[-1].endswith(" 0 s left")
+    assert len({*steps}) == 10
+    assert told.count("images/s  ") == 2, "and a line for each epoch, as before"
+    assert "\r" not in done.stdout
+    assert quiet.strip() == ""

@@ -279,7 +279,7 @@ LABELS = {
     "float": (lambda x, y: (x, y.float()), r"float32 \[8\]: expected int64 \[8\]; write \w+.long\(\)"),
     "int32": (lambda x, y: (x, y.int()), r"write \w+.long\(\)"),
     "column": (lambda x, y: (x, y[:, None]), r"write \w+.squeeze\(1\)"),
-    "one-hot": (lambda x, y: (x, torch.eye(K)[y]), r"write \w+.argmax\(1\)"),
+    "one-hot": (lambda x, y: (x, torch.eye(K, dtype=torch.int64)[y]), r"write \w+.argmax\(1\)"),
     "too few": (lambda x, y: (x, y[:-1]), "8 images but 7 (labels|target): expected one label per image"),
 }
 VALUES = {
@@ -305,6 +305,7 @@ INPUTS = [(TENSORS, FREE), ([e for e in TENSORS if e is not start], LABELS), (WI
         for entries, mistakes in INPUTS
         for name, mistake in mistakes.items()
         for entry in entries
+        if (entry, name) != (evaluated, "uint8")  # a data set, there
     ],
 )
 def test_images_and_labels_that_do_not_fit_are_refused(entry, change, words):
@@ -377,6 +378,22 @@ def test_a_model_that_does_not_fit_is_one_line(entry, model, channels, words):
     with pytest.raises(UserError, match=words) as found:
         ON_A_MODEL[entry](model(), images[:, :channels].contiguous(), labels)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("entry", ["evaluate", "adversarial_examples", "TrainStep"])
+def test_probabilities_and_what_is_not_finite_are_refused_before_work(entry):
+    images, labels = batch()
+    for last, words in (
+        (nn.Softmax(1), "returned probabilities.*remove the final softmax"),
+        (nn.LogSoftmax(1), "returned log-probabilities.*remove the final log-softmax"),
+        (nn.Threshold(math.inf, math.nan), "NaN or infinite"),
+    ):
+        with pytest.raises(UserError, match=words) as found:
+            ON_A_MODEL[entry](nn.Sequential(network(), last), images, labels)
+        assert "\n" not in str(found.value)
+    # In [0, 1], and no probabilities; negative, and no logarithms of any; all equal.
+    for last in (nn.Sigmoid(), nn.LogSigmoid(), nn.Threshold(math.inf, 0.0)):
+        ON_A_MODEL[entry](nn.Sequential(network(), last), images, labels)
 
 
 class Twice(nn.Module):

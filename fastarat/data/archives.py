@@ -96,7 +96,18 @@ def unpacked(path: Path, data_dir: Path) -> Path:
     return inside[0] if len(inside) == 1 else folder  # an archive of one folder, which is the usual way to pack
 
 
-def _unpack(path: Path, folder: Path) -> None:
+def unpack_tar(path: Path, folder: Path, data_dir: Path, *, nested: bool = False) -> None:
+    """Unpack the images of a tar file into `folder` once; nested: those of the tar files in it, each into its own.
+
+    Raises: UserError, as `unpacked` does.
+    """
+    with one_at_a_time(data_dir, folder.name):
+        if not folder.exists():
+            make_folder(folder.parent)
+            _unpack(path, folder, nested)
+
+
+def _unpack(path: Path, folder: Path, nested: bool = False) -> None:
     # Whoever holds the lock is alone here: what lies there was left by a killed process. Nobody else may enter it.
     private = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -106,7 +117,7 @@ def _unpack(path: Path, folder: Path) -> None:
         with _told(private, path):
             private.mkdir(mode=0o700)
         room = min(max(MAX_BYTES, MAX_RATIO * path.stat().st_size), shutil.disk_usage(private).free - _SPARE)
-        target = _Target(private / folder.name, path, room)
+        target = _Target(private / folder.name, path, room, nested)
         (_unzip if path.name.endswith(".zip") else _untar)(path, target)
         if not target.files:
             raise _Refused(f"it holds no images ({' '.join(IMAGE_SUFFIXES)})")
@@ -139,11 +150,15 @@ def _told(place: Path, archive: Path, needed: int = 0) -> Iterator[None]:
 
 @dataclass
 class _Target:
-    """The folder that an archive's images go to. room: bytes that may be written, and that may be passed over."""
+    """The folder that an archive's images go to. room: bytes that may be written, and that may be passed over.
+
+    nested: whether tar files in the archive are unpacked too.
+    """
 
     folder: Path
     archive: Path
     room: int
+    nested: bool = False
     members: int = 0
     files: int = 0
     written: int = 0
@@ -282,33 +297,43 @@ def _decompressed(path: Path) -> Iterator[Any]:
 
 def _untar(path: Path, target: _Target) -> None:
     with _decompressed(path) as stream:
-        bounded = _Bounded(stream, _MAX_HEADER)
-        opened: Any = bounded
-        # Names are of UTF-8 whatever the locale is; others become surrogates, which are refused.
-        with tarfile.open(fileobj=opened, mode="r:", encoding="utf-8") as tar:
-            held: Any = tar
-            for member in tar:
-                held.members, held.pax_headers = [], {}  # or millions would be
-                # Before anything else: an archive of links is refused even where they have no image's name.
-                if member.issparse() or not (member.isreg() or member.isdir()):
-                    raise _Refused(f"{shown(member.name)} in it is neither a plain file nor a folder")
-                parts = _parts(member.name)
-                image = member.isreg() and _wanted(parts) and member.name.lower().endswith(IMAGE_SUFFIXES)
-                target.count(member.size if image else min(member.size, 0), member.name)
-                # Folders are made as their images come: an empty one is no class.
-                if image:
-                    bounded.allow(member.size)
-                    target.add_file(parts, member.size, tar.extractfile(member))
-                else:
-                    target.pass_over(member.size, member.name)
-                bounded.allow(0)
-            # Tarfile takes a damaged header, and an archive cut at one, for the end.
-            if bounded.header != bytes(tarfile.BLOCKSIZE):
-                raise _Refused("it is damaged or cut short: its end mark is missing")
+        _untar_stream(stream, target)
         # The checksum of a compressed file comes after its end.
         left = target.room
         while left > 0 and (chunk := stream.read(_CHUNK)):
             left -= len(chunk)
+
+
+def _untar_stream(stream: Any, target: _Target, below: tuple[str, ...] = ()) -> None:
+    bounded = _Bounded(stream, _MAX_HEADER)
+    opened: Any = bounded
+    # Names are of UTF-8 whatever the locale is; others become surrogates, which are refused.
+    with tarfile.open(fileobj=opened, mode="r:", encoding="utf-8") as tar:
+        held: Any = tar
+        for member in tar:
+            held.members, held.pax_headers = [], {}  # or millions would be
+            # Before anything else: an archive of links is refused even where they have no image's name.
+            if member.issparse() or not (member.isreg() or member.isdir()):
+                raise _Refused(f"{shown(member.name)} in it is neither a plain file nor a folder")
+            parts = _parts(member.name)
+            if target.nested and not below and member.isreg() and parts[-1].endswith(".tar"):
+                target.count(0, member.name)
+                bounded.allow(member.size)
+                _untar_stream(tar.extractfile(member), target, (parts[-1].removesuffix(".tar"),))
+                bounded.allow(0)
+                continue
+            image = member.isreg() and _wanted(parts) and member.name.lower().endswith(IMAGE_SUFFIXES)
+            target.count(member.size if image else min(member.size, 0), member.name)
+            # Folders are made as their images come: an empty one is no class.
+            if image:
+                bounded.allow(member.size)
+                target.add_file((*below, *parts), member.size, tar.extractfile(member))
+            else:
+                target.pass_over(member.size, member.name)
+            bounded.allow(0)
+        # Tarfile takes a damaged header, and an archive cut at one, for the end.
+        if bounded.header != bytes(tarfile.BLOCKSIZE):
+            raise _Refused("it is damaged or cut short: its end mark is missing")
 
 
 def _unzip(path: Path, target: _Target) -> None:

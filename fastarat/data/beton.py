@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -27,11 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastarat.data.beton_file import LARGEST_SIDE, Stamp, WriteMode, check, describe, page_size, unusable
+from fastarat.data.beton_file import LARGEST_SIDE, Stamp, WriteMode, check, describe, page_size, survey, unusable
 from fastarat.data.checksums import checksum, verified
+from fastarat.data.crops import CropStream
 from fastarat.data.splits import Split, Stored
 from fastarat.errors import UserError
 
+WHAT = "being-prepared.json"  # in an unfinished folder: what is written there
 INSTALL = (
     "install it with `pip install 'fastarat[ffcv]'` (it is built from source: on Debian and Ubuntu first "
     "`apt-get install libopencv-dev libturbojpeg0-dev pkg-config`)"
@@ -51,6 +54,7 @@ def ffcv_parts() -> SimpleNamespace:
             import numba
             from ffcv.fields import IntField, RGBImageField
             from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+            from ffcv.libffcv import imdecode, resize_crop
             from ffcv.loader import epoch_iterator
             from ffcv.loader.loader import Loader
             from ffcv.memory_allocator import MemoryAllocator
@@ -77,7 +81,8 @@ def ffcv_parts() -> SimpleNamespace:
     own = DatasetWriter, Epoch, IntField, MemoryAllocator, RGBImageField, Reader, SimpleRGBImageDecoder, ToTensor
     # Numba fills its config module in when it is imported, which the checker does not see.
     most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-    return SimpleNamespace(**{part.__name__: part for part in own}, handle_sample=handle_sample, max_workers=most)
+    functions = imdecode, resize_crop, handle_sample
+    return SimpleNamespace(**{part.__name__: part for part in (*own, *functions)}, max_workers=most)
 
 
 def _compile_once(manager: Any) -> None:
@@ -177,10 +182,13 @@ def write(
 
 
 @contextmanager
-def unfinished(out: Path) -> Generator[Path]:
+def unfinished(out: Path, keep: str | None = None) -> Generator[Path]:
     """Make the folder beside `out` in which it is written; it is gone at the end, however that comes.
 
-    What a killed process left there is removed. Raises: UserError where another process writes `out`, or nobody can.
+    What a killed process left there is removed. keep: what is written, in words: what a killed or interrupted process
+    left of the very same stays, for it to be gone on with.
+
+    Raises: UserError where another process writes `out`, or nobody can.
     """
     import fcntl  # not on Windows, where there is no FFCV either
 
@@ -196,26 +204,41 @@ def unfinished(out: Path) -> Generator[Path]:
                 if not folder.exists() or folder.stat().st_ino != os.fstat(handle).st_ino:
                     os.close(handle)  # the one before has finished just now, and taken the folder away
                     handle = None
-            for left in folder.iterdir():
-                left.unlink()
+            _clear(folder, keep)
         except BlockingIOError:
             raise UserError(
                 f"another `fastarat data prepare` is writing {out}: wait for it, or choose another folder"
             ) from None
         except OSError as error:
-            _cannot_write(out, error, None)
+            cannot_write(out, error, None)
+        going_on = False
         try:
             yield folder
+        except BaseException as error:
+            going_on = keep is not None and not isinstance(error, Exception)  # somebody ended it; nothing is wrong
+            raise
         finally:
             # Only ours: after the renaming, what is here of this name is another's.
-            if folder.exists() and folder.stat().st_ino == os.fstat(handle).st_ino:
+            if not going_on and folder.exists() and folder.stat().st_ino == os.fstat(handle).st_ino:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         if handle is not None:
             os.close(handle)
 
 
-def _cannot_write(out: Path, error: OSError, needed: int | None) -> NoReturn:
+def _clear(folder: Path, keep: str | None) -> None:
+    """Remove what an earlier process left in a folder, unless it was writing what `keep` says."""
+    told = folder / WHAT
+    if keep is not None and told.exists() and told.read_text(encoding="utf-8") == keep:
+        return
+    for left in folder.iterdir():
+        left.unlink()
+    if keep is not None:
+        told.write_text(keep, encoding="utf-8")
+
+
+def cannot_write(out: Path, error: OSError, needed: int | None) -> NoReturn:
+    """Raise the UserError for a folder that takes no more. needed: bytes, where they are known."""
     why, mend = error.strerror or str(error), "free space there or choose another --out"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         mend = "choose another --out, or make its folder writable"
@@ -266,28 +289,24 @@ def write_prepared(folder: Path, out: Path, stored: Stored, *, write_mode: Write
         (folder / "dataset.json").write_text(json.dumps(described, indent=1) + "\n", encoding="ascii")
         folder.rename(out)
     except OSError as error:
-        _cannot_write(out, error, needed)
+        cannot_write(out, error, needed)
 
 
 def open_prepared(folder: Path, image_size: int | None, *, full: bool = False) -> Stored:
     """Open what `write_prepared` wrote, once checked: its checksums too, once per machine.
 
-    image_size: None, or that of its images. full: whether files whose checksums were verified are read again.
+    image_size: None, or that of its images; of another, squares are cut from them as they are read. full: whether files
+    whose checksums were verified are read again.
 
     Raises: UserError. Warns: where there are no checksums.
     """
     told = describe(folder)
-    _, height, width = told.shape
-    if image_size not in (None, height if height == width else None):
-        raise UserError(f"image_size={image_size}: the images in {folder} are {height}x{width}; prepare it again")
+    channels, height, width = told.shape
+    crop = told.varying or image_size not in (None, height if height == width else None)
+    read = read_crops if crop else partial(read_split, write_mode=told.write_mode)
+    shape = told.shape if image_size is None else (channels, image_size, image_size)
     train, test = (
-        read_split(
-            folder / f"{part}.beton",
-            count=count,
-            shape=told.shape,
-            num_classes=len(told.classes),
-            write_mode=told.write_mode,
-        )
+        read(folder / f"{part}.beton", count=count, shape=shape, num_classes=len(told.classes))
         for part, count in told.counts.items()
     )
     if not told.sha256:
@@ -316,12 +335,34 @@ def read_split(
     """
     _, height, width = shape
     checked = check(path, count, (height, width))
-    labels = checked.labels
-    if not 0 <= labels.min() <= labels.max() < num_classes:
-        raise unusable(path, f"its labels lie in {labels.min()}..{labels.max()}, outside the {num_classes} classes")
+    labels = _within(path, checked.labels, num_classes)
     if write_mode not in (None, checked.mode):
         raise unusable(path, f"its images are stored as {checked.mode} and dataset.json says {write_mode}")
     return Split(None, torch.from_numpy(labels), torch.arange(count), shape, path, checked.mode == "raw")
+
+
+def read_crops(path: Path, *, count: int, shape: tuple[int, int, int], num_classes: int) -> Split:
+    """Read the labels of a .beton file whose images are cut to `shape` as they are read. Raises: UserError."""
+    surveyed = survey(path, count)
+    labels = torch.from_numpy(_within(path, surveyed.labels, num_classes))
+    return Split(None, labels, torch.arange(count), shape, path, not surveyed.jpeg.any(), crop=True)
+
+
+def _within(path: Path, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise unusable(path, f"its labels lie in {labels.min()}..{labels.max()}, outside the {num_classes} classes")
+    return labels
+
+
+def workers() -> int:
+    """Threads that decode: the cores this process may use, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def crops_of(split: Split) -> CropStream:
+    """Open what cuts the images of a split out of its file. Raises: UserError."""
+    assert split.beton is not None
+    return CropStream(split.beton, split.shape[1], ffcv_parts(), workers())
 
 
 class Stream:
@@ -329,8 +370,7 @@ class Stream:
 
     def __init__(self, path: Path, batch_size: int, *, raw: bool) -> None:
         ffcv = ffcv_parts()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 1 if raw else min(8, cores)  # plain pixels are only copied
+        threads = 1 if raw else min(8, workers())  # plain pixels are only copied
         self._epoch = ffcv.Epoch
         self._path = path
         # Again: FFCV reads the file's tables now, and it may be another than the one that was opened.
@@ -339,7 +379,7 @@ class Stream:
             self._reader = ffcv.Reader(
                 str(path),
                 batch_size,
-                num_workers=min(workers, ffcv.max_workers),
+                num_workers=min(threads, ffcv.max_workers),
                 os_cache=True,
                 drop_last=False,
                 pipelines={"image": [ffcv.SimpleRGBImageDecoder(), ffcv.ToTensor()], "label": None},

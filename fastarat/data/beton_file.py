@@ -18,7 +18,7 @@ import numpy as np
 
 from fastarat.errors import UserError
 
-WriteMode = Literal["raw", "jpg"]
+WriteMode = Literal["raw", "jpg", "proportion"]
 WRITE_MODES: tuple[WriteMode, ...] = get_args(WriteMode)
 LARGEST_SIDE = 4096  # pixels; a page holds 16 images, and FFCV's pages end at 2 GiB
 
@@ -38,15 +38,15 @@ _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_
 ROW = np.dtype([("", _IMAGE), ("", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
-_FIELDS = (("image", 2), ("label", 1))  # in this order, which decides what a row looks like
-_MODES = {"jpg": 0, "raw": 1}
-_SMALLEST_PAGE = 1 << 21  # FFCV's own minimum
+FIELDS = (("image", 2), ("label", 1))  # in this order, which decides what a row looks like
+MODES: dict[WriteMode, int] = {"jpg": 0, "raw": 1}  # of one image
+SMALLEST_PAGE = 1 << 21  # FFCV's own minimum
 _LARGEST_DESCRIPTION = 1 << 24  # bytes of a dataset.json: the names of the classes are all that may be long
 
 
 def page_size(height: int, width: int) -> int:
     """Bytes of a page for images of this size: an image never spans pages, so at most 1/16 of a page is lost."""
-    size = _SMALLEST_PAGE
+    size = SMALLEST_PAGE
     while size < 16 * height * width * 3:
         size *= 2
     return size
@@ -75,8 +75,37 @@ class Checked(NamedTuple):
     stamp: Stamp
 
 
-class _Wrong(Exception):
+class Survey(NamedTuple):
+    """A file of images of any sizes whose tables were checked; row by row, in the order of the table.
+
+    labels: int64 [N]. heights, widths: uint16 [N]. jpeg: bool [N], else plain pixels. places, sizes: int64 [N], bytes.
+    pages: int64 [N], the page that an image lies in. page: bytes of one. stamp: of the file then.
+    """
+
+    labels: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    jpeg: np.ndarray
+    places: np.ndarray
+    sizes: np.ndarray
+    pages: np.ndarray
+    page: int
+    stamp: Stamp
+
+
+class _Wrong(ValueError):
     """What does not fit in a .beton file."""
+
+
+class _Tables(NamedTuple):
+    """A file's tables, whose numbers fit in it; where its pages begin and end is in bytes."""
+
+    rows: np.ndarray
+    allocations: np.ndarray
+    page: int
+    start: int
+    end: int
+    stamp: Stamp
 
 
 def check(path: Path, count: int | None = None, size: tuple[int, int] | None = None) -> Checked:
@@ -91,8 +120,48 @@ def check(path: Path, count: int | None = None, size: tuple[int, int] | None = N
             return _checked(file, count, size)
     except FileNotFoundError:
         raise unusable(path, "it does not exist") from None
-    except (_Wrong, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise unusable(path, str(error)) from error
+
+
+def survey(path: Path, count: int | None = None) -> Survey:
+    """Check all of a .beton file that is read before its pixels, whatever the sizes of its images.
+
+    What a JPEG says of itself is left to whoever decodes it (`jpeg_head`): there may be millions.
+
+    Raises: UserError naming the file and what does not fit.
+    """
+    try:
+        with path.open("rb") as file:
+            tables = _tables(file, count)
+            return _surveyed(tables)
+    except FileNotFoundError:
+        raise unusable(path, "it does not exist") from None
+    except (OSError, ValueError) as error:
+        raise unusable(path, str(error)) from error
+
+
+def _surveyed(tables: _Tables) -> Survey:
+    image, allocations = tables.rows["f0"], tables.allocations
+    heights, widths = image["height"].copy(), image["width"].copy()
+    if not (min(heights.min(), widths.min()) >= 1 and max(heights.max(), widths.max()) <= LARGEST_SIDE):
+        raise _Wrong(f"it has images that are not 1 to {LARGEST_SIDE} pixels a side")
+    _placed(image["data_ptr"], allocations, tables.start, tables.end, tables.page)
+    sizes = np.empty(len(image), np.int64)
+    sizes[allocations["sample_id"].astype(np.int64)] = allocations["size"]
+    pixels = heights.astype(np.int64) * widths * 3
+    if not np.isin(image["mode"], list(MODES.values())).all():
+        raise _Wrong(f"its images' modes are {np.unique(image['mode']).tolist()}, not 0 or 1")
+    jpeg = image["mode"] == MODES["jpg"]
+    if (sizes[~jpeg] != pixels[~jpeg]).any():
+        raise _Wrong("its table says another size of plain pixels than they take")
+    if (sizes[jpeg] > 4 * pixels[jpeg] + (1 << 16)).any():
+        raise _Wrong("a JPEG is larger than its pixels")
+    places = image["data_ptr"].astype(np.int64)
+    pages = (places - tables.start) // tables.page
+    return Survey(
+        tables.rows["f1"].copy(), heights, widths, jpeg, places, sizes, pages, tables.page, tables.stamp
+    )  # fmt: skip
 
 
 def unusable(path: Path, why: str) -> UserError:
@@ -100,14 +169,14 @@ def unusable(path: Path, why: str) -> UserError:
     return UserError(f"{path} is not a usable .beton file: {why}. Make it again with `fastarat data prepare`.")
 
 
-def _checked(file: BinaryIO, expected_count: int | None, expected_size: tuple[int, int] | None) -> Checked:
+def _tables(file: BinaryIO, expected_count: int | None) -> _Tables:
     stat = os.fstat(file.fileno())
     header = _rows(file, HEADER, 1)[0]
     version, num_fields, page, count, end = (int(header[name]) for name in HEADER.names or ())
-    if version != 2 or num_fields != len(_FIELDS):
+    if version != 2 or num_fields != len(FIELDS):
         raise _Wrong("its header is not FFCV's")
-    fields = _rows(file, FIELD, len(_FIELDS))
-    for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
+    fields = _rows(file, FIELD, len(FIELDS))
+    for field, (name, type_id) in zip(fields, FIELDS, strict=True):
         if int(field["type_id"]) != type_id or field["name"].tobytes() != name.encode().ljust(16, b"\0"):
             found = [(f["name"].tobytes().rstrip(b"\0"), int(f["type_id"])) for f in fields]
             raise _Wrong(f"its fields are {found}, not an image and a label")
@@ -120,19 +189,23 @@ def _checked(file: BinaryIO, expected_count: int | None, expected_size: tuple[in
         raise _Wrong(f"it is {stat.st_size} bytes long and its header says {expected}; it may be cut short")
     if not count:
         raise _Wrong("it holds no images")
-    if page < _SMALLEST_PAGE or page & (page - 1):
-        raise _Wrong(f"its page size is {page}, not a power of two of {_SMALLEST_PAGE} or more")
+    if page < SMALLEST_PAGE or page & (page - 1):
+        raise _Wrong(f"its page size is {page}, not a power of two of {SMALLEST_PAGE} or more")
     table_end = file.tell() + count * ROW.itemsize
     start = -(-table_end // page) * page
     if end <= start or (end - start) % page:
         raise _Wrong(f"its {count} images are said to end at byte {end}, which is no end of a page")
     table = _rows(file, ROW, count)
     file.seek(end)
-    allocations = _rows(file, ALLOCATION, count)
+    return _Tables(table, _rows(file, ALLOCATION, count), page, start, end, Stamp.of(stat))
+
+
+def _checked(file: BinaryIO, expected_count: int | None, expected_size: tuple[int, int] | None) -> Checked:
+    table, allocations, page, start, end, stamp = _tables(file, expected_count)
     image = table["f0"]
     height, width = _one_size(image, expected_size, page)
     _placed(image["data_ptr"], allocations, start, end, page)
-    mode: WriteMode | None = next((name for name in WRITE_MODES if (image["mode"] == _MODES[name]).all()), None)
+    mode: WriteMode | None = next((name for name, number in MODES.items() if (image["mode"] == number).all()), None)
     if mode is None:
         raise _Wrong(f"its images' modes are {np.unique(image['mode']).tolist()}, not all 0 or all 1")
     if mode == "raw":
@@ -141,7 +214,7 @@ def _checked(file: BinaryIO, expected_count: int | None, expected_size: tuple[in
     else:
         _check_jpegs(file, allocations, height, width)
     # A copy: the table is a read-only view of the file's bytes, all of which the labels would keep alive.
-    return Checked(table["f1"].copy(), height, width, mode, Stamp.of(stat))
+    return Checked(table["f1"].copy(), height, width, mode, stamp)
 
 
 def _one_size(image: np.ndarray, expected: tuple[int, int] | None, page: int) -> tuple[int, int]:
@@ -189,7 +262,7 @@ def _check_jpegs(file: BinaryIO, allocations: np.ndarray, height: int, width: in
         raise _Wrong("a JPEG is larger than its pixels")
     content = np.memmap(file, np.uint8, "r")
     begin = int(allocations["ptr"][0])
-    head = _jpeg_head(bytes(content[begin : begin + min(int(sizes[0]), 4096)]), height, width)
+    head = jpeg_head(bytes(content[begin : begin + min(int(sizes[0]), 4096)]), height, width)
     if (sizes <= len(head) + 2).any():
         raise _Wrong("a JPEG is cut short")
     # One encoder with one setting: the bytes up to the image's size are the same in all.
@@ -203,8 +276,11 @@ def _check_jpegs(file: BinaryIO, allocations: np.ndarray, height: int, width: in
             raise _Wrong("a JPEG does not end as JPEGs do")
 
 
-def _jpeg_head(data: bytes, height: int, width: int) -> bytes:
-    """Return a JPEG's bytes up to the end of its frame header, which must say this size and three components."""
+def jpeg_head(data: bytes, height: int, width: int) -> bytes:
+    """Return a JPEG's bytes up to the end of its frame header, which must say this size and three components.
+
+    Raises: ValueError.
+    """
     at = 2
     while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -229,7 +305,10 @@ def _rows(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 class Description(NamedTuple):
-    """What a dataset.json says, each value of its type and within its bounds. sha256: hex by part, or empty."""
+    """What a dataset.json says, each value of its type and within its bounds.
+
+    sha256: hex by part, or empty. varying: whether images have sizes or modes of their own; `shape` is the largest's.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -239,6 +318,7 @@ class Description(NamedTuple):
     source: str
     notes: tuple[str, ...]
     sha256: dict[str, str]
+    varying: bool = False
 
 
 def describe(folder: Path) -> Description:
@@ -262,8 +342,8 @@ def describe(folder: Path) -> Description:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise error if isinstance(error, UserError) else corrupt(error) from error
-    if not isinstance(told, dict) or isinstance(told.get("format"), bool) or told.get("format") != 1:
-        raise corrupt("it is no description of format 1")
+    if not isinstance(told, dict) or isinstance(told.get("format"), bool) or told.get("format") not in (1, 2):
+        raise corrupt("it is no description of format 1 or 2")
     if _strange(told):
         raise corrupt(f"{_strange(told)} is missing or not of the type it has there")
     counts, shape = {part: told["counts"][part] for part in ("train", "test")}, tuple(told["shape"])
@@ -275,7 +355,7 @@ def describe(folder: Path) -> Description:
         raise corrupt(f"images of {shape[1]}x{shape[2]}, {max(counts.values())} of them")
     return Description(
         told["name"], tuple(told["classes"]), shape, counts, told["write_mode"], told["source"],
-        tuple(told.get("notes", ())), told.get("sha256", {}),
+        tuple(told.get("notes", ())), told.get("sha256", {}), told["format"] == 2,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Both loaders and the augmentation they share: batches that depend on (seed, epoch) and on nothing else.
+"""The loaders: batches that depend on (seed, epoch) and on nothing else.
 
 `resident` keeps the pixels on the device, `ffcv` streams a .beton file of any size; they give the same batches.
 """
@@ -7,91 +7,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastarat.data import beton
-from fastarat.data.splits import Batch, Dataset, Split, derive_seed
+from fastarat.data.augmenting import Augment, augment, draw
+from fastarat.data.beton_file import survey
+from fastarat.data.crops import pagewise
+from fastarat.data.mixing import CutMix
+from fastarat.data.randaugment import RandAugment
+from fastarat.data.splits import Batch, Split, derive_seed
+from fastarat.distributed import World
 from fastarat.errors import UserError, unknown
+from fastarat.specs import known
 
 LoaderKind = Literal["auto", "resident", "ffcv"]
 LOADERS: tuple[LoaderKind, ...] = get_args(LoaderKind)
+Order = Literal["random", "pages"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
+_STATISTICS = 16_384  # images whose mean and deviation stand for those of a set that is cut as it is read
 # The other three quarters are for the activations; FFCV streams what is larger.
 _RESIDENT_FRACTION = 0.25  # of the free device memory, or of the host's memory
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random crop after zero padding (pixels on each side), then a fair coin's horizontal flip."""
-
-    padding: int = 0
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.padding, int) or self.padding < 0:
-            raise UserError(f"padding={self.padding!r} is not a number of pixels: write 0 or more")
-
-
-def default_augment(dataset: Dataset) -> Augment:
-    """Choose the usual augmentation for a data set's shape.
-
-    Sides of 16 and more are padded by 4 (CIFAR's custom), smaller ones by 1 (digits); colour images are flipped,
-    grey ones, which are mostly characters, are not.
-    """
-    channels, height, width = dataset.shape
-    return Augment(padding=4 if min(height, width) >= 16 else 1, flip=channels == 3)
-
-
-def augment(images: Tensor, recipe: Augment | None, generator: torch.Generator | None = None) -> Tensor:
-    """Convert pixels to float32 in [0, 1] and apply a seeded random crop and flip to each image.
-
-    images: uint8 or float32 [B, C, H, W], pixels 0..255 or [0, 1]; channels-last is fastest. recipe: None converts
-    only. generator: of the images' device. Shapes are fixed and nothing is read back, so a CUDA graph can hold it.
-
-    Returns: float32 [B, C, H, W], channels-last; never a view of `images`.
-    """
-    batch, channels, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1)
-    if recipe is not None and (recipe.padding or recipe.flip):
-        device, padding = images.device, recipe.padding
-        # Crop and flip are one gather of whole pixels: slicing per image is a Python loop, and grid_sample
-        # interpolates.
-        flipped, offsets = _draw(recipe, batch, device, generator)
-        rows = torch.arange(height, device=device).expand(batch, height)
-        columns = torch.arange(width, device=device).expand(batch, width)
-        if flipped is not None:
-            columns = torch.where(flipped, width - 1 - columns, columns)
-        if offsets is not None:
-            rows, columns = rows + offsets[0], columns + offsets[1]
-            pixels = F.pad(pixels, (0, 0, padding, padding, padding, padding))
-        high, wide = height + 2 * padding, width + 2 * padding
-        rows = rows + high * torch.arange(batch, device=device)[:, None]
-        # Whole pixels are copied by one flat index: on a CPU four times faster than indexing with three tensors.
-        flat = (rows[:, :, None] * wide + columns[:, None, :]).reshape(-1)
-        pixels = pixels.reshape(-1, channels).index_select(0, flat).view(batch, height, width, channels)
-    scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    if images.dtype == torch.uint8:
-        scaled.div_(255)
-    return scaled.permute(0, 3, 1, 2)
-
-
-def _draw(
-    recipe: Augment, batch: int, device: torch.device, generator: torch.Generator | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Draw who of a batch is flipped, bool [B, 1], and the crops' offsets, int64 [2, B, 1]; None where there is none.
-
-    All that `augment` draws, so that a batch can be passed over without its pixels.
-    """
-    draw = partial(torch.randint, generator=generator, device=device)
-    flipped = draw(2, (batch, 1), dtype=torch.bool) if recipe.flip else None
-    return flipped, draw(2 * recipe.padding + 1, (2, batch, 1)) if recipe.padding else None
 
 
 @dataclass(eq=False, repr=False)
@@ -99,6 +41,9 @@ class Loader:
     """Batches of a split; `epoch(n)` depends on (seed, n) and on nothing else.
 
     kind: "resident" or "ffcv". reason: why, for people. recipe: the augmentation, None for the images as they are.
+    randaugment, cutmix: what is done to a batch after it; with CutMix its labels are shares of the classes.
+    world: each batch is divided among its ranks, and this one yields its own rows, of each of `accumulate`
+    micro-batches; order and augmentation are those of the whole, but CutMix mixes a rank's rows with one another.
     len() is the number of batches.
     """
 
@@ -112,9 +57,23 @@ class Loader:
     recipe: Augment | None
     drop_last: bool
     reason: str
+    randaugment: RandAugment | None = None
+    cutmix: CutMix | None = None
+    order_by: Order = "random"
+    world: World = field(default_factory=World)
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         self._labels = self.split.labels.to(self.device)
+
+    @property
+    def on_device(self) -> Augment | None:
+        """What of the recipe is done to batches on the device: all, where it is not done as images are read."""
+        return self.recipe
+
+    def pages(self) -> np.ndarray:
+        """Return the file's page in which each image lies: int64 [N]. Raises: UserError where there are none."""
+        raise UserError("order 'pages' is of images that stream: use the ffcv loader, or the random order")
 
     def __len__(self) -> int:
         count = len(self.split)
@@ -126,7 +85,8 @@ class Loader:
         if self.shuffle:
             # On the CPU, so that a run visits the same images in the same order on every device.
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            order = torch.randperm(count, generator=generator)
+            paged = self.order_by == "pages" and count
+            order = pagewise(self.pages(), generator) if paged else torch.randperm(count, generator=generator)
         else:
             order = torch.arange(count)
         return order[: len(self) * self.batch_size]
@@ -140,20 +100,47 @@ class Loader:
         # On the device, for speed: a GPU's crops and flips are others than a CPU's, by the same seed.
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "augment", epoch))
         indices = order.to(self.device).split(self.batch_size) if len(order) else ()
-        if self.recipe is not None:
+        recipe = self.on_device
+        if recipe is not None:
             for skipped in indices[:first]:
-                _draw(self.recipe, len(skipped), self.device, generator)
+                draw(recipe, len(skipped), self.device, generator)
         order, indices = order[first * self.batch_size :], indices[first:]
-        pixels = self._pixels(order, indices)
+        rows: list[Tensor | None] = [None] * len(indices)
+        if self.world.size > 1:
+            # One with nothing for some rank is left out.
+            indices = [index for index in indices if len(index) >= self.world.size * self.accumulate]
+            order = order[: sum(map(len, indices))]
+            rows = [self._rows(len(index)) for index in indices]
+            order = torch.cat([part[own] for part, own in zip(order.split(self.batch_size), rows, strict=True)])
+            indices = [index[known(own).to(self.device)] for index, own in zip(indices, rows, strict=True)]
+        pixels = self._pixels(order, indices, epoch)
         try:
-            for index, images in zip(indices, pixels, strict=True):
-                images = augment(images.permute(0, 3, 1, 2), self.recipe, generator)
-                yield Batch(images, self._labels[index], index)
+            for number, (index, images, own) in enumerate(zip(indices, pixels, rows, strict=True), first):
+                images = augment(images.permute(0, 3, 1, 2), recipe, generator, own, self.total(number))
+                images = images if recipe is None else recipe(images)
+                yield self.mixed(Batch(images, self._labels[index], index), epoch, number)
         finally:
             pixels.close()
 
-    def _pixels(self, order: Tensor, indices: Sequence[Tensor]) -> Generator[Tensor, None, None]:
-        """Yield uint8 [B, H, W, C] on the device for each of `indices`: `order` in batches, on the device."""
+    def total(self, index: int) -> int:
+        """Images in batch number `index` of an epoch, over all ranks."""
+        return min(self.batch_size, len(self.split) - index * self.batch_size)
+
+    def _rows(self, total: int) -> Tensor:
+        """This rank's rows of a batch of `total`, int64, on the CPU."""
+        return torch.cat([torch.arange(part.start, part.stop) for part in self.world.parts(total, self.accumulate)])
+
+    def mixed(self, batch: Batch, epoch: int, number: int) -> Batch:
+        """What RandAugment and CutMix make of batch `number` (from 0) of an epoch, whatever was drawn before it."""
+        images, labels, index = batch
+        if self.randaugment is not None:
+            images = self.randaugment(images, index, derive_seed(self.seed, "randaugment", epoch))
+        if self.cutmix is not None:
+            images, labels = self.cutmix(images, labels, derive_seed(self.seed, "cutmix", epoch, number))
+        return Batch(images, labels, index)
+
+    def _pixels(self, order: Tensor, indices: Sequence[Tensor], epoch: int) -> Generator[Tensor, None, None]:
+        """Yield the pixels [B, H, W, C] on the device for each of `indices`: `order` in batches, on the device."""
         raise NotImplementedError
 
 
@@ -168,7 +155,7 @@ class ResidentLoader(Loader):
         # uint8 takes a quarter of float32's room; the division by 255 belongs to `augment`, on the batch alone.
         self._images = (_read_whole(self.split) if images is None else images).to(self.device)
 
-    def _pixels(self, order: Tensor, indices: Sequence[Tensor]) -> Generator[Tensor, None, None]:
+    def _pixels(self, order: Tensor, indices: Sequence[Tensor], epoch: int) -> Generator[Tensor, None, None]:
         for index in indices:
             yield self._images[index]
 
@@ -180,9 +167,15 @@ class FFCVLoader(Loader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._stream = _stream(self.split, self.batch_size)
+        # A rank's rows of all batches but the last are as many.
+        self._stream = _stream(self.split, max(1, len(self._rows(self.batch_size))))
 
-    def _pixels(self, order: Tensor, indices: Sequence[Tensor]) -> Generator[Tensor, None, None]:
+    def pages(self) -> np.ndarray:
+        """As said above."""
+        assert self.split.beton is not None
+        return survey(self.split.beton).pages[self.split.indices.numpy()]
+
+    def _pixels(self, order: Tensor, indices: Sequence[Tensor], epoch: int) -> Generator[Tensor, None, None]:
         channels = self.split.shape[0]
         for pixels in self._stream.batches(self.split.indices[order]):
             pixels = pixels[..., :channels]  # one channel is stored three times
@@ -200,10 +193,12 @@ def _stream(split: Split, batch_size: int) -> beton.Stream:
 
 def _read_whole(split: Split) -> Tensor:
     """Decode a split's .beton file once, in stored order."""
+    from fastarat.data.streaming import centres
+
     channels, height, width = split.shape
     images = torch.empty((len(split), height, width, channels), dtype=torch.uint8)
     start = 0
-    for pixels in _stream(split, 256).batches(split.indices):
+    for pixels in centres(split) if split.crop else _stream(split, 256).batches(split.indices):
         images[start : start + len(pixels)] = pixels[..., :channels]
         start += len(pixels)
     return images
@@ -219,31 +214,56 @@ def make_loader(
     seed: int = 0,
     augment: Augment | None = None,
     drop_last: bool = False,
+    randaugment: RandAugment | None = None,
+    cutmix: CutMix | None = None,
+    order: Order = "random",
+    world: World | None = None,
+    accumulate: int = 1,
 ) -> Loader:
     """Make the loader of a split.
 
     kind: "resident" keeps the pixels on the device, "ffcv" streams a .beton file; "auto" is resident when the pixels
     take at most a quarter of the free device memory (on a CPU: of the host's memory), else ffcv. Loader.reason says
-    which.
+    which. Of images that are cut as they are read, random crops are always streamed by "auto", from the whole images.
+    order: of shuffled images: "random", or "pages", for a file larger than the memory (`crops.pagewise`).
+    world, accumulate: who takes which rows of a batch (`Loader`); batch_size is that of all ranks.
 
     Raises: UserError.
     """
     if kind not in LOADERS:
         raise unknown("loader", kind, LOADERS)
+    if order not in ORDERS:
+        raise unknown("order", order, ORDERS)
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is not a number of images: write 1 or more")
     device = torch.device(device)
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "device": device, "shuffle": shuffle, "seed": seed, "recipe": augment,
+        "drop_last": drop_last, "randaugment": randaugment, "cutmix": cutmix, "order_by": order,
+        "world": world or World(), "accumulate": accumulate,
+    }  # fmt: skip
+    if split.source is not None:
+        return split.source.loader(split, **options)
     prepare_it = "convert the data set with `fastarat data prepare` and pass the folder it makes"
     if kind == "ffcv" and split.beton is None:
         raise UserError(f"the ffcv loader reads .beton files: {prepare_it}, or use the resident loader")
     reason = f"{kind} was asked for"
     if kind == "auto":
         fits, reason = _fits(split, device)
+        if split.beton is not None and order == "pages":
+            fits, reason = False, "order 'pages' was asked for"
+        elif split.crop and augment is not None and augment.scale is not None:
+            fits, reason = False, "crops are cut from the whole images"
         kind = "resident" if fits else "ffcv"
         if not fits and split.beton is None:
             raise UserError(f"{reason}, so the images must be streamed: {prepare_it}, or ask for the resident loader")
-    chosen = ResidentLoader if kind == "resident" else FFCVLoader
-    return chosen(split, batch_size, device, shuffle, seed, augment, drop_last, reason)
+    from fastarat.data.streaming import CropLoader  # which builds upon this file
+
+    chosen = ResidentLoader if kind == "resident" else CropLoader if split.crop else FFCVLoader
+    made = chosen(split, **options, reason=reason)
+    if order == "pages" and len(split):
+        made.pages()  # says what is wrong before work starts
+    return made
 
 
 def _fits(split: Split, device: torch.device) -> tuple[bool, str]:
@@ -274,7 +294,12 @@ def _size(count: int) -> str:
 
 
 def mean_std(split: Split) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of the pixels, per channel, in [0, 1]."""
+    """Return mean and standard deviation of the pixels, per channel, in [0, 1].
+
+    Of a set that is cut as it is read: of the centres of at most 16,384 images, evenly spread over its rows.
+    """
+    if split.crop and len(split) > _STATISTICS:
+        split = split.take(torch.arange(_STATISTICS) * len(split) // _STATISTICS)
     loader = make_loader(split, batch_size=1024, device="cpu")
     # In float64: the variance is a small difference of two large sums, of which float32 keeps few digits.
     total, square, count = *torch.zeros(2, dtype=torch.float64), 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +15,17 @@ import torch
 
 from fastarat.data import beton
 from fastarat.data.archives import ARCHIVE_SUFFIXES, make_folder, unpacked
-from fastarat.data.beton_file import LARGEST_SIDE, WRITE_MODES, WriteMode, describe
-from fastarat.data.sources import CifarArchive, open_digits, open_folder
+from fastarat.data.beton_file import LARGEST_SIDE, WriteMode, describe
+from fastarat.data.named import Imagenet, Imagenette, ImageSet, Svhn, TinyImagenet
+from fastarat.data.preparing import PrepareOptions, write_listing
+from fastarat.data.sources import CifarArchive, Listing, list_folder, open_digits, open_listing
 from fastarat.data.splits import Dataset, Stored, held_out, stratified_indices
 from fastarat.errors import UserError, unknown
+from fastarat.texts import GIVEN
 
 # A data set with a name is one entry here: what opens it, given the name, the folder for downloads and whether to
-# download. Help texts and error messages take the names from here.
-SETS: dict[str, Callable[[str, Path, bool], Stored]] = {
+# download; or an `ImageSet`, which lists image files. Help texts and error messages take the names from here.
+SETS: dict[str, Callable[[str, Path, bool], Stored] | ImageSet] = {
     "digits": open_digits,
     # The authors' binary archives rather than their Python ones, which are pickles: reading those runs their code.
     "cifar10": CifarArchive(
@@ -39,6 +44,12 @@ SETS: dict[str, Callable[[str, Path, bool], Stored]] = {
         class_names="fine_label_names.txt",
         label_bytes=2,
     ),
+    "svhn": Svhn(),
+    "tiny-imagenet": TinyImagenet(),
+    "imagenette": Imagenette("imagenette2.tgz", "fe2fc210e6bb7c5664d602c3cd71e612"),
+    "imagenette-320": Imagenette("imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"),
+    "imagenette-160": Imagenette("imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
+    "imagenet": Imagenet(),
 }
 
 
@@ -65,6 +76,8 @@ def load_dataset(
     Raises: UserError.
     """
     stored = _open(name_or_path, Path(data_dir), download, image_size)
+    if stored.train.crop and image_size is None:
+        raise UserError(f"the images in {name_or_path} have sizes of their own: write --image-size N, such as 224")
     count = len(stored.train)
     if val_images is None:
         val_images = 1000 if count >= 10_000 else count // 10
@@ -150,45 +163,86 @@ def prepare(
     data_dir: str | os.PathLike = "data",
     write_mode: WriteMode = "raw",
     jpeg_quality: int = 90,
+    jpeg_share: float = 0.5,
     download: bool = True,
     image_size: int | None = None,
+    max_resolution: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> Path:
     """Write a data set as a folder of train.beton, test.beton and dataset.json, whole or not at all.
 
-    write_mode: "raw" keeps every pixel value; "jpg" is smaller and lossy (`jpeg_quality` 1 to 100).
+    write_mode, jpeg_quality, jpeg_share, image_size, max_resolution, workers: as `PrepareOptions` says; image files
+    may be of any number and sizes, and what a killed process wrote of them is gone on with. progress: on stderr.
     The validation split is not stored: `load_dataset` cuts it by row, the same way as for every other source.
 
     Returns: `out`. Raises: UserError, also when `out` exists already.
     """
-    if write_mode not in WRITE_MODES:
-        raise unknown("write mode", write_mode, WRITE_MODES)
-    if not 1 <= jpeg_quality <= 100:
-        raise UserError(f"jpeg_quality={jpeg_quality} is outside 1..100")
+    options = PrepareOptions(write_mode, jpeg_quality, jpeg_share, image_size, max_resolution, workers)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: delete it or choose another folder")
     make_folder(out.parent)
     beton.ffcv_parts()  # a missing FFCV should be known before the images are decoded
+    listing = _listed(name_or_path, Path(data_dir), download, image_size)
+    if listing is not None:
+        if listing.own_test:
+            warnings.warn(f"{listing.root}: {listing.notes[0]}", stacklevel=2)
+        digest = listing.digest()
+        what = json.dumps({"files": digest} | dataclasses.asdict(dataclasses.replace(options, workers=None)))
+        with beton.unfinished(out, what) as unfinished:
+            write_listing(unfinished, out, listing, options, digest, progress=progress)
+        return out
     with beton.unfinished(out) as unfinished:
         stored = _open(name_or_path, Path(data_dir), download, image_size)
         if stored.train.beton is not None:
             raise UserError(f"{name_or_path} is in .beton format already")
+        if write_mode == "proportion" or max_resolution is not None:
+            raise UserError(f"{name_or_path} is no set of image files: its images are of one size, raw or jpg")
         beton.write_prepared(unfinished, out, stored, write_mode=write_mode, jpeg_quality=jpeg_quality)
     return out
+
+
+def _listed(name_or_path: str | os.PathLike, data_dir: Path, download: bool, image_size: int | None) -> Listing | None:
+    """List the files of a set of image files; None for one of another kind, or none at all."""
+    name, path = str(name_or_path), Path(name_or_path)
+    _check_size(image_size)
+    if isinstance(entry := SETS.get(name), ImageSet):
+        return entry.listing(name, data_dir, download)
+    if name in SETS or (path / "dataset.json").exists():
+        return None
+    if path.is_dir():
+        return list_folder(path, path.resolve().name)
+    if path.exists() and path.name.endswith(ARCHIVE_SUFFIXES):
+        return list_folder(unpacked(path, data_dir), path.name.split(".")[0])
+    return None
+
+
+def _check_size(image_size: int | None) -> None:
+    if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+        raise UserError(
+            f"image_size={image_size} is not a side of images to train on: write 1 to {LARGEST_SIDE} pixels"
+        )
 
 
 def _open(
     name_or_path: str | os.PathLike, data_dir: Path, download: bool, image_size: int | None, *, full: bool = False
 ) -> Stored:
     name, path = str(name_or_path), Path(name_or_path)
-    if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+    if name.startswith(GIVEN):
         raise UserError(
-            f"image_size={image_size} is not a side of images to train on: write 1 to {LARGEST_SIDE} pixels"
+            f"data set {name} was given in Python, and lies in no file: name another with --dataset, or go on in "
+            "Python, fastarat.train(resume=..., data=...) or fastarat.evaluate(model, data)"
         )
+    listing = _listed(name_or_path, data_dir, download, image_size)
+    if listing is not None:
+        return open_listing(listing, data_dir, image_size)
     if name in SETS:
         if image_size is not None:
             raise UserError(f"image_size={image_size} is for image folders; the images of {name} have one size")
-        return SETS[name](name, data_dir, download)
+        entry = SETS[name]
+        assert not isinstance(entry, ImageSet)
+        return entry(name, data_dir, download)
     if not path.exists():
         if path.parent == Path() and not path.suffix:
             raise unknown("dataset", name, SETS)
@@ -197,10 +251,6 @@ def _open(
         )
     if path.suffix == ".beton" or (path / "dataset.json").exists():
         return beton.open_prepared(path.parent if path.suffix == ".beton" else path, image_size, full=full)
-    if path.is_dir():
-        return open_folder(path, path.resolve().name, data_dir, image_size)
-    if path.name.endswith(ARCHIVE_SUFFIXES):
-        return open_folder(unpacked(path, data_dir), path.name.split(".")[0], data_dir, image_size)
     raise UserError(
         f"{name} is not a data set: give a folder, an archive ({', '.join(ARCHIVE_SUFFIXES)}) or a .beton file"
     )

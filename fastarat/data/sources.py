@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -49,6 +49,36 @@ def open_digits(name: str, data_dir: Path, download: bool) -> Stored:
     return Stored(name, tuple(str(label) for label in digits.target_names), *parts, "scikit-learn's load_digits")
 
 
+def fetched(url: str, md5: str, data_dir: Path, download: bool) -> Path:
+    """Return a published file in the data folder, downloaded where it is not there. Raises: UserError."""
+    path = data_dir / url.rsplit("/", 1)[-1]
+    by_hand = f"download {url} by other means and place it at {path}"
+    if not path.exists():
+        if not download:
+            raise UserError(f"{path} does not exist and downloading is off: {by_hand}")
+        import pooch
+        from tqdm.auto import tqdm
+
+        make_folder(data_dir)
+        try:
+            # A bar without a total has no truth value, which pooch asks for before it sets the total.
+            with tqdm(total=1, unit="B", unit_scale=True, disable=None) as bar:
+                shown_bar: Any = bar  # pooch takes a bar, too, and declares True and False alone
+                pooch.retrieve(url, f"md5:{md5}", fname=path.name, path=data_dir, progressbar=shown_bar)
+        except (OSError, ValueError) as error:  # requests' and pooch's; a wrong checksum is a ValueError
+            raise UserError(f"cannot download {url} ({type(error).__name__}): {by_hand}") from error
+    check_md5(path, md5)
+    return path
+
+
+def check_md5(path: Path, md5: str) -> None:
+    """Raise UserError for a file that is not the published one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        raise UserError(f"{path} has md5 {found}, expected {md5}: delete it to download it again")
+
+
 @dataclass(frozen=True)
 class CifarArchive:
     """A CIFAR archive in its authors' binary format: records of label bytes, then 3,072 bytes of planar RGB.
@@ -70,7 +100,7 @@ class CifarArchive:
         return self.url.rsplit("/", 1)[-1]
 
     def __call__(self, name: str, data_dir: Path, download: bool) -> Stored:
-        path = self._fetched(data_dir, download)
+        path = fetched(self.url, self.md5, data_dir, download)
         wanted = {*self.train, *self.test, self.class_names}
         files: dict[str, bytes] = {}
         try:
@@ -90,29 +120,6 @@ class CifarArchive:
             for names, count in ((self.train, self.train_images), (self.test, self.test_images))
         )
         return Stored(name, classes, train, test, self.url)
-
-    def _fetched(self, data_dir: Path, download: bool) -> Path:
-        path = data_dir / self.file_name
-        by_hand = f"download {self.url} by other means and place it at {path}"
-        if not path.exists():
-            if not download:
-                raise UserError(f"{path} does not exist and downloading is off: {by_hand}")
-            import pooch
-            from tqdm.auto import tqdm
-
-            make_folder(data_dir)
-            try:
-                # A bar without a total has no truth value, which pooch asks for before it sets the total.
-                with tqdm(total=1, unit="B", unit_scale=True, disable=None) as bar:
-                    shown: Any = bar  # pooch takes a bar, too, and declares True and False alone
-                    pooch.retrieve(self.url, f"md5:{self.md5}", fname=path.name, path=data_dir, progressbar=shown)
-            except (OSError, ValueError) as error:  # requests' and pooch's; a wrong checksum is a ValueError
-                raise UserError(f"cannot download {self.url} ({type(error).__name__}): {by_hand}") from error
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "md5").hexdigest()
-        if found != self.md5:
-            raise UserError(f"{path} has md5 {found}, expected {self.md5}: delete it to download it again")
-        return path
 
     def _parsed(self, path: Path, files: dict[str, bytes], count: int, num_classes: int) -> Split:
         record = self.label_bytes + 3 * 32 * 32
@@ -134,15 +141,18 @@ def _subfolders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """List the images of each class folder, at any depth in it; classes and files in order of their names."""
+def class_files(folder: Path) -> dict[str, list[str]]:
+    """List the images of each class folder, at any depth in it; classes and files in order of their names.
+
+    Names and not Path objects: of millions, those would take most of the memory. Raises: UserError.
+    """
     # Labels are positions in the sorted names, as in torchvision's ImageFolder: checkpoints of either agree.
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[str]] = {}
     for class_folder in _subfolders(folder):
         if shown(class_folder.name) != class_folder.name:
             raise UserError(f"class folder {shown(class_folder)} is not named in UTF-8 text: rename it")
         files = [
-            Path(parent, name)
+            os.path.join(parent, name)
             for parent, _, names in os.walk(class_folder)
             for name in names
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
@@ -151,60 +161,99 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
             raise UserError(
                 f"class folder {class_folder} holds no images ({' '.join(IMAGE_SUFFIXES)}): fill or delete it"
             )
-        found[class_folder.name] = sorted(files)
+        found[class_folder.name] = sorted(files, key=lambda file: file.split(os.sep))
     if len(found) < 2:
         raise UserError(f"{folder} holds {len(found)} class folders; expected two or more: {folder}/CLASS/image.png")
     return found
 
 
-def open_folder(root: Path, name: str, data_dir: Path, image_size: int | None) -> Stored:
-    """Open PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or PATH/CLASS/*.png. Raises: UserError."""
+class Listing(NamedTuple):
+    """The image files of a data set, before any is read.
+
+    files: paths; labels: int64 [N]. train, test: int64, which of the files; `own_test` where the test ones were held
+    out by us. root: what the paths lie below.
+    """
+
+    name: str
+    root: Path
+    classes: tuple[str, ...]
+    files: list[str]
+    labels: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    own_test: bool
+    notes: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Hash names, sizes and times of the files. Raises: UserError for what is no plain file."""
+        # Not contents: hashing those would mean reading every image at each start.
+        listing, root = hashlib.blake2b(digest_size=8), str(self.root)
+        for file in self.files:
+            found = os.stat(file)
+            if not stat.S_ISREG(found.st_mode):  # opening a FIFO waits for ever
+                raise UserError(f"{shown(file)} is not a plain file: delete it")
+            listing.update(os.fsencode(f"{os.path.relpath(file, root)}\0{found.st_size}\0{found.st_mtime_ns}\n"))
+        return listing.hexdigest()
+
+
+def list_folder(root: Path, name: str) -> Listing:
+    """List PATH/train/CLASS/*.png with PATH/test or PATH/val beside it, or PATH/CLASS/*.png. Raises: UserError."""
     if shown(root) != str(root):
         raise UserError(f"{shown(root)} is not named in UTF-8 text: rename it")
     notes: tuple[str, ...] = ()
     named = [folder for folder in ("test", "val") if (root / folder).is_dir()]
-    train, test = _class_files(root / "train" if (root / "train").is_dir() else root), {}
+    train, test = class_files(root / "train" if (root / "train").is_dir() else root), {}
     if (root / "train").is_dir() and named:
-        test = _class_files(root / named[0])
+        test = class_files(root / named[0])
         if len(named) == 2:
             notes = (f"{root / 'val'} is not used: validation images are cut from the training images",)
     if test and (differing := sorted(set(test) ^ set(train))):
         odd = differing[0]
         where = ("train", named[0]) if odd in train else (named[0], "train")
         raise UserError(f"class {odd!r} has a folder in {root / where[0]} but none in {root / where[1]}")
+    return listing_of(name, root, train, test, notes)
+
+
+def listing_of(
+    name: str, root: Path, train: dict[str, list[str]], test: dict[str, list[str]], notes: tuple[str, ...] = ()
+) -> Listing:
+    """List files by class; without a test set a fifth of each class is held out. Raises: UserError."""
     if not test and min(len(listed) for listed in train.values()) < 2:
         raise UserError(f"{root} has a class of one image: none is left to train on once a test set is held out")
-
     # Equal sets of names in order: a class has the same label in both.
-    labelled = [(f, label) for part in (train, test) for label, listed in enumerate(part.values()) for f in listed]
-    images = _decoded(root, [file for file, _ in labelled], data_dir, image_size)
-    labels = np.array([label for _, label in labelled], np.int64)
+    files = [file for part in (train, test) for listed in part.values() for file in listed]
+    labels = np.array([n for part in (train, test) for n, listed in enumerate(part.values()) for _ in listed], np.int64)
     if test:
         count = sum(len(listed) for listed in train.values())
-        parts = Split.of(images[:count], labels[:count]), Split.of(images[count:], labels[count:])
+        rows = np.arange(count), np.arange(count, len(files))
     else:
         count = round(len(labels) * _FOLDER_TEST_FRACTION)
-        parts = _with_test(images, labels, count)
+        rows = held_out(labels, count, _TEST_SEED)
         notes = (f"it has no test images of its own: {count} of {len(labels)} images are held out for testing",)
-        warnings.warn(f"{root}: {notes[0]}", stacklevel=4)
         name = f"{name} (own test split)"
-    return Stored(name, tuple(train), *parts, str(root), notes)
+    return Listing(name, root, tuple(train), files, labels, *rows, not test, notes)
 
 
-def _decoded(root: Path, files: Sequence[Path], data_dir: Path, image_size: int | None) -> np.ndarray:
+def open_listing(listing: Listing, data_dir: Path, image_size: int | None) -> Stored:
+    """Decode the images of a listing into the data folder, once. Raises: UserError."""
+    images, labels = _decoded(listing, data_dir, image_size), listing.labels
+    if listing.own_test:
+        train, test = (Split.of(images[rows], labels[rows]) for rows in (listing.train, listing.test))
+        warnings.warn(f"{listing.root}: {listing.notes[0]}", stacklevel=4)
+    else:  # one after the other in the file, of which they are views
+        count = len(listing.train)
+        train, test = Split.of(images[:count], labels[:count]), Split.of(images[count:], labels[count:])
+    return Stored(listing.name, listing.classes, train, test, str(listing.root), listing.notes)
+
+
+def _decoded(listing: Listing, data_dir: Path, image_size: int | None) -> np.ndarray:
     """Decode images into uint8 [N, H, W, C], kept in data_dir until a file's name, size or time changes.
 
     The SHA-256 of what is kept stands in its name: a damaged one is decoded again, with a warning.
     """
-    # Names, sizes and times, not contents: hashing those would mean reading every image at each start.
-    listing = hashlib.blake2b(digest_size=8)
-    for file in files:
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a FIFO waits for ever
-            raise UserError(f"{shown(file)} is not a plain file: delete it")
-        listing.update(os.fsencode(f"{file.relative_to(root)}\0{found.st_size}\0{found.st_mtime_ns}\n"))
+    digest, root, files = listing.digest(), listing.root, [Path(file) for file in listing.files]
     place = f"{shown(root.resolve().name)[:40]}-{derive_seed(1, str(root.resolve()), image_size or 0):016x}"
-    cache, key = data_dir / "decoded", f"{place}-{listing.hexdigest()}-"
+    cache, key = data_dir / "decoded", f"{place}-{digest}-"
     if (images := _kept(cache, key, len(files))) is not None:
         return images
     with one_at_a_time(data_dir, place):
@@ -249,8 +298,8 @@ def _kept(cache: Path, key: str, count: int, warn: bool = False) -> np.ndarray |
 
 def _write_decoded(path: Path, files: Sequence[Path], image_size: int | None) -> None:
     path.unlink(missing_ok=True)
-    channels = 1 if all(map(_is_grey, files)) else 3  # asks no further than the first colour image
-    height, width = _decode(files[0], image_size, channels).shape[:2]
+    channels = 1 if all(map(is_grey, files)) else 3  # asks no further than the first colour image
+    height, width = decode(files[0], image_size, channels).shape[:2]
     needed = len(files) * height * width * channels
     short = f"{path.parent} needs {needed / 1e9:.3f} GB for the decoded images and has less: set another data_dir"
     if shutil.disk_usage(path.parent).free < needed:
@@ -263,12 +312,19 @@ def _write_decoded(path: Path, files: Sequence[Path], image_size: int | None) ->
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {short}") from error
+    with whole_images():
+        _decode_into(images, files, image_size)
+    images.flush()
+
+
+@contextmanager
+def whole_images() -> Iterator[None]:
+    """Have Pillow refuse what is cut short, whatever the process has it do elsewhere."""
     tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        _decode_into(images, files, image_size)
+        yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
-    images.flush()
 
 
 def _decode_into(images: np.ndarray, files: Sequence[Path], image_size: int | None) -> None:
@@ -277,7 +333,7 @@ def _decode_into(images: np.ndarray, files: Sequence[Path], image_size: int | No
 
     def some(start: int) -> None:
         for row in range(start, min(start + _CHUNK, len(files))):
-            pixels = _decode(files[row], image_size, channels)
+            pixels = decode(files[row], image_size, channels)
             if pixels.shape[:2] != (height, width):
                 raise UserError(
                     f"images differ in size: {files[row]} is {pixels.shape[1]}x{pixels.shape[0]} and "
@@ -313,7 +369,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"cannot read image {shown(path)}: {shown(error)}") from error
 
 
-def _is_grey(path: Path) -> bool:
+def is_grey(path: Path) -> bool:
+    """Whether an image has one channel. Raises: UserError."""
     with _opened(path) as image:
         return image.mode in ("1", "L")
 
@@ -327,8 +384,8 @@ def _has_end(jpeg: bytes) -> bool:
     return jpeg.find(b"\xff\xd9", at) >= 0
 
 
-def _decode(path: Path, image_size: int | None, channels: int) -> np.ndarray:
-    """Read one image as uint8 [H, W, C] of 1 or 3 channels."""
+def decode(path: Path, image_size: int | None, channels: int) -> np.ndarray:
+    """Read one image as uint8 [H, W, C] of 1 or 3 channels; image_size: as for `load_dataset`. Raises: UserError."""
     with _opened(path) as opened:
         if opened.format in ("JPEG", "MPO") and not _has_end(path.read_bytes()):
             raise ValueError("it has no end mark: it is damaged or cut short")

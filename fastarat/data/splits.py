@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 class Batch(NamedTuple):
     """One batch on the device.
 
-    images: float32 [B, C, H, W] in [0, 1], channels-last. labels: int64 [B].
+    images: float32 [B, C, H, W] in [0, 1], channels-last. labels: int64 [B], or float32 [B, K], shares of the classes,
+    where images are mixed.
     index: int64 [B], position of each image in its split.
     """
 
@@ -26,13 +28,41 @@ class Batch(NamedTuple):
     index: Tensor
 
 
+class Source:
+    """What a split streams from that was given in Python.
+
+    augmented: whether images differ from read to read, by an augmentation of its own. in_order: whether it chooses
+    their order itself. num_batches: of an epoch, where it does, and batch_size: of the largest.
+    """
+
+    augmented: bool = False
+    in_order: bool = False
+
+    @property
+    def num_batches(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def batch_size(self) -> int:
+        raise NotImplementedError
+
+    def loader(self, split: Split, **options: Any) -> Any:
+        """Make the `Loader` of a split; the options are the fields of that."""
+        raise NotImplementedError
+
+    def take(self, split: Split, rows: Tensor) -> Split:
+        """Return the images at `rows` of a split."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Some of a data set's images, not augmented.
 
-    images: uint8 [N, H, W, C], or None when they stream from `beton`. labels: int64 [N], on the CPU.
-    indices: int64 [N], row of each image in the stored training or test set.
-    shape: (C, H, W). beton: the .beton file, or None. raw: whether that file holds plain pixels, not JPEG.
+    images: uint8 [N, H, W, C], or float32 in [0, 1] where 8 bits do not hold them, or None when they stream from
+    `beton` or `source`. labels: int64 [N], on the CPU. indices: int64 [N], row of each image in the stored training or
+    test set. shape: (C, H, W). beton: the .beton file, or None. raw: whether that file holds plain pixels, not JPEG.
+    crop: whether that file's images have other sizes, from which squares of `shape` are cut as they are read.
     """
 
     images: Tensor | None
@@ -41,6 +71,8 @@ class Split:
     shape: tuple[int, int, int]
     beton: Path | None = None
     raw: bool = True
+    crop: bool = False
+    source: Source | None = None
 
     @classmethod
     def of(cls, images: np.ndarray, labels: np.ndarray) -> Split:
@@ -54,11 +86,20 @@ class Split:
             pixels = torch.from_numpy(np.asarray(images))
         return cls(pixels, torch.from_numpy(labels), torch.arange(len(labels)), (channels, height, width))
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int]) -> Split:
+        """Make a split without images. shape: (C, H, W) that they would have."""
+        channels, height, width = shape
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(torch.empty((0, height, width, channels), dtype=torch.uint8), none, none, shape)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
         """Copy the images at `rows` (int64 [M], positions in this split), in that order."""
+        if self.source is not None:
+            return self.source.take(self, rows)
         images = None if self.images is None else self.images[rows]
         return replace(self, images=images, labels=self.labels[rows], indices=self.indices[rows])
 
@@ -66,7 +107,7 @@ class Split:
     def num_bytes(self) -> int:
         """Size of the decoded images."""
         channels, height, width = self.shape
-        return len(self) * channels * height * width
+        return len(self) * channels * height * width * (1 if self.images is None else self.images.element_size())
 
 
 class Stored(NamedTuple):
@@ -85,6 +126,9 @@ class Dataset:
     """A named data set. `train` and `val` are cut from the training images; `test` chooses nothing.
 
     shape: (C, H, W). notes: what a reader of its results must know, such as a test set that we held out ourselves.
+    held_out: whether `val` was cut from the training images.
+    given: of one given in Python, its name and content as `Config.dataset` says them. transforms: float32
+    [B, C, H, W] in [0, 1] -> the same, on the device, instead of our augmentation.
     """
 
     name: str
@@ -94,6 +138,9 @@ class Dataset:
     val: Split
     test: Split
     notes: tuple[str, ...] = ()
+    held_out: bool = True
+    given: str | None = None
+    transforms: Callable[[Tensor], Tensor] | None = None
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -120,7 +167,9 @@ def stratified_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     take = np.floor(share).astype(np.int64)
     # Stable: of equal remainders the lower class gets the image, on every platform; quicksort leaves that open.
     take[np.argsort(take - share, kind="stable")[: count - take.sum()]] += 1
-    chosen = [order[labels[order] == label][:number] for label, number in enumerate(take)]
+    by_class = order[np.argsort(labels[order], kind="stable")]  # once, not per class: there may be a thousand
+    first = np.cumsum(sizes) - sizes
+    chosen = [by_class[start : start + number] for start, number in zip(first, take, strict=True)]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 

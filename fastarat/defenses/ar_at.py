@@ -60,6 +60,7 @@ class ARAT(Defense):
     """
 
     name: ClassVar[str] = "ar-at"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "a CE(f_A(x'), y) + b CE(f_N(x), y) + gamma/|S| sum_l D(h_l(z'_l), sg z_l)"
     attack_bn: ClassVar[str] = "train"
     under_l2: ClassVar[str] = ""
@@ -116,9 +117,9 @@ class ARAT(Defense):
         return "eval" if norm == "l2" else self.attack_bn
 
     def equals_default(self, run: Settings) -> dict[str, object]:
-        # A timm network is not built for this: like any other it has the default weight and the penultimate feature.
+        # timm's, and one given in Python, are not built for this: they have the default weight and penultimate feature.
         model: nn.Module = nn.Identity()
-        if not run.model.startswith("timm:"):
+        if ":" not in run.model:
             with torch.device("meta"):
                 model = build_model(run.model, num_classes=2, image_size=run.image_size)
         gamma = model.invariance_weight if isinstance(model, Network) else 30.0
@@ -236,7 +237,7 @@ class ARAT(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {
-            "ce_adv": views.extra["a"] * F.cross_entropy(wide(views.logits_adv), views.labels),
-            "ce_clean": views.extra["b"] * F.cross_entropy(wide(views.logits_clean), views.labels),
+            "ce_adv": views.extra["a"] * F.cross_entropy(wide(views.logits_adv), views.targets),
+            "ce_clean": views.extra["b"] * F.cross_entropy(wide(views.logits_clean), views.targets),
             "invariance": views.extra["gamma"] * views.extra["distances"].mean(),
         }

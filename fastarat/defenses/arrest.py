@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ class ARREST(Defense):
     """
 
     name: ClassVar[str] = "arrest"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     starts_from: ClassVar[str] = "teacher"
     regularizers: ClassVar[tuple[str, ...]] = ("angle",)
     formula: ClassVar[str] = "CE(f(x^), y) + lam angle(z(x^), sg z_std(x)), x^ = x' or (noisy replay) x + noise"
@@ -129,7 +130,8 @@ class ARREST(Defense):
                 _, (z_clean,) = run(images, "adv", layers=(PENULTIMATE,), training=False)
                 turned = angular_distance(z_clean, z_std) * 180 > self.phi
                 if self.nr_batch:
-                    turned = (turned.float().mean() > self.tau).expand_as(turned)
+                    mean = torch.Tensor.mean if run.batch_mean is None else run.batch_mean
+                    turned = (mean(turned.float()) > self.tau).expand_as(turned)
                 noisy = draw_start(images, epsilon=run.epsilon, kind="uniform", generator=run.generator)
                 inputs = torch.where(turned[:, None, None, None], noisy, inputs)
         logits, (z,) = run(inputs, "adv", layers=(PENULTIMATE,))
@@ -140,6 +142,6 @@ class ARREST(Defense):
     def loss(self, views: Views) -> dict[str, Tensor]:
         (z,), (z_std,) = views.features_adv, views.features_clean
         return {
-            "ce_adv": F.cross_entropy(wide(views.logits_adv), views.labels),
+            "ce_adv": F.cross_entropy(wide(views.logits_adv), views.targets),
             "angle": views.extra["lam"] * angular_distance(z, z_std.detach()).mean(),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +22,7 @@ class AT(Defense):
     """
 
     name: ClassVar[str] = "at"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "CE(f(x'), y)"
     attack_bn: ClassVar[str] = "train"
     under_l2: ClassVar[str] = ""
@@ -40,4 +41,4 @@ class AT(Defense):
         return found
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return {"ce_adv": F.cross_entropy(wide(views.logits_adv), views.labels)}
+        return {"ce_adv": F.cross_entropy(wide(views.logits_adv), views.targets)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
+from fastarat.losses import hard, smoothed
 from fastarat.nets.attacker import autocast, mode_of
 from fastarat.nets.batchnorm import check_groups, route_of
 from fastarat.nets.taps import Taps, forward_with_features
@@ -31,7 +32,8 @@ class Views(NamedTuple):
     labels: int64 [B]. logits_clean, logits_adv: float [B, K] or None. features_clean, features_adv: tuples of
     float [B, d]. kappa: int64 [B] or None. num_steps: PGD steps. progress: 0-d float in [0, 1], share of the run that
     is done. epoch: 0-d float, the current epoch from 1. Both are float32, or float64 beside a float64 network.
-    extra: further tensors of the defense, by name.
+    extra: further tensors of the defense, by name. soft: float [B, K], shares of the classes, where labels are smoothed
+    or images mixed, or None; `labels` are then the largest of what was mixed.
     """
 
     labels: Tensor
@@ -44,6 +46,12 @@ class Views(NamedTuple):
     progress: Tensor = _UNSET
     epoch: Tensor = _UNSET
     extra: dict[str, Tensor] = {}
+    soft: Tensor = _UNSET
+
+    @property
+    def targets(self) -> Tensor:
+        """What cross-entropies are taken against: `soft` where there is one, else `labels`."""
+        return self.labels if self.soft is None else self.soft
 
 
 def network_dtype(model: nn.Module) -> torch.dtype:
@@ -72,14 +80,26 @@ class Forward:
 
     epsilon, num_steps: of the attack. generator: of everything random in the step. progress, epoch: 0-d device
     tensors, so that a captured step sees them move. still: no running statistic moves. weights: makes what the model's
-    forwards use in place of its parameters, by their names; None for the parameters themselves.
+    forwards use in place of its parameters, by their names; None for the parameters themselves. smoothing: of the
+    targets of a loss's cross-entropies. batch_mean: makes, of one number per image of those at hand, the mean over the
+    batch of all processes; None where the batch is whole.
     """
 
-    def __init__(self, model: nn.Module, precision: str, attack: Attack, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: str,
+        attack: Attack,
+        generator: torch.Generator,
+        smoothing: float = 0.0,
+        batch_mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.model, self.precision, self.route, self.still = model, precision, route_of(model), False
         self.num_steps, self.generator = attack.num_steps, generator
         self.epsilon: float | Tensor = attack.epsilon
         self.weights: Callable[[], dict[str, Tensor]] | None = None
+        self.smoothing = smoothing
+        self.batch_mean = batch_mean
         dtype = network_dtype(model)
         self.progress = torch.zeros((), device=generator.device, dtype=dtype)
         self.epoch = torch.ones((), device=generator.device, dtype=dtype)
@@ -93,8 +113,24 @@ class Forward:
         return other
 
     def views(self, labels: Tensor, **tensors: Any) -> Views:
-        """Build `Views` with labels, num_steps, progress and epoch filled in."""
-        return Views(labels, num_steps=self.num_steps, progress=self.progress, epoch=self.epoch, **tensors)
+        """Build `Views` with labels, their soft form, num_steps, progress and epoch filled in.
+
+        labels: as the step was given them, int64 [B] or float [B, K].
+        """
+        soft = _UNSET
+        if self.smoothing or labels.is_floating_point():
+            logits = next(t for t in map(tensors.get, ("logits_adv", "logits_clean")) if t is not None)
+            soft = smoothed(labels, self.smoothing, logits.shape[1], self.progress.dtype)
+        where = {"num_steps": self.num_steps, "progress": self.progress, "epoch": self.epoch}
+        return Views(hard(labels), soft=soft, **where, **tensors)
+
+    def share(self, each: Tensor) -> dict[str, Tensor]:
+        """Return {"share": mean of `each` here over its mean in the whole batch}, for `weighed`.
+
+        each: float [B], what a loss's weights are before they are divided by their mean.
+        """
+        assert self.batch_mean is not None
+        return {"share": each.mean() / self.batch_mean(each).clamp_min(1e-30)}
 
     def companion(self, module: nn.Module, images: Tensor) -> Tensor:
         """Run another network (a teacher) in the engine's precision. images: float32 [B, C, H, W]."""
@@ -118,6 +154,11 @@ class Forward:
             weights = None if self.weights is None else self.weights()
             logits = forward_with_features(self.model, images, taps, weights)
         return logits, () if taps is None else taps.ordered()
+
+
+def weighed(loss: Tensor, views: Views) -> Tensor:
+    """Turn a loss whose weights are normalised over the images at hand into this rank's part of the batch's."""
+    return loss * views.extra["share"].to(loss.dtype) if "share" in views.extra else loss
 
 
 class Passes(NamedTuple):
@@ -180,6 +221,10 @@ class Defense:
     needs_clean: ClassVar[bool] = False
     """The training forward takes [clean; adv] rather than adv alone."""
     counts_kappa: ClassVar[bool] = False
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "hard"
+    """What the classes of images may be: "hard", one each, since `loss` reads `views.labels`; "smoothed", where its
+    cross-entropies read `views.targets`, but something else asks for an image's class; "mixed", any shares of classes.
+    """
     regularizers: ClassVar[tuple[str, ...]] = ()
     """Names of the loss terms that pull adversarial outputs or features to clean ones; the others classify."""
     formula: ClassVar[str] = ""
@@ -188,6 +233,8 @@ class Defense:
     """Order in which the training forward's running statistics are updated; None: clean, then adv."""
     why_eager: ClassVar[str] = ""
     """Why this defense's step cannot be captured as one graph; empty when it can."""
+    weighs_batch: ClassVar[bool] = False
+    """Whether the loss is no mean over images, because it normalises something over the batch (`Forward.share`)."""
     starts_from: ClassVar[str] = ""
     """Name of the field that holds a `standard` run to start from, for a defense that needs one.
 
@@ -272,6 +319,23 @@ class Defense:
         batches = 2 if self.needs_clean else 1
         return Passes(batches, batches)
 
+    def why_hard(self, *, mixed: bool, objective: str | Callable | None = None) -> str:
+        """Why labels cannot be smoothed (or, if `mixed`, mixed) with this defense and attack; "" where they can.
+
+        objective: of the attack, the defense's own unless given.
+        """
+        named, owners = self.name or type(self).__name__, type(self).__mro__
+        # A subclass that writes its own loss says so itself: the one it derives from spoke of another.
+        loss, targets = (next(i for i, c in enumerate(owners) if name in vars(c)) for name in ("loss", "targets"))
+        allowed = "hard" if loss < targets else self.targets
+        if mixed and self.attacks and (objective or self.objective) == "cw":
+            return "the attack's objective cw is a margin to the one class of an image"
+        if allowed == "mixed" or (allowed == "smoothed" and not mixed):
+            return ""
+        if allowed == "smoothed":
+            return f"{named} asks of each image whether its one class is met"
+        return f"the loss of {named} is of one class per image, not of shares of classes"
+
     def companions(self, model: nn.Module, example: Tensor) -> nn.ModuleDict:
         """Build further modules (predictors, teachers, buffers). example: float32 [2, C, H, W] in [0, 1].
 
@@ -313,7 +377,10 @@ class Defense:
     def forward(
         self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked | None
     ) -> Views:
-        """Run the training forward(s) and collect what `loss` needs. images: float32 [B, C, H, W] from `inputs`."""
+        """Run the training forward(s) and collect what `loss` needs. images: float32 [B, C, H, W] from `inputs`.
+
+        labels: for `run.views`; int64 [B], or float [B, K] where `targets` is "mixed".
+        """
         if attacked is None:
             logits, _ = run(images, "adv")
             return run.views(labels, logits_clean=logits)
@@ -360,4 +427,5 @@ __all__ = [
     "network_dtype",
     "part_of",
     "total",
+    "weighed",
 ]

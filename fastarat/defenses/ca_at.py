@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class CAAT(Defense):
     """
 
     name: ClassVar[str] = "ca-at"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "CE(f(x), y) and CE(f(x'), y), their gradients combined at a bounded angle"
     recipe: ClassVar[str] = "ca-at"
     also_released: ClassVar[dict[str, tuple]] = {"batch_size": (1024,), "optim.lr": (0.4,)}
@@ -61,8 +62,8 @@ class CAAT(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         return {
-            "ce_clean": cross_entropy(views.logits_clean, views.labels).mean(),
-            "ce_adv": cross_entropy(views.logits_adv, views.labels).mean(),
+            "ce_clean": cross_entropy(views.logits_clean, views.targets).mean(),
+            "ce_adv": cross_entropy(views.logits_adv, views.targets).mean(),
         }
 
     def backward(

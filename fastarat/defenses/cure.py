@@ -113,6 +113,7 @@ class CURE(Defense):
     """
 
     name: ClassVar[str] = "cure"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     starts_from: ClassVar[str] = "pretrained"
     start_otherwise: ClassVar[str] = "; or spend the run's first epochs on it: --defense.warmup-epochs 40 (CURE-Eff)"
     formula: ClassVar[str] = (
@@ -232,9 +233,9 @@ class CURE(Defense):
 
     def loss(self, views: Views) -> dict[str, Tensor]:
         clean, adv = views.logits_clean, views.logits_adv
-        ce_clean = cross_entropy(clean, views.labels).mean()
+        ce_clean = cross_entropy(clean, views.targets).mean()
         if self.mode == "rgp":
-            ce_adv = cross_entropy(adv, views.labels).mean()
+            ce_adv = cross_entropy(adv, views.targets).mean()
             terms = {"ce_clean": self.alpha * ce_clean, "ce_adv": (1 - self.alpha) * ce_adv}
         else:
             terms = {"ce_clean": ce_clean, "kl": self.beta * kl_distance(adv, clean.detach())}
@@ -250,8 +251,8 @@ class CURE(Defense):
         if self.mode != "rgp":
             second = kl_distance(views.logits_adv, views.logits_clean.detach())
             if self.mode == "paper":
-                second = cross_entropy(views.logits_adv, views.labels).mean()
-            first = cross_entropy(views.logits_clean, views.labels).mean()
+                second = cross_entropy(views.logits_adv, views.targets).mean()
+            first = cross_entropy(views.logits_clean, views.targets).mean()
             of_clean, of_adv = (torch.autograd.grad(scale(loss), masked, retain_graph=True) for loss in (first, second))
             size = torch.abs if self.mode == "paper" else torch.Tensor.detach
             scores = [self.alpha * size(c) + (1 - self.alpha) * size(a) for c, a in zip(of_clean, of_adv, strict=True)]

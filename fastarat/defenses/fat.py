@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -119,11 +119,12 @@ class FAT(EarlyStopped):
     """
 
     name: ClassVar[str] = "fat"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "smoothed"
     formula: ClassVar[str] = "CE(f(x'), y), x' of early-stopped PGD"
     recipe: ClassVar[str] = "gairat"
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return {"ce_adv": cross_entropy(views.logits_adv, views.labels).mean()}
+        return {"ce_adv": cross_entropy(views.logits_adv, views.targets).mean()}
 
 
 @dataclass(frozen=True, kw_only=True)

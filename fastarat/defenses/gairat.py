@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Forward, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Settings, Views, weighed
 from fastarat.errors import UserError
-from fastarat.losses import WeightKind, cross_entropy, gairat_weights
+from fastarat.losses import WeightKind, cross_entropy, gairat_weights, geometry, wide
 from fastarat.nets.models import WideResNet
 from fastarat.schedules import recipe_of
-from fastarat.specs import known
+from fastarat.specs import Attack, known
 
 
 def is_wide(model: nn.Module | str) -> bool:
@@ -59,8 +59,10 @@ class GAIRAT(Defense):
     """
 
     name: ClassVar[str] = "gairat"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "smoothed"
     formula: ClassVar[str] = "sum_i omega(kappa_i) CE(f(x'_i), y_i) / sum_i omega(kappa_i)"
     counts_kappa: ClassVar[bool] = True
+    weighs_batch: ClassVar[bool] = True
     recipe: ClassVar[str] = "gairat"
     released_budget: ClassVar[tuple[float, float]] = (0.031, 0.007)
     also_released: ClassVar[dict[str, tuple]] = {
@@ -117,6 +119,15 @@ class GAIRAT(Defense):
             found += ("lambda moves with every step, in the release with every epoch",)
         return found
 
+    def completed(self, attack: Attack) -> Attack:
+        """As said above. Raises: UserError for weights that so few steps do not tell apart."""
+        if self.kind != "discrete" and attack.num_steps < 2:
+            raise UserError(
+                f"GAIRAT weights of kind {self.kind} need at least 2 attack steps, got {attack.num_steps}: write "
+                "--defense.kind discrete, or more --attack.num-steps"
+            )
+        return super().completed(attack)
+
     def describe(self, norm: str) -> dict[str, str]:
         of_lam = "" if self.kind == "discrete" else f", lambda {self.lam:g} ({self.lam_schedule})"
         begin = "31 of 100 (WRN: 60 of 120), scaled" if self.begin_epoch is None else str(self.begin_epoch)
@@ -136,10 +147,14 @@ class GAIRAT(Defense):
                 lam = torch.where(reached(run, None, epoch, of), self.lam - drop, lam)
         weighted = reached(run, self.begin_epoch, burn_in(run.model), of)
         views = super().forward(run, companions, images, labels, attacked)
-        return views._replace(extra={"lam": lam, "weighted": weighted})
+        extra = {"lam": lam, "weighted": weighted}
+        if run.batch_mean is not None:
+            raw = geometry(views.kappa, views.num_steps, lam, self.kind, dtype=wide(views.logits_adv).dtype)
+            extra |= run.share(torch.where(weighted, raw, 1.0))
+        return views._replace(extra=extra)
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        each = cross_entropy(views.logits_adv, views.labels)
+        each = cross_entropy(views.logits_adv, views.targets)
         weights = gairat_weights(views.kappa, views.num_steps, views.extra["lam"], self.kind, dtype=each.dtype)
         weights = torch.where(views.extra["weighted"], weights, 1.0)
-        return {"ce_adv": (weights * each).mean()}
+        return {"ce_adv": weighed((weights * each).mean(), views)}

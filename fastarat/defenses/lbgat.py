@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class LBGAT(Defense):
     """
 
     name: ClassVar[str] = "lbgat"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "MSE(f(x'), g(x)) + CE(g(x), y) + beta KL(p_f(x) || p_f(x'))"
     objective: ClassVar[str] = "kl"
     start: ClassVar[str] = "gaussian"
@@ -106,7 +107,7 @@ class LBGAT(Defense):
             views.logits_clean,
             views.logits_adv,
             views.extra["logits_teacher"],
-            views.labels,
+            views.targets,
             self.beta,
             detach_teacher=self.detach_teacher,
         )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ class Foreign(Defense):
 
     named: `FILE.py:CLASS`, as saved. settings: its hyper-parameters as plain values. It cannot be trained.
     """
+
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"  # what its code takes is not known here
 
     named: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastarat.ascent import Attacked
-from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views
+from fastarat.defenses.base import Defense, Forward, Passes, Settings, Views, weighed
 from fastarat.defenses.gairat import burn_in, burn_in_ends, reached, released_epochs, stretched
 from fastarat.errors import UserError
 from fastarat.losses import cross_entropy, done_weights, instance_kl, vir_weights
@@ -27,6 +27,7 @@ class VIR(Defense):
     """
 
     name: ClassVar[str] = "vir"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "smoothed"
     formula: ClassVar[str] = "mean omega_i CE(f(x'_i), y_i), or mean [CE(f(x_i), y_i) + beta omega_i KL_i]"
     start: ClassVar[str] = "gaussian"
     recipe: ClassVar[str] = "vir"
@@ -110,10 +111,10 @@ class VIR(Defense):
         weights = vir_weights(views.logits_clean, views.logits_adv, views.labels, **self.constants())
         weights = torch.where(views.extra["weighted"], weights, 1.0)
         if self.mode == "at":
-            each = cross_entropy(views.logits_adv, views.labels)
+            each = cross_entropy(views.logits_adv, views.targets)
             return {"ce_adv": (weights * each).mean()}
         return {
-            "ce_clean": cross_entropy(views.logits_clean, views.labels).mean(),
+            "ce_clean": cross_entropy(views.logits_clean, views.targets).mean(),
             "kl": self.beta * (weights * instance_kl(views.logits_clean, views.logits_adv)).mean(),
         }
 
@@ -129,7 +130,9 @@ class DONE(Defense):
     """
 
     name: ClassVar[str] = "done"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "sum_i softmax(CE / r)_i CE(f(x'_i), y_i), weights without gradient"
+    weighs_batch: ClassVar[bool] = True
 
     r: float = field(default=1.0, metadata={"help": "strength of the regularisation: large r weights all alike"})
     begin_epoch: int | None = field(
@@ -162,9 +165,15 @@ class DONE(Defense):
         self, run: Forward, companions: nn.ModuleDict, images: Tensor, labels: Tensor, attacked: Attacked
     ) -> Views:
         weighted = reached(run, self.begin_epoch, burn_in(run.model), released_epochs(run.model))
-        return super().forward(run, companions, images, labels, attacked)._replace(extra={"weighted": weighted})
+        views = super().forward(run, companions, images, labels, attacked)
+        extra = {"weighted": weighted}
+        if run.batch_mean is not None:
+            # In float64, where exp does not overflow: a largest value to subtract would have to be all ranks'.
+            raw = (cross_entropy(views.logits_adv, labels).detach().double() / self.r).exp()
+            extra |= run.share(torch.where(weighted, raw, 1.0))
+        return views._replace(extra=extra)
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        each = cross_entropy(views.logits_adv, views.labels)
+        each = cross_entropy(views.logits_adv, views.targets)
         weights = torch.where(views.extra["weighted"], done_weights(each, self.r), 1 / len(each))
-        return {"ce_adv": (weights * each).sum()}
+        return {"ce_adv": weighed((weights * each).sum(), views)}

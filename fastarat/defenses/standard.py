@@ -17,9 +17,10 @@ class Standard(Defense):
     """Minimise CE(f(x), y) in train mode; no attack. Not robust: the reference row, and ARREST's and CURE's start."""
 
     name: ClassVar[str] = "standard"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "CE(f(x), y)"
     attacks: ClassVar[bool] = False
     chosen_by: ClassVar[Literal["robust", "clean"]] = "clean"
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return {"ce_clean": F.cross_entropy(wide(views.logits_clean), views.labels)}
+        return {"ce_clean": F.cross_entropy(wide(views.logits_clean), views.targets)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class TRADES(Defense):
     """
 
     name: ClassVar[str] = "trades"
+    targets: ClassVar[Literal["hard", "smoothed", "mixed"]] = "mixed"
     formula: ClassVar[str] = "CE(f(x), y) + beta KL(p(x) || p(x'))"
     objective: ClassVar[str] = "kl"
     start: ClassVar[str] = "gaussian"
@@ -72,4 +73,4 @@ class TRADES(Defense):
         return found
 
     def loss(self, views: Views) -> dict[str, Tensor]:
-        return losses.trades(views.logits_clean, views.logits_adv, views.labels, self.beta)
+        return losses.trades(views.logits_clean, views.logits_adv, views.targets, self.beta)

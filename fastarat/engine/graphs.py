@@ -244,21 +244,23 @@ class PerShape:
     ) -> None:
         self.fn, self.mode, self.around = fn, mode, around
         self.generators = generators if mode == "cuda" else ()
-        self.graphs: dict[torch.Size, Captured] = {}
+        self.graphs: dict[tuple[torch.Size, int | None], Captured] = {}
 
     def clear(self) -> None:
         """Forget the graphs: what they hold by address has been replaced."""
         self.graphs.clear()
 
-    def captured(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Any]:
+    def captured(self, images: Tensor, labels: Tensor, total: int | None = None) -> Callable[[Tensor, Tensor], Any]:
         """Return what serves this shape, captured now if it is one of the first two."""
+        # Ranks capture together: a batch of another total is another one on all of them, though some shards be alike.
+        key = images.shape, total
         # A third shape would be captured once and replayed rarely: each graph holds a whole step's memory.
-        if self.mode is not None and images.shape not in self.graphs and len(self.graphs) < 2:
+        if self.mode is not None and key not in self.graphs and len(self.graphs) < 2:
             pool = next((g.pool for g in self.graphs.values()), None)
             options = {"mode": self.mode, "generators": self.generators, "pool": pool}
             with self.around():
                 try:
-                    self.graphs[images.shape] = capture(self.fn, (images, labels), **options)
+                    self.graphs[key] = capture(self.fn, (images, labels), **options)
                 except UserError:
                     raise
                 except RuntimeError as error:
@@ -266,7 +268,7 @@ class PerShape:
                     raise UserError(
                         f"this step cannot be captured as a CUDA graph ({first}): write capture='off'"
                     ) from error
-        return self.graphs.get(images.shape, self.fn)
+        return self.graphs.get(key, self.fn)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Any:
-        return self.captured(images, labels)(images, labels)
+    def __call__(self, images: Tensor, labels: Tensor, total: int | None = None) -> Any:
+        return self.captured(images, labels, total)(images, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import traceback
@@ -17,6 +18,17 @@ from fastarat.device import switched
 from fastarat.errors import UserError
 from fastarat.nets.attacker import mode_of
 from fastarat.values import shown
+
+
+def own_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the context in which a step computes as it was asked to, whatever its caller's loop does.
+
+    Lightning and accelerate run a training step under autocast in mixed precision; losses, statistics and a float32
+    attack would be rounded to three digits with no word said.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _file(defense: Defense) -> str:
@@ -89,7 +101,9 @@ def check_terms(terms: object, where: str) -> None:
 
 def count_classes(model: nn.Module, shape: torch.Size, memory_format: torch.memory_format) -> int:
     """K, by one forward in eval mode: a network that does not take such images, or return logits, shows here."""
-    images = torch.zeros(2, *shape, device=next(model.parameters()).device).to(memory_format=memory_format)
+    # Not of one colour: a network that scales each image by its own spread has none to divide by there.
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(model.parameters()).device).to(memory_format=memory_format)
     # No plan of cuDNN's is worth finding for two images.
     with torch.no_grad(), mode_of(model, False), switched(torch.backends.cudnn, benchmark=False):
         logits = logits_of(model, images, model)

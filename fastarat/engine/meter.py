@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastarat.defenses.base import Views
+from fastarat.distributed import World
+from fastarat.specs import known
 
 _NEVER = 2**62
 
@@ -23,11 +25,11 @@ class _Held(NamedTuple):
 class Meter:
     """Sums of terms and correct predictions on the device, and the first step at which a term was not finite.
 
-    What is watched beside the terms is not summed.
+    What is watched beside the terms is not summed. world: over whose ranks it is read; all of them read together.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, world: World | None = None) -> None:
+        self.device, self.world = device, world or World()
         self.names: list[str] = []
         self.watched: list[str] = []
         self.num_terms = 0
@@ -54,7 +56,14 @@ class Meter:
         if self._held is None:
             return {}
         names = {"names": self.names, "watched": self.watched, "num_terms": self.num_terms}
-        return {**names, **{key: value.clone() for key, value in self._held._asdict().items()}}
+        return {**names, **self._of_all()._asdict()}
+
+    def _of_all(self) -> _Held:
+        """A copy, over all ranks."""
+        held = _Held(*(value.clone() for value in known(self._held)))
+        self.world.sum_([held.sums], "meter")
+        self.world.smallest_([held.first_bad], "meter")
+        return held
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
@@ -63,8 +72,11 @@ class Meter:
             return
         self.names, self.watched, self.num_terms = list(state["names"]), list(state["watched"]), state["num_terms"]
         self._held = _Held(*(state[key].clone().to(self.device) for key in _Held._fields))
+        if self.world.rank:  # what all have measured is one's alone from here on
+            self._held.sums.zero_()
 
-    def add(self, terms: dict[str, Tensor], views: Views, watched: dict[str, Tensor]) -> None:
+    def add(self, terms: dict[str, Tensor], views: Views, watched: dict[str, Tensor], *, last: bool = True) -> None:
+        """Count a step; or a micro-batch of it, which is not its `last`."""
         values = {**terms}
         size = views.labels.shape[0]
         for key, logits in (("clean_acc", views.logits_clean), ("robust_acc", views.logits_adv)):
@@ -84,11 +96,11 @@ class Meter:
         torch.minimum(first_bad, bad, out=first_bad)
         sums[:-1] += torch.nan_to_num(row[: len(values)]).double() * size
         sums[-1] += size
-        steps += 1
+        steps += last
 
     def read(self) -> dict[str, float]:
         """Means per image since the last reset, with `loss` the sum of the terms; one host read."""
-        values = [0.0] if self._held is None else self._held.sums.tolist()
+        values = [0.0] if self._held is None else self._of_all().sums.tolist()
         if not values[-1]:
             return {}
         means = {name: value / values[-1] for name, value in zip(self.names, values[:-1], strict=True)}
@@ -98,7 +110,7 @@ class Meter:
         """Step (from 0, since the last reset) and name of the first term that was not finite, or None."""
         if self._held is None:
             return None
-        steps = dict(zip((*self.names, *self.watched), self._held.first_bad.tolist(), strict=True))
+        steps = dict(zip((*self.names, *self.watched), self._of_all().first_bad.tolist(), strict=True))
         looked_at = (*self.watched, *self.names[: self.num_terms])  # what went wrong first in the step comes first
         name = min(looked_at, key=steps.__getitem__)
         return None if steps[name] == _NEVER else (steps[name], name)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from fastarat.values import coerce, whole, within
+
+
+def perturbation(gamma: float | None, warmup: int) -> WeightPerturbation | None:
+    """Return what perturbs by `gamma`, from after `warmup` epochs on; None for None. Raises: UserError for others."""
+    warmup = whole("awp_warmup", warmup, 0)
+    if gamma is None:
+        return None
+    share = within("awp", coerce(gamma, float, "awp"), "(0, 1)", "a share of each weight's norm, such as 0.005")
+    return WeightPerturbation(share, warmup)
 
 
 class WeightPerturbation:
@@ -20,13 +31,28 @@ class WeightPerturbation:
         self.gamma, self.warmup = gamma, warmup
         self._pushed: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def push(self, model: nn.Module, companions: nn.Module, loss: Callable[[], Tensor], epoch: Tensor) -> None:
-        """Perturb `model`. loss: the training loss, moving no statistic. epoch: 0-d, from 1, on the device."""
+    def push(
+        self,
+        model: nn.Module,
+        companions: nn.Module,
+        losses: Iterable[Callable[[], Tensor]],
+        epoch: Tensor,
+        sum_: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        """Perturb `model`.
+
+        losses: what sums to the training loss, a micro-batch each, moving no statistic. epoch: 0-d, from 1, on the
+        device. sum_: sums gradients over all processes, in place.
+        """
         weights: list[Tensor] = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
         buffers = list(companions.buffers())
         kept = [b.clone() for b in buffers]
-        grads = torch.autograd.grad(loss(), weights)
+        grads: Sequence[Tensor] = ()
+        for loss in losses:
+            found = torch.autograd.grad(loss(), weights)
+            grads = torch._foreach_add(grads, found) if grads else found
         with torch.no_grad():
+            sum_(grads)
             if buffers:
                 torch._foreach_copy_(buffers, kept)
             # Switched on the device, so that a captured step starts to perturb without being captured again.

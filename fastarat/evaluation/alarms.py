@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastarat.evaluation.crafted import Outcome, classes_of, generator_of, perturb, start_of
+from fastarat.evaluation.sharing import dealt, together
 from fastarat.evaluation.task import STANDARD, Entry, Task, attack_title
 
 # Trained robust networks lose 2 to 5 points from PGD-20 to AutoAttack; from 2 on PGD alone misleads.
@@ -58,13 +59,18 @@ def probed(task: Task, entries: Sequence[Entry], outcomes: Mapping[str, Outcome]
     if len(rows) < FEWEST:
         return None
     rows = rows[torch.arange(min(wanted, len(rows))) * len(rows) // min(wanted, len(rows))]
-    fgsm, cw, generator = 0, 0, generator_of(task)
-    one_step = task.budget._replace(step_size=task.budget.epsilon)
-    for part in rows.split(task.batch_size):
-        x, y = task.images[part].to(task.device), task.labels[part].to(task.device)
-        fgsm += _fallen(task, perturb(task, x, y, x.clone(), 1, budget=one_step), y)
-        start = start_of(task, x, generator)
-        cw += _fallen(task, perturb(task, x, y, start, _PROBED_STEPS, objective="cw"), y)
+    one_step, generator = task.budget._replace(step_size=task.budget.epsilon), generator_of(task)
+
+    def attack() -> tuple[int, int]:
+        fgsm, cw = 0, 0
+        for _, x, y, own in dealt(task, rows):
+            start = start_of(task, x, generator)
+            if own:
+                fgsm += _fallen(task, perturb(task, x, y, x.clone(), 1, budget=one_step), y)
+                cw += _fallen(task, perturb(task, x, y, start, _PROBED_STEPS, objective="cw"), y)
+        return fgsm, cw
+
+    fgsm, cw = map(sum, zip(*together(task.world, attack), strict=True))
     return Probe(longest.name, len(rows), len(robust.nonzero()) / len(robust), fgsm, cw)
 
 

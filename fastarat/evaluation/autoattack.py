@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,10 @@ from fastarat.doctor import version_of
 from fastarat.errors import UserError
 from fastarat.evaluation.checks import furthest
 from fastarat.evaluation.search import SEARCH, quick_forward
+from fastarat.evaluation.sharing import together
 from fastarat.evaluation.task import Entry, Task, share
 from fastarat.files import parse_json, seal, tensors_hash, write_text
+from fastarat.specs import known
 
 _STATE = ("fingerprint", "robust", "pending", "done", "partial")
 
@@ -84,7 +86,7 @@ class AutoAttackRun:
                 self._play_one(member, quick)
 
     def _play_one(self, member: str, quick: Callable[[Tensor], Tensor] | None) -> None:
-        task = self.task
+        task, world = self.task, self.task.world
         if self.pending is None:
             self.pending = self.robust.nonzero().squeeze(1).tolist()
             self.partial = {"wall_s": 0.0, "max_perturbation": 0.0}
@@ -93,21 +95,23 @@ class AutoAttackRun:
         calls = _calls(build_ensemble(self.package, task, self.num_classes), member.removeprefix(SEARCH))
         with task.bar(title, len(self.pending), each=calls, unit="forward") as bar:
             bar.set_postfix_str(f"robust {share(self.robust):.2%}", refresh=False)
-            finished = 0
+            finished, batches = 0, tuple[Tensor, ...]()
 
             def counted(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
                 def call(images: Tensor) -> Tensor:
-                    if bar.n < finished + calls:
-                        bar.update()
+                    if bar.n < finished + calls * len(batches):
+                        bar.update(len(batches))
                     return forward(images)
 
                 return call
 
             exact = build_ensemble(self.package, task, self.num_classes, counted(task.forward))
             fast = quick and build_ensemble(self.package, task, self.num_classes, counted(quick))
-            while self.pending:
-                began = time.perf_counter()
-                rows = torch.tensor(self.pending[: task.batch_size])
+
+            def attack() -> tuple[Tensor, float] | None:
+                if world.rank >= len(batches):
+                    return None
+                rows = batches[world.rank]
                 x, y = task.images[rows].to(task.device), task.labels[rows].to(task.device)
                 # Copies: the distance below must be from images that no attack has had in its hands.
                 if quick is not None and member.startswith(SEARCH):
@@ -115,16 +119,27 @@ class AutoAttackRun:
                 else:
                     points = _perturb(exact, member, x.clone(), y.clone())
                 distance = furthest(points, x, task.budget)
-                self.robust[rows] = (task.forward(points).argmax(1) == y).cpu()
-                self.pending = self.pending[task.batch_size :]
-                self.partial["wall_s"] += time.perf_counter() - began
-                self.partial["max_perturbation"] = max(self.partial["max_perturbation"], distance)
-                self._save()
-                finished += calls
+                return (task.forward(points).argmax(1) == y).cpu(), distance
+
+            while self.pending:
+                began = time.perf_counter()
+                # A round: a batch for each rank, as many as there are. All learn what each found before the next.
+                batches = torch.tensor(self.pending).split(task.batch_size)[: world.size]
+                self._take(batches, together(world, attack), time.perf_counter() - began)
+                finished += calls * len(batches)
                 bar.set_postfix_str(f"robust {share(self.robust):.2%}", refresh=False)
                 bar.update(finished - bar.n)
         self.done[member] = {"accuracy": share(self.robust), **self.partial}
         self.pending = None
+        self._save()
+
+    def _take(self, batches: Sequence[Tensor], found: list[tuple[Tensor, float] | None], seconds: float) -> None:
+        """Note what a round found of its batches, and save."""
+        for rows, (robust, distance) in zip(batches, filter(None, found), strict=True):
+            self.robust[rows] = robust
+            self.partial["max_perturbation"] = max(self.partial["max_perturbation"], distance)
+        self.pending = known(self.pending)[sum(map(len, batches)) :]
+        self.partial["wall_s"] += seconds
         self._save()
 
     def remember(self, folder: Path) -> None:
@@ -145,32 +160,39 @@ class AutoAttackRun:
             "package": named_version(self.package),
         }
         digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{self.name}-{digest}.json"
-        for other in sorted(folder.glob(f"{self.name}-{'[0-9a-f]' * 12}.json")):
-            if other != self.path:
-                task.found.extend(_passed_over(other, self.fingerprint))
-        if not self.path.exists():
-            return
-        state = _read_state(self.path)
-        if (
-            isinstance(state, str)
-            or state["fingerprint"] != self.fingerprint
-            or len(state["robust"]) != len(self.robust)
-        ):
-            why = state if isinstance(state, str) else "of another evaluation"
-            task.found.append(f"the AutoAttack state {self.path} is {why}: not used, attacked anew from the start")
-            return
-        self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
-        self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
+        # Rank 0 alone reads and writes. How many processes there are makes no difference to what is in it.
+        state = task.world.first(self._saved)
+        if state is not None:
+            self.robust = torch.tensor([flag == "1" for flag in state["robust"]])
+            self.pending, self.done, self.partial = state["pending"], state["done"], state["partial"]
+
+    def _saved(self) -> dict[str, Any] | None:
+        """Return the state of this very run, if there is one; note what is passed over."""
+        path, found = known(self.path), self.task.found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in sorted(path.parent.glob(f"{self.name}-{'[0-9a-f]' * 12}.json")):
+            if other != path:
+                found.extend(_passed_over(other, self.fingerprint))
+        if not path.exists():
+            return None
+        state = _read_state(path)
+        if not isinstance(state, str):
+            if state["fingerprint"] == self.fingerprint and len(state["robust"]) == len(self.robust):
+                return state
+            state = "of another evaluation"
+        found.append(f"the AutoAttack state {path} is {state}: not used, attacked anew from the start")
+        return None
 
     def _save(self) -> None:
-        if self.path is None:
-            return
+        if self.path is not None:
+            self.task.world.first(self._write)
+
+    def _write(self) -> None:
         # A digit per image: this file is written anew after every batch, and a JSON list of booleans is seven times
         # as long.
         state = {key: getattr(self, key) for key in _STATE} | {"robust": "".join("01"[f] for f in self.robust.tolist())}
-        write_text(self.path, json.dumps(state | {"sha256": seal(state)}))
+        write_text(known(self.path), json.dumps(state | {"sha256": seal(state)}))
 
 
 def plan(entry: Entry, num_classes: int, found: list[str]) -> tuple[str, ...]:

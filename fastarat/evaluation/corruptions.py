@@ -21,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from fastarat.errors import UserError
+from fastarat.evaluation.sharing import dealt, together
 from fastarat.evaluation.task import Task
 from fastarat.nets.batchnorm import branch as use_branch, branches_of
 
@@ -40,30 +41,36 @@ def measure(task: Task, prepared: Path | None, rows: Tensor | None) -> dict[str,
     Returns: by branch (the task's first), by kind, the five accuracies.
     """
     branches = [task.branch, *(name for name in branches_of(task.model) if name != task.branch)]
-    found = {name: {kind: [0] * len(SEVERITIES) for kind in KINDS} for name in branches}
     batches = -(-len(task.labels) // task.batch_size)
-    with task.bar("corruptions", len(KINDS) * len(SEVERITIES) * batches * task.batch_size) as bar:
-        for kind in KINDS:
-            file = None if prepared is None else _opened(prepared / f"{kind}.npy")
-            for severity in SEVERITIES:
-                begin = 0
-                for x, y in task.batches():
-                    if file is None or rows is None:
-                        points = corrupted(x.cpu(), kind, severity, seed=task.seed, first=begin)
-                    else:
-                        at = rows[begin : begin + len(x)] + (severity - 1) * (len(file) // len(SEVERITIES))
-                        points = torch.from_numpy(file[at.numpy()]).permute(0, 3, 1, 2).float() / 255
-                    begin += len(x)
-                    for name in branches:
-                        with use_branch(task.model, name), torch.no_grad():
-                            seen = task.forward(points.to(x.device)).argmax(1)
-                        found[name][kind][severity - 1] += int((seen == y).sum())
-                    bar.update()
-    # Counts are divided once: a sum of shares may come to more than 1.
-    return {
-        name: {kind: [count / len(task.labels) for count in counts] for kind, counts in by_kind.items()}
-        for name, by_kind in found.items()
-    }
+
+    def count() -> dict[str, dict[str, list[int]]]:
+        found = {name: {kind: [0] * len(SEVERITIES) for kind in KINDS} for name in branches}
+        with task.bar("corruptions", len(KINDS) * len(SEVERITIES) * batches * task.batch_size) as bar:
+            for kind in KINDS:
+                file = None if prepared is None else _opened(prepared / f"{kind}.npy")
+                for severity in SEVERITIES:
+                    for at, x, y, own in dealt(task):
+                        bar.update()
+                        if not own:
+                            continue
+                        if file is None or rows is None:
+                            points = corrupted(x.cpu(), kind, severity, seed=task.seed, first=int(at[0]))
+                        else:
+                            there = rows[at] + (severity - 1) * (len(file) // len(SEVERITIES))
+                            points = torch.from_numpy(file[there.numpy()]).permute(0, 3, 1, 2).float() / 255
+                        for name in branches:
+                            with use_branch(task.model, name), torch.no_grad():
+                                seen = task.forward(points.to(x.device)).argmax(1)
+                            found[name][kind][severity - 1] += int((seen == y).sum())
+        return found
+
+    parts = together(task.world, count)
+
+    def accuracy(name: str, kind: str) -> list[float]:
+        # Counts are divided once: a sum of shares may come to more than 1.
+        return [sum(counts) / len(task.labels) for counts in zip(*(p[name][kind] for p in parts), strict=True)]
+
+    return {name: {kind: accuracy(name, kind) for kind in KINDS} for name in branches}
 
 
 def mean_accuracy(by_kind: dict[str, list[float]]) -> float:

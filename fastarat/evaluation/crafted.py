@@ -5,7 +5,10 @@ Source: Madry et al., ICLR 2018 (PGD); Carlini and Wagner, S&P 2017 (the margin)
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from fastarat.attacks import pgd, random_start
 from fastarat.evaluation.checks import check_finite, furthest
+from fastarat.evaluation.sharing import dealt, together
 from fastarat.evaluation.task import Entry, Task, share
 from fastarat.values import Budget
 
@@ -43,7 +47,13 @@ def classes_of(task: Task, points: Tensor) -> Tensor:
 
 def clean_outcome(task: Task) -> Outcome:
     """Classify the images themselves."""
-    predicted = torch.cat([classes_of(task, x).cpu() for x, _ in task.batches()])
+    predicted = torch.zeros_like(task.labels, device="cpu")
+
+    def classify() -> list[tuple[Tensor, Tensor]]:
+        return [(rows, classes_of(task, x).cpu()) for rows, x, _, own in dealt(task) if own]
+
+    for rows, classes in itertools.chain(*together(task.world, classify)):
+        predicted[rows] = classes
     return Outcome(predicted == task.labels.cpu(), predicted)
 
 
@@ -80,29 +90,51 @@ def pgd_outcome(task: Task, entry: Entry, source: Task | None = None) -> Outcome
     source: the network, lent by the caller, that the points are crafted on; default: the one that is measured.
     """
     generator, crafting = generator_of(task), source or task
-    parts: list[Tensor] = []
-    seen: list[Tensor] = []
-    largest = 0.0
-    with task.bar(entry.name, len(task.labels)) as bar:
-        for x, y in task.batches():
-            correct, predicted = torch.ones_like(y, dtype=torch.bool), y.clone()
-            for _ in range(entry.num_restarts):
-                # For the whole batch, whatever is left of it: later batches must not depend on this one's success.
-                start = start_of(task, x, generator)
-                # Only what has withstood every start so far is attacked again: an image counts once, at its worst.
-                rows = correct.nonzero().squeeze(1)
-                if len(rows):
-                    points = perturb(
-                        crafting, x[rows], y[rows], start[rows], entry.num_steps, objective=entry.objective
-                    )
-                    largest = max(largest, furthest(points, x[rows], task.budget))
-                    predicted[rows] = classes_of(task, points)
-                    correct[rows] = predicted[rows] == y[rows]
-            parts.append(correct.cpu())
-            seen.append(predicted.cpu())
-            bar.update()
-            bar.set_postfix_str(f"robust {share(torch.cat(parts)):.2%}")
-    return Outcome(torch.cat(parts), torch.cat(seen), largest)
+
+    def attack() -> _Found:
+        found, largest = [], 0.0
+        with task.bar(entry.name, len(task.labels)) as bar:
+            for rows, x, y, own in dealt(task):
+                # For the whole batch, whatever is left of it, and for other ranks' batches, too: later ones must not
+                # depend on this one's success, nor on how many processes there are.
+                starts = (start_of(task, x, generator) for _ in range(entry.num_restarts))
+                if own:
+                    predicted, distance = _under_pgd(task, crafting, entry, x, y, starts)
+                    found.append((rows, predicted.cpu()))
+                    largest = max(largest, distance)
+                    robust = torch.cat([p == task.labels[r].cpu() for r, p in found])
+                    bar.set_postfix_str(f"robust {share(robust):.2%}", refresh=False)
+                collections.deque(starts, 0)  # those that are left
+                bar.update()
+        return _Found(found, largest)
+
+    predicted, parts = torch.zeros_like(task.labels, device="cpu"), together(task.world, attack)
+    for rows, classes in itertools.chain(*(part.classes for part in parts)):
+        predicted[rows] = classes
+    return Outcome(predicted == task.labels.cpu(), predicted, max(part.largest for part in parts))
+
+
+class _Found(NamedTuple):
+    """What one rank found: rows and the classes seen there, batch by batch, and the largest perturbation."""
+
+    classes: list[tuple[Tensor, Tensor]]
+    largest: float
+
+
+def _under_pgd(
+    task: Task, crafting: Task, entry: Entry, x: Tensor, y: Tensor, starts: Iterator[Tensor]
+) -> tuple[Tensor, float]:
+    """Return the class int64 [B] that a batch is seen as at its worst, and the largest perturbation."""
+    predicted, largest = y.clone(), 0.0
+    for start in starts:
+        # Only what has withstood every start so far is attacked again: an image counts once, at its worst.
+        rows = (predicted == y).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        points = perturb(crafting, x[rows], y[rows], start[rows], entry.num_steps, objective=entry.objective)
+        largest = max(largest, furthest(points, x[rows], task.budget))
+        predicted[rows] = classes_of(task, points)
+    return predicted, largest
 
 
 def measure_curves(task: Task, clean: Tensor) -> dict[str, Any]:
@@ -135,11 +167,18 @@ def measure_curves(task: Task, clean: Tensor) -> dict[str, Any]:
 
 def _along_steps(task: Task) -> list[float]:
     """Return the accuracies along one trajectory."""
-    generator, standing = generator_of(task), [0] * len(CURVE_STEPS)
-    for x, y in task.batches():
-        points, done = start_of(task, x, generator), 0
-        for i, number in enumerate(CURVE_STEPS):
-            points, done = perturb(task, x, y, points, number - done), number
-            standing[i] += int((classes_of(task, points) == y).sum())
-        furthest(points, x, task.budget)
-    return [count / len(task.labels) for count in standing]
+    generator = generator_of(task)
+
+    def count() -> list[int]:
+        standing = [0] * len(CURVE_STEPS)
+        for _, x, y, own in dealt(task):
+            points, done = start_of(task, x, generator), 0
+            if not own:
+                continue
+            for i, number in enumerate(CURVE_STEPS):
+                points, done = perturb(task, x, y, points, number - done), number
+                standing[i] += int((classes_of(task, points) == y).sum())
+            furthest(points, x, task.budget)
+        return standing
+
+    return [sum(counts) / len(task.labels) for counts in zip(*together(task.world, count), strict=True)]

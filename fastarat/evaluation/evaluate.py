@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastarat.checks import input_channels, logits_of
 from fastarat.device import enough_memory, pick_device
+from fastarat.distributed import World
 from fastarat.errors import UserError
 from fastarat.evaluation import corruptions
 from fastarat.evaluation.alarms import doubts, probed, square_took
@@ -71,6 +73,7 @@ def evaluate(
     corruptions_dir: str | Path | None = None,
     alarms: bool = True,
     confirm: bool = True,
+    world: World | None = None,
 ) -> Evaluation:
     """Measure the accuracy of `model` under each attack of a comma-separated list.
 
@@ -80,33 +83,32 @@ def evaluate(
 
     Args:
         model: images float32 [B, C, H, W] in [0, 1] -> logits float32 [B, K]; it normalises inside.
-        data: a `fastarat.data.Split`, a loader, or (images float32 [N, C, H, W] in [0, 1], labels int64 [N]).
+        data: a `Split`, (images float32 [N, C, H, W] in [0, 1], labels int64 [N]), or what `data.as_split` takes.
         attack: entries `clean`, `pgd-N` (N steps from a uniform start), `pgd-N-R` (R restarts), `cw-N` and `cw-N-R` (on
             the margin), `autoattack` (standard version), or one member of it: `apgd-ce`, `apgd-t`, `fab-t`, `square`;
             `transfer` (PGD-20 on `source`), `worst` (images that withstand every attack of the list), `corruptions`
             (mean over 15 kinds and 5 severities, no attack).
         epsilon: radius in pixel units, 1.0 the full range.
-        step_size: of PGD; default epsilon / 4, which is 2/255 for 8/255.
-        limit: number of images, at even distances through the set (one stored class by class stays balanced).
+        step_size: of PGD; default epsilon / 4. limit: number of images, at even distances through the set.
         batch_size: images per forward; with the seed it fixes AutoAttack's random numbers.
-        device: where to evaluate: a device, its name, or "auto"; default: where the model is.
-        branch: BN branch of a split model.
+        device: where to evaluate: a device, its name, or "auto"; default: where the model is. branch: of a split model.
         state_dir: AutoAttack saves its state here after every batch, and a later call with the same weights, data and
             settings continues from it.
-        progress: show one line per attack on a terminal and in a notebook.
-        tf32: allow TensorFloat-32 in convolutions and matrix products (faster on CUDA; settings record it).
+        progress: show one line per attack. tf32: allow TensorFloat-32 (faster on CUDA; settings record it).
         source: for `transfer`, the network that the images are crafted on, in its branch `adv`.
         curves: also measure accuracy along epsilon and along PGD steps (`Evaluation.curves`): 260 steps an image.
         corruptions_dir: prepared files of the whole test set, as CIFAR-10-C has them; default: made here.
         alarms: where PGD is the strongest attack of the list, try FGSM and CW-PGD-10 on some images that withstood it,
             for at most 8 % of its steps (but 128 images), and warn of masked gradients.
         confirm: `autoattack-fast` attacks what its searches leave in float32, too; False labels it unconfirmed.
+        world: processes that share the work (`fastarat.distributed.joined`): all make this very call, and get the same
+            result, which is that of one process.
     Raises: UserError for an unknown attack, a budget outside (0, 1], images outside [0, 1], labels outside [0, K), and
         a model that does not return finite float32 logits; all before the first attack.
     """
     entries = _entries(attack, source, corruptions_dir)
     budget, flags = checked_budget(epsilon, step_size, norm), _flags(curves=curves, alarms=alarms, confirm=confirm)
-    task = _task(model, data, limit, budget, entries, batch_size, seed, branch, tf32, device, progress, source)
+    task = _task(model, data, limit, budget, entries, batch_size, seed, branch, tf32, device, progress, source, world)
     prepared, rows = _prepared(task, entries, corruptions_dir, limit)
     with task.lent(), enough_memory(batch_size):
         return _measured(task, entries, _Asked(limit, state_dir, source, prepared=prepared, rows=rows, **flags))
@@ -140,6 +142,7 @@ def _task(
     device: torch.device | str | None,
     progress: bool,
     source: nn.Module | None,
+    world: World | None,
 ) -> Task:
     """Check the arguments of `evaluate` and collect its images."""
     batch_size, seed = whole("batch_size", batch_size), checked_seed(seed)
@@ -153,7 +156,19 @@ def _task(
     images, labels = collect(data, limit=limit, batch_size=batch_size, channels=input_channels(model))
     check_data(model, images, labels)
     budget = checked_budget(*budget, shape=images.shape)
-    return Task(model, images, labels, budget, batch_size, seed, branch, tf32, device, progress)
+    task = Task(model, images, labels, budget, batch_size, seed, branch, tf32, device, progress)
+    return task if world is None else _shared(task, world)
+
+
+def _shared(task: Task, world: World) -> Task:
+    """Return the task for one of several processes; the first shows its progress for all."""
+    batches = -(-len(task.labels) // task.batch_size)
+    if batches < world.size:
+        task.found.append(
+            f"{len(task.labels):,} images in batches of {task.batch_size} are {batches} batch(es) for {world.size} "
+            "processes, some of which had nothing to do: a smaller batch_size is faster"
+        )
+    return replace(task, world=world, progress=task.progress and world.first_one)
 
 
 def _prepared(
@@ -172,6 +187,7 @@ def _measured(task: Task, entries: list[Entry], asked: _Asked) -> Evaluation:
     source = None if asked.source is None else _lent_source(task, asked.source, num_classes)
     plans = {e.name: plan(e, num_classes, task.found) for e in entries if e.members}
     result = Evaluation({}, len(task.labels), _settings(task, entries, plans, num_classes, asked))
+    _check_same(task.world, result.settings)
     began = time.perf_counter()
     # Whatever was asked for: AutoAttack attacks what is correct so far, and `doubts` compares with clean accuracy.
     clean = clean_outcome(task)
@@ -205,8 +221,19 @@ def _measured(task: Task, entries: list[Entry], asked: _Asked) -> Evaluation:
         entries, result.accuracy, result.autoattack, share(clean.robust), num_images=len(task.labels),
         probe=probed(task, entries, outcomes) if asked.alarms else None, curves=result.curves,
     )  # fmt: skip
-    # The same doubt may come up at every batch; a dict keeps the order, a set would not.
-    return replace(result, warnings=tuple(dict.fromkeys([*task.found, *notes])))
+    told = task.world.gather((task.found, result.wall_s))
+    # The same doubt may come up at every batch, and on every rank; a dict keeps the order, a set would not.
+    warnings = tuple(dict.fromkeys([*itertools.chain(*(found for found, _ in told)), *notes]))
+    return replace(result, warnings=warnings, wall_s=told[0][1])
+
+
+def _check_same(world: World, settings: dict[str, Any]) -> None:
+    """Raise UserError, on all ranks, where they were not asked for the same."""
+    world.same("weights", settings["weights_sha256"], "load one checkpoint on all of them")
+    world.same("images", settings["data_sha256"], "give all of them the whole set: batches are dealt to them here")
+    for key, value in settings.items():
+        if key not in ("weights_sha256", "data_sha256", "device"):
+            world.same(f"settings of the evaluation ({key})", value, "make the same call on all of them")
 
 
 def _settings(
@@ -229,6 +256,8 @@ def _settings(
         "torch": torch.__version__,
         "autoattack_package": named_version(find_package()) if plans else None,
     }
+    if task.world.size > 1:
+        found["processes"] = task.world.size
     if "autoattack-fast" in plans:
         found["confirmed"] = {"autoattack-fast": asked.confirm}
     if asked.source is not None:

@@ -92,6 +92,7 @@ class Evaluation:
         lines.append(
             f"{s['norm']} epsilon {in_pixels(s['epsilon'])}, PGD step {in_pixels(s['step_size'])}, "
             f"branch {s['branch']}, seed {s['seed']}, {s['precision']}, {s['device']}"
+            + (f", {s['processes']} processes" if "processes" in s else "")
         )
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)

@@ -47,7 +47,8 @@ def quick_forward(task: Task) -> Callable[[Tensor], Tensor]:
 
         return call
 
-    precision, _ = fastest_precision(task.device, build)
+    # Timed once, for all: processes that search in different precisions would find different things.
+    precision = task.world.first(lambda: fastest_precision(task.device, build)[0])
     return _forward(task, precision)
 
 

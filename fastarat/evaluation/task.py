@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +17,11 @@ from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
+from fastarat.bars import LineBar
 from fastarat.checks import check_images, check_labels
-from fastarat.data import Loader, Split, make_loader
+from fastarat.data import Dataset, as_split, make_loader
 from fastarat.device import float32_flags, seeded_apart
+from fastarat.distributed import World
 from fastarat.errors import UserError, unknown
 from fastarat.nets.attacker import frozen
 from fastarat.nets.batchnorm import branch as use_branch
@@ -122,64 +123,36 @@ def in_pixels(value: float) -> str:
 def collect(
     data: Any, *, limit: int | None = None, batch_size: int = 256, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the images and labels to evaluate, on the CPU, in the order of the split and never augmented.
+    """Return the images and labels to evaluate, on the CPU, in the order of the data and never augmented.
 
     Args:
-        data: a `fastarat.data.Split`, a loader (whose split is read afresh), or (images, labels) tensors.
+        data: (images, labels) as float32 tensors [N, C, H, W] in [0, 1] and int64 [N]; a `fastarat.data.Split`, a
+            loader (whose split is read afresh); or what else `fastarat.data.as_split` takes, 8-bit or NumPy arrays, a
+            torch Dataset or DataLoader, a Hugging Face split.
         limit: number of images, taken at even distances through the set; None takes all.
         channels: C that the network takes, if known.
     Returns: images float32 [N, C, H, W] in [0, 1], labels int64 [N].
     Raises: UserError for something else, tensors of another type or shape, or limit < 1.
     """
     limit = None if limit is None else whole("limit", limit)
-
-    def evenly(count: int) -> Tensor:
-        return torch.arange(count) if limit is None or limit >= count else torch.arange(limit) * count // limit
-
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+    pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+    # Strictly: a batch that is not what a step takes is told so here in the same words.
+    if pair and not (data[0].dtype == torch.uint8 and data[0].dim() == 4):
         check_images(data[0], channels=channels)
         check_labels(data[1], data[0])
         images, labels = (t.detach().cpu() for t in data)
-        wanted = evenly(len(labels))
+        count = len(labels)
+        wanted = torch.arange(count) if limit is None or limit >= count else torch.arange(limit) * count // limit
         return images[wanted].contiguous(), labels[wanted]
-    split = data.split if isinstance(data, Loader) else data
-    if not isinstance(split, Split):
+    if isinstance(data, (str, Mapping, Dataset)):
         raise UserError(
-            f"cannot evaluate on a {type(data).__name__}: give a Split (load_dataset(...).test), a loader, or "
-            "(images, labels) tensors"
+            f"cannot evaluate on a {type(data).__name__}: give one part of it, such as load_dataset(...).test, a "
+            "loader, or (images, labels)"
         )
-    if len(split) == 0:
-        raise UserError("the split holds no images: expected at least 1; give another split or val_images > 0")
-    split = split.take(evenly(len(split)))
+    split = as_split(data, limit=limit)
     # Not shuffled, not augmented, the last batch short: row i of the result is row i of the split.
     batches = make_loader(split, batch_size=batch_size, device="cpu").epoch(0)
     return torch.cat([b.images.contiguous() for b in batches]), split.labels
-
-
-class LineBar(plain_tqdm):
-    """Progress for a pipe or a log file: a line at most every `EVERY_S` seconds, and none before that."""
-
-    EVERY_S = 10.0
-
-    def __init__(self, **options: Any) -> None:
-        self._said = time.monotonic()
-        # Fixed, because the adaptive number of ticks between looks at the clock would outlast a member's slow part.
-        super().__init__(**options, disable=False, mininterval=min(1.0, self.EVERY_S), miniters=1, file=sys.stderr)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the line, where one is due."""
-        now = time.monotonic()
-        if msg == "" or now - self._said < self.EVERY_S:
-            return False
-        self._said = now
-        print(str(self), file=sys.stderr, flush=True)
-        return True
-
-    def close(self) -> None:
-        """End without the escape sequences that clear a bar on a terminal."""
-        self.leave = False
-        self.display = lambda *args, **options: False  # type: ignore[method-assign]
-        super().close()
 
 
 @dataclass(frozen=True)
@@ -187,6 +160,7 @@ class Task:
     """A network, what it is measured on, and how; the doubts that come up are gathered in `found`.
 
     images: float32 [N, C, H, W] in [0, 1], labels: int64 [N], both anywhere; each batch is brought to `device`.
+    world: the processes that share the work; each of them has all the images.
     """
 
     model: nn.Module
@@ -200,6 +174,7 @@ class Task:
     device: torch.device
     progress: bool
     found: list[str] = field(default_factory=list)
+    world: World = field(default_factory=World)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits float32 [B, K] of images float32 [B, C, H, W]."""

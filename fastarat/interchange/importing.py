@@ -109,7 +109,7 @@ def import_checkpoint(
     weights = _weights(parts, path, notes)
     size = _size(weights, num_classes, name, path)
     normalisation = _normalisation(mean, std, stored, size["in_channels"], path)
-    network = build_model(name, **size, mean=normalisation.get("mean"), std=normalisation.get("std"))
+    network = build_model(name, **size, image_size=None, mean=normalisation.get("mean"), std=normalisation.get("std"))
     network = split_batchnorm(network) if split else network
     weights = _account(network, weights, parts, name, path, notes)
     meta = {

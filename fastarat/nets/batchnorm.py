@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastarat.distributed import World
 from fastarat.errors import UserError, nearest
 from fastarat.kernels import joins, split_bn, split_bn_join
+from fastarat.nets.sync import over_all
 
 BRANCHES = ("clean", "adv")
 
@@ -111,6 +113,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
         self.route = Route()
         self.backend = "auto"
+        self.world: World | None = None
         # What a wrapped subclass applied after its normalisation (timm's BatchNormAct2d: drop and act).
         self.drop: nn.Module | None = None
         self.act: nn.Module | None = None
@@ -142,7 +145,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         sets = [self.branch_set(name) for name in self.route.groups]
         weight, bias = _stack(sets, "weight", x), _stack(sets, "bias", x)
         # A layer that tracks nothing has only batch statistics, in eval mode too.
-        if self.training or self.running_mean is None:
+        if self.training and self.world is not None:
+            weight, bias, of_all, rows = over_all(x, weight, bias, self.eps, self.world)
+            y = split_bn(x, weight, bias, residual, relu, running=of_all, eps=self.eps, backend=self.backend).y
+            if self.running_mean is not None:
+                self._note(sets, of_all[0], of_all[1] * (rows / (rows - 1)), None)
+        elif self.training or self.running_mean is None:
             y, mean, var = split_bn(x, weight, bias, residual, relu, eps=self.eps, backend=self.backend)
             if self.training and self.running_mean is not None:
                 self._note(sets, mean.detach(), var.detach(), x.numel() // (x.shape[1] * len(sets)))
@@ -160,7 +168,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         ours = isinstance(other, BatchNorm2d) and type(other).forward is BatchNorm2d.forward
         if not ours or not self.route.forks or other.route is not self.route or not joins(x, x2, self.backend):
             return False
-        plain = all(m.drop is m.act is None and m.running_mean is not None for m in (self, other))
+        plain = all(m.drop is m.act is m.world is None and m.running_mean is not None for m in (self, other))
         return plain and self.training and other.training and self.backend == other.backend
 
     def _joined(self, x: Tensor, x2: Tensor, other: BatchNorm2d) -> Tensor:
@@ -172,10 +180,11 @@ class BatchNorm2d(nn.BatchNorm2d):
             m._note(sets, mean.detach(), var.detach(), rows)
         return y
 
-    def _note(self, sets: list[nn.BatchNorm2d], mean: Tensor, var: Tensor, rows: int) -> None:
-        route = self.route
+    def _note(self, sets: list[nn.BatchNorm2d], mean: Tensor, var: Tensor, rows: int | None) -> None:
+        """rows: that `var`, biased, is of; None for an unbiased one."""
+        route, unbias = self.route, 1.0 if rows is None else rows / (rows - 1)
         parts = [route.groups.index(name) for name in (route.groups if route.updates is None else route.updates)]
-        updates = [(sets[part], mean[part], var[part], rows / (rows - 1)) for part in parts]
+        updates = [(sets[part], mean[part], var[part], unbias) for part in parts]
         if route.pending is None:
             _apply_updates(updates)
         else:
@@ -238,6 +247,11 @@ _PLAIN = {2: BatchNorm2d, 1: BatchNorm1d}
 _SPLIT = {2: SplitBatchNorm2d, 1: SplitBatchNorm1d}
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether any layer of a network is BatchNorm."""
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
 def split_batchnorm(model: nn.Module, branches: Sequence[str] = BRANCHES) -> nn.Module:
     """Give every BatchNorm layer of `model` one parameter set per branch, all starting from the layer's own.
 
@@ -249,7 +263,7 @@ def split_batchnorm(model: nn.Module, branches: Sequence[str] = BRANCHES) -> nn.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"cannot split a {type(model).__name__}: expected an nn.Module")
-    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if not has_batchnorm(model):
         raise UserError(
             f"{type(model).__name__} has no BatchNorm layer to split: use a network with BatchNorm, or turn "
             "splitting off (--no-defense.split-bn)"
@@ -330,6 +344,12 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """Choose "auto", "triton" or "plain" for every BatchNorm layer of this module's kind."""
     for m in _layers(model):
         m.backend = backend
+
+
+def set_world(model: nn.Module, world: World | None) -> None:
+    """Take batch statistics over all processes of `world` in every BatchNorm layer of this module's kind; None: not."""
+    for m in _layers(model):
+        m.world = world
 
 
 def _stack(sets: list[nn.BatchNorm2d], name: str, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -337,24 +337,25 @@ def build_model(
     *,
     num_classes: int,
     in_channels: int = 3,
-    image_size: int = 32,
+    image_size: int | None = 32,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
     """Build a network by name: one of MODELS, wrn-DEPTH-WIDTH such as wrn-28-10, or timm:NAME.
 
     Args:
-        image_size: H = W of the images; the built-in networks need at least 8.
+        image_size: H = W of the images; the built-in networks need at least 8, and timm's vision transformers are made
+            for it. None: the size that timm's network was published for.
         mean, std: per-channel normalisation put inside the model; None for none.
     Returns: a module mapping float32 [B, C, H, W] in [0, 1] to logits [B, num_classes].
     Raises: UserError for an unknown name, images too small, or timm not importable.
     """
     wide = re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name)
     if name.startswith("timm:"):
-        model = _from_timm(name[5:], num_classes, in_channels)
+        model = _from_timm(name[5:], num_classes, in_channels, image_size)
     elif name not in MODELS and not wide:
         raise unknown("model", name, [*MODELS, "timm:NAME"])
-    elif image_size < 8:
+    elif image_size is not None and image_size < 8:
         raise UserError(f"images of {image_size}x{image_size} are too small for {name}: at least 8x8 is needed")
     elif wide:
         model = WideResNet(int(wide[1]), int(wide[2]), num_classes, in_channels)
@@ -371,7 +372,7 @@ def build_model(
     return nn.Sequential(normalize, model)
 
 
-def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+def _from_timm(name: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     try:
         import timm
     except Exception as error:  # a timm whose torchvision does not fit torch fails with more than ImportError
@@ -380,7 +381,18 @@ def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
         ) from error
     if name not in timm.list_models():
         raise unknown("timm model", name, timm.list_models())
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
+    # Position embeddings are of one size; a convolutional network takes any, and no such argument.
+    if image_size is not None and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        options["img_size"] = image_size
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except Exception as error:  # each network says in its own way which sizes it can be made for
+        first = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise UserError(
+            f"timm:{name} cannot be made for {num_classes} classes and images of "
+            f"{image_size or 'its own'} pixels with {in_channels} channel(s) ({first}): choose another network or size"
+        ) from error
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ def report(
 
     Args:
         runs: run folders, or folders of `fastarat compare`, which stand for the runs in them; a folder named twice
-            counts once. Their last weights are shown; a run that has none yet is shown without example images.
+            counts once. Their last weights are shown; a run that has none yet, or whose data or network was given in
+            Python, is shown without example images.
         out: folder to write into, made if missing; default: `report` in the first run, or in the comparison's folder.
         num_images: test images in the grid, the first one of each class, then the second ones ...
         device: where the adversarial images are made; default: the GPU if there is one.
@@ -107,12 +108,14 @@ def report(
     make_writable(folder)
 
     dataset = load_data(subjects[0], data_dir)
-    images, labels = collect(first_per_class(dataset.test, num_images))
-    examples = {
-        run: predicted(run.model, images, labels, epsilon=run.meta["epsilon"], norm=run.meta["norm"], device=device)
-        for run in subjects
-        if run.model is not None
-    }
+    examples = {}
+    if len(dataset.test):
+        images, labels = collect(first_per_class(dataset.test, num_images))
+        examples = {
+            run: predicted(run.model, images, labels, epsilon=run.meta["epsilon"], norm=run.meta["norm"], device=device)
+            for run in subjects
+            if run.model is not None
+        }
     charts = {
         "by_epoch": sections.curves(subjects, by_time=False),
         "by_time": sections.curves(subjects, by_time=True),

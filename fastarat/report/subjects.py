@@ -17,8 +17,10 @@ from fastarat.config import Config
 from fastarat.data import Dataset, Split
 from fastarat.errors import UserError
 from fastarat.evaluation import adversarial_examples, attack_title, in_pixels
+from fastarat.metadata import check_meta
 from fastarat.nets.batchnorm import branch
 from fastarat.runs import Run, dataset_of, load_network
+from fastarat.texts import GIVEN
 from fastarat.values import Norm
 
 NUM_STEPS = 20
@@ -188,6 +190,10 @@ def _read(path: Path, label: str) -> Subject:
 def _network(run: Run) -> tuple[nn.Module | None, dict[str, Any], Config | None]:
     # `last` is written after the epoch's metrics, or once in several epochs: a running run may have none yet.
     if run.weights().is_file() or run.checkpoint().is_file():
+        config, meta = run.read_config(), run.meta()
+        check_meta(meta, run.weights())
+        if meta["model"].startswith(GIVEN):  # in Python, where it still is
+            return None, meta, config
         return load_network(run.path)
     config = run.read_config()
     if config is None:
@@ -209,8 +215,16 @@ def _best(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def load_data(run: Subject, data_dir: str | Path | None = None) -> Dataset:
-    """Load the data set of a run; `data_dir` None: from where the run found it. Raises: UserError if it changed."""
-    dataset, meta = dataset_of(run.config, data_dir), run.meta
+    """Load the data set of a run; `data_dir` None: from where the run found it. Raises: UserError if it changed.
+
+    One that was given in Python comes without images.
+    """
+    meta = run.meta
+    if run.config.dataset.startswith(GIVEN):  # in Python: of it the names of its classes are here
+        shape = (meta.get("in_channels", 1), meta.get("image_size", 1), meta.get("image_size", 1))
+        none = Split.empty(shape)
+        return Dataset(run.config.dataset, tuple(meta.get("classes", ())), shape, none, none, none)
+    dataset = dataset_of(run.config, data_dir)
     if "num_classes" not in meta:
         return dataset
     if len(dataset.classes) != meta["num_classes"] or dataset.shape[0] != meta["in_channels"]:
