@@ -27,6 +27,7 @@ from fastarat.config import Config, to_dict
 from fastarat.errors import UserError
 from fastarat.files import parse_json, write_text
 from fastarat.results import Result
+from fastarat.values import flat
 
 
 def hooks_of(config: Config, callbacks: Iterable[Callback], agree: Callable[[Callable[[], Any]], Any] = alone) -> Hooks:
@@ -245,7 +246,7 @@ class MLflow(_Logger):
             experiment = client.create_experiment(name) if found is None else found.experiment_id
             self._id = client.create_run(experiment, run_name=run.folder.name).info.run_id
         # What was logged cannot change; a run that was extended says so in config.yaml.
-        params = [(key, str(value)[:500]) for key, value in _flat(to_dict(run.config)) if key not in logged]
+        params = [(key, str(value)[:500]) for key, value in flat(to_dict(run.config)) if key not in logged]
         entities = self._mlflow.entities
         for at in range(0, len(params), self._MOST):
             batch = [entities.Param(key, value) for key, value in params[at : at + self._MOST]]
@@ -300,11 +301,3 @@ def _read(file: Path) -> dict[str, Any]:
         return found if isinstance(found, dict) and isinstance(found.get("epoch"), int) else {}
     except (OSError, ValueError):  # none yet, or damaged: the logger begins anew
         return {}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

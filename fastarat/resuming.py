@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from fastarat.runs import MAY_DIFFER, Run, differences
 from fastarat.schedules import counted
 from fastarat.specs import known
 from fastarat.stopping import over_early
-from fastarat.values import coerce
+from fastarat.values import coerce, flat
 
 
 def newest(run: Run, map_location: Any = "cpu") -> dict[str, Any] | None:
@@ -114,7 +113,7 @@ def _trained_with(run: Run) -> Config:
     if {key for key, _ in differing} == {"epochs", "extended"} and (longer := _longer(truth, written)):
         return longer
     if differing:
-        trained = dict(_flat(to_dict(truth)))
+        trained = dict(flat(to_dict(truth)))
         said = "; ".join(f"{key}: {value!r}, trained with {trained.get(key)!r}" for key, value in differing[:5])
         raise UserError(f"{run.config_file} was changed since ({said}). {text[0].upper()}{text[1:]}")
     return truth
@@ -137,11 +136,3 @@ def _longer(one: Config, other: Config) -> Config | None:
         if (config.extended or ())[: len(totals)] == totals:
             return config
     return None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

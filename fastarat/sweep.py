@@ -14,7 +14,7 @@ from fastarat.errors import UserError, nearest
 from fastarat.plans import row_spec
 from fastarat.table import settings_in_words
 from fastarat.tuning import combinations, in_words, parts_of
-from fastarat.values import shown
+from fastarat.values import flat, shown
 
 MOST_ROWS = 100
 """Rows of a sweep: more are hardly meant, and no table of theirs is read."""
@@ -43,7 +43,7 @@ def read_sweep(
             )
     if defenses and "defense" in values:
         raise UserError(f"{file} lists `defense`, and --defenses does too: give one")
-    listed = {parts_of(key)[1] for key, _ in _flat(values)}
+    listed = {parts_of(key)[1] for key, _ in flat(values)}
     if twice := sorted(listed & set(flags)):
         raise UserError(f"{file} lists `{twice[0]}`, and --{twice[0].replace('_', '-')} gives one: give it once")
     return rows_of_sweep(values if not defenses else {"defense": list(defenses), **values}, source=str(file))
@@ -57,7 +57,7 @@ def rows_of_sweep(values: Mapping[str, Any], *, source: str = "sweep") -> dict[s
         has it; a name that starts with a defense is for that one alone.
     Raises: UserError for what is no list, a name that no row has or that all rows share, over MOST_ROWS rows.
     """
-    lists = {key: _listed(source, key, value) for key, value in _flat(values)}
+    lists = {key: _listed(source, key, value) for key, value in flat(values)}
     defenses = [str(name) for name in lists.pop("defense", ())]
     if not defenses:
         raise UserError(f"{source}: it names no defense: write `defense: [at, trades]`, or give --defenses")
@@ -91,7 +91,7 @@ def check_distinct(configs: Mapping[str, Config]) -> None:
 
 def _axes(source: str, defenses: Sequence[str], lists: Mapping[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
     """The lists that apply to each defense."""
-    known = [key for key, _ in _flat(to_dict(Config()))]
+    known = [key for key, _ in flat(to_dict(Config()))]
     kinds = {
         name: {f.name for f in dataclasses.fields(resolve_defense(row_spec(name, {}).defense))} for name in defenses
     }
@@ -133,14 +133,6 @@ def _listed(source: str, key: str, value: Any) -> list[Any]:
             "flag, or a line of --config"
         )
     return list(value)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _words_of(keys: Iterable[str]) -> dict[str, str]:

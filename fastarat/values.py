@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -306,3 +306,12 @@ def checked_budget(
         return Budget(epsilon, epsilon / 4, norm)
     step = "step-size" if where.startswith("--") else "step_size"
     return Budget(epsilon, checked_length(f"{where}{step}", step_size, norm, shape=shape, read=read), norm)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield {"attack": {"epsilon": v}} as ("attack.epsilon", v)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
